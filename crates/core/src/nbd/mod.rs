@@ -1,0 +1,1 @@
+//! Network Block Device: the server side of the protocol.

@@ -1,0 +1,172 @@
+"""The Rust core as Python sees it. Only `stillblock.native` imports this module.
+
+Offsets, lengths and extents are bytes; extents are half-open `(start, end)`. Every call releases the GIL.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, final
+
+Extents = list[tuple[int, int]]
+
+class NativeError(Exception):
+    """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
+    "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
+    "excluded", "recovery_needed", "restore_running", "closed", "internal".
+    """
+
+@final
+class Instant:
+    """A snapshot that was committed."""
+
+    epoch: int
+    size_bytes: int
+    created_unix_ns: int
+    pause_ns: int
+    """From the gate's closing to its opening."""
+    in_flight: int
+    """Writes that were in flight when the gate closed, all of them in the snapshot."""
+    commit_ns: int
+    """From the opening of the gate until the snapshot was durable."""
+
+@final
+class Epoch:
+    """One instant the store knows: a snapshot, a bookmark, or both."""
+
+    epoch: int
+    size_bytes: int
+    created_unix_ns: int
+    has_snapshot: bool
+    has_bookmark: bool
+    selected_bytes: int
+    preserved_bytes: int
+    """Bytes of preserved content this snapshot can read, shared ones included."""
+    exclusive_bytes: int
+    """Bytes that deleting this snapshot alone would free."""
+    lost: Extents
+    is_suspect: bool
+    suspect_reason: str
+    in_use: int
+    """Views, restores and exports that hold it."""
+    meta: bytes
+    bookmark_meta: bytes
+
+@final
+class RestoreStatus:
+    source_epoch: int
+    safety_epoch: int
+    total_bytes: int
+    done_bytes: int
+
+@final
+class Statistics:
+    """Counters since the volume was opened; sizes in bytes, times in nanoseconds."""
+
+    def as_dict(self) -> dict[str, int]: ...
+
+@final
+class Volume:
+    """One origin with its store, open in this process. Thread-safe."""
+
+    @staticmethod
+    def create(*, store: str, origin: str, block_size: int, meta: bytes) -> str:
+        """Make a new store directory for the origin; return the volume's uuid (hex)."""
+    @staticmethod
+    def open(
+        *,
+        store: str,
+        origin: str | None = None,
+        cache: Literal["writeback", "writethrough"] = "writeback",
+        direct: bool = False,
+        buffer_dir: str | None = None,
+        buffer_bytes: int = 67108864,
+        recover: Literal["refuse", "replay", "discard"] = "refuse",
+    ) -> Volume: ...
+    @staticmethod
+    def peek(*, store: str) -> tuple[str, str, int, bytes]:
+        """(uuid, origin path, block size, meta) of a store without opening the volume, even while it is served."""
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def store(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def current_epoch(self) -> int: ...
+    def meta(self) -> bytes: ...
+    def set_meta(self, meta: bytes) -> None: ...
+    def pread(self, *, offset: int, length: int) -> bytes: ...
+    def pwrite(self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False) -> None: ...
+    def write_zeroes(self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False) -> None: ...
+    def trim(self, *, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
+    def snapshot(self, *, selection: Sequence[tuple[int, int]], meta: bytes, pause_limit_ms: int = 2000) -> Instant: ...
+    def epochs(self) -> list[Epoch]: ...
+    def set_epoch_meta(self, *, epoch: int, meta: bytes) -> None: ...
+    def selection(self, *, epoch: int) -> Extents:
+        """What the snapshot selects, else its bookmark's baseline; clipped to the size at the instant."""
+    def narrow(self, *, epoch: int, selection: Sequence[tuple[int, int]]) -> int:
+        """Select less; return the bytes freed."""
+    def delete_snapshot(self, *, epoch: int, force: bool = False) -> int:
+        """Return the bytes freed."""
+    def bookmark(self, *, epoch: int, meta: bytes) -> None: ...
+    def delete_bookmark(self, *, epoch: int) -> None: ...
+    def changed(self, *, since: int, until: int | None = None) -> Extents:
+        """Blocks tracked by `since` that changed from its instant to that of `until`, or to now."""
+    def view(self, *, epoch: int, excluded_reads: Literal["zeros", "error"] = "zeros") -> View: ...
+    def restore(
+        self, *, epoch: int, request: Sequence[tuple[int, int]], safety_selection: Sequence[tuple[int, int]],
+        meta: bytes, pause_limit_ms: int = 2000,
+    ) -> RestoreStatus:
+        """Start putting back the requested blocks that changed since `epoch`; the disk reads as restored at once."""
+    def restore_plan(self, *, epoch: int, request: Sequence[tuple[int, int]]) -> Extents:
+        """What `restore` would write now."""
+    def restore_status(self) -> RestoreStatus | None: ...
+    def restore_wait(self, *, timeout_ms: int) -> bool: ...
+    def resize(self) -> int:
+        """Take over the origin's present length; return the new size."""
+    def statistics(self) -> Statistics: ...
+    def store_bytes(self) -> int:
+        """Bytes kept for snapshots now: records and preserved content, not preallocated space."""
+    def close(self) -> None:
+        """Clean stop: everything on the origin, origin complete. The volume cannot be used afterwards."""
+
+@final
+class View:
+    """A snapshot, readable. Holds the snapshot until closed. Thread-safe."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def pread(self, *, offset: int, length: int) -> bytes: ...
+    def extents(self, *, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """(start, end, flags): 1 hole, 2 reads as zeros, 4 not selected, 8 lost."""
+    def close(self) -> None: ...
+
+ContextSpec = tuple[str, Literal["selected", "changed"], int]
+"""(name told to clients, what it shows, since which epoch; 0 for "selected")"""
+
+@final
+class Server:
+    """The NBD server: listeners, connections, exports by name."""
+
+    def __init__(self, *, connections_max: int = 64) -> None: ...
+    def listen_unix(self, path: str) -> None: ...
+    def listen_tcp(self, host: str, port: int) -> int: ...
+    def add_volume(
+        self, name: str, volume: Volume, *, description: str, contexts: Sequence[ContextSpec], read_only: bool = False
+    ) -> None: ...
+    def add_view(self, name: str, view: View, *, description: str, contexts: Sequence[ContextSpec]) -> None: ...
+    def set_contexts(self, name: str, contexts: Sequence[ContextSpec]) -> None: ...
+    def set_default(self, name: str | None) -> None:
+        """The export that the empty name means."""
+    def remove(self, name: str, *, force: bool = False) -> int:
+        """Withdraw an export; in use and not forced: NativeError("in_use"). Return the connections cut."""
+    def connections(self) -> list[tuple[str, str, int]]:
+        """(export, peer, seconds connected)"""
+    def stop(self) -> None:
+        """Finish what is in flight, close everything."""

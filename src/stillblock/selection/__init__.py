@@ -1,0 +1,1 @@
+"""Rules to blocks: what the user says matters, resolved on a disk to extents and reasons."""

@@ -28,7 +28,7 @@ class CodecError(StillblockError):
     code = "malformed"
 
 
-def to_json(value: object) -> Any:  # noqa: ANN401 - JSON has no narrower type
+def to_json(value: object) -> Any:
     """Return plain dicts, lists, strings, numbers and None for a value of our own."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
@@ -89,11 +89,11 @@ def _hints(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner)
 
 
-def _decode(  # noqa: C901, PLR0911 - one case a type
-    hint: Any,  # noqa: ANN401
+def _decode(
+    hint: Any,
     value: object,
     path: str,
-) -> Any:  # noqa: ANN401
+) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _decode_dataclass(hint, value, path)
     origin = typing.get_origin(hint)
@@ -122,7 +122,7 @@ def _decode(  # noqa: C901, PLR0911 - one case a type
     raise _wrong(path, str(hint), value)
 
 
-def _decode_dataclass(hint: type, value: object, path: str) -> Any:  # noqa: ANN401
+def _decode_dataclass(hint: type, value: object, path: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(path, "an object", value)
     hints = _hints(hint)
@@ -137,7 +137,7 @@ def _decode_dataclass(hint: type, value: object, path: str) -> Any:  # noqa: ANN
     return hint(**arguments)
 
 
-def _decode_union(hint: Any, value: object, path: str) -> Any:  # noqa: ANN401
+def _decode_union(hint: Any, value: object, path: str) -> Any:
     options = typing.get_args(hint)
     if value is None and types.NoneType in options:
         return None
@@ -152,11 +152,11 @@ def _decode_union(hint: Any, value: object, path: str) -> Any:  # noqa: ANN401
     raise errors[0] if errors else _wrong(path, str(hint), value)
 
 
-def _decode_tuple(hint: Any, value: object, path: str) -> Any:  # noqa: ANN401
+def _decode_tuple(hint: Any, value: object, path: str) -> Any:
     if not isinstance(value, list):
         raise _wrong(path, "a list", value)
     items = typing.get_args(hint)
-    if len(items) == 2 and items[1] is Ellipsis:  # noqa: PLR2004 - tuple[X, ...]
+    if len(items) == 2 and items[1] is Ellipsis:
         return tuple(_decode(items[0], found, f"{path}[{i}]") for i, found in enumerate(value))
     if len(items) != len(value):
         raise _wrong(path, f"{len(items)} items", value)

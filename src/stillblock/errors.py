@@ -1,4 +1,4 @@
-"""One class for each situation that can go wrong: exit code, stable code, whose fault, retry or not.
+"""One class for each situation that can go wrong: exit code, stable code, blame, retry or not.
 
 Messages say what, where, how much and what now. Whose fault it is tells where to look: `USER` asked
 for something impossible, `PEER` (another process or client) got in the way, `DISK` failed
@@ -348,10 +348,25 @@ def by_code() -> dict[str, type[StillblockError]]:
     return found
 
 
+def _unknown_class(document: dict[str, object]) -> type[StillblockError]:
+    """Return a class for a code of a newer server, as severe as the server says."""
+    exit_code, blame = document.get("exit_code"), document.get("blame")
+    return type(
+        "ReportedError",
+        (StillblockError,),
+        {
+            "code": document["code"],
+            "exit_code": next((c for c in ExitCode if c == exit_code), ExitCode.FAILED),
+            "blame": next((b for b in Blame if b == blame), Blame.PEER),
+            "is_retryable": document.get("is_retryable") is True,
+        },
+    )
+
+
 def from_json(document: object) -> StillblockError:
     """Rebuild the error that a serve process reported; what is not one is a `ControlError`."""
     if isinstance(document, dict):
         code, message = document.get("code"), document.get("message")
         if isinstance(code, str) and isinstance(message, str):
-            return by_code().get(code, ControlError)(message)
+            return (by_code().get(code) or _unknown_class(document))(message)
     return ControlError(f"the serve process reported an error we cannot read: {document!r:.200}")

@@ -56,11 +56,11 @@ def parse_size(text: str) -> int:
 
 def format_size(size_bytes: int) -> str:
     """Return a size to read: `0 B`, `512 B`, `64 KiB`, `1.5 GiB`."""
-    if abs(size_bytes) < 1024:  # noqa: PLR2004 - the unit itself
+    if abs(size_bytes) < 1024:
         return f"{size_bytes} B"
     value = size_bytes / 1024
     for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if abs(value) < 1023.95:  # noqa: PLR2004 - else it would print as 1024.0
+        if abs(value) < 1023.95:
             return f"{value:.1f}".removesuffix(".0") + f" {unit}"
         value /= 1024
     return f"{value:.1f}".removesuffix(".0") + " EiB"
@@ -68,9 +68,9 @@ def format_size(size_bytes: int) -> str:
 
 def format_duration(duration_ns: int) -> str:
     """Return a duration to read: `180 us`, `4.2 ms`, `1.5 s`."""
-    if duration_ns < 1_000_000:  # noqa: PLR2004
+    if duration_ns < 1_000_000:
         return f"{duration_ns / 1000:.0f} us"
-    if duration_ns < 1_000_000_000:  # noqa: PLR2004
+    if duration_ns < 1_000_000_000:
         return f"{duration_ns / 1_000_000:.1f} ms"
     return f"{duration_ns / 1_000_000_000:.1f} s"
 
@@ -154,7 +154,7 @@ def check_new_name(text: str, *, what: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What a user names: `VOL`, `VOL@SNAP`, `VOL@SNAP+CLONE`, `REPO:VOL@BACKUP`; also `...:/path`."""
+    """`VOL`, `VOL@SNAP`, `VOL@SNAP+CLONE` or `REPO:VOL@BACKUP`, each with an optional `:/path`."""
 
     volume: str
     snapshot: str | None = None

@@ -314,6 +314,6 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         is_suspect=epoch.is_suspect,
         suspect_reason=epoch.suspect_reason,
         lost_bytes=total_bytes(tuple(epoch.lost)),
-        holders=epoch.in_use,
+        holders=volume.hooks.holders(volume, epoch),
         description=record.description,
     )

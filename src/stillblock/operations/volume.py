@@ -76,6 +76,9 @@ class ExportHooks(Protocol):
     def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:
         """Return what clients can ask for."""
 
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
+        """Return how many clients, views and restores really use a snapshot."""
+
 
 class NoExports:
     """For a volume that nobody serves."""
@@ -95,6 +98,10 @@ class NoExports:
     def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:  # noqa: ARG002
         """Return nothing."""
         return ()
+
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:  # noqa: ARG002
+        """Return what the engine says."""
+        return epoch.in_use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,7 +365,7 @@ def _advice(name: str) -> Iterator[None]:
         )
         raise
     except LockedError as error:
-        error.hint = f"another process has {name} open; `stillblock status` shows who serves it"
+        error.hint = f"`stillblock status` shows whether {name} is served"
         raise
     except OriginChangedError as error:
         error.hint = f"`stillblock volume show {name}` tells which origin it expects"

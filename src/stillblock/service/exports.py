@@ -146,6 +146,13 @@ class ExportServer:
                 for name in sorted(self._names_of(volume))
             )
 
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
+        """Return who uses a snapshot: clients count, the view that only waits for them does not."""
+        with self._lock:
+            mine = [n for n in self._names_of(volume) if self._offered[n].epoch == epoch.epoch]
+            clients = sum(export in mine for export, _, _ in self._server.connections())
+            return max(0, epoch.in_use - len(mine)) + clients
+
     # Life
 
     def start(self, volume: OpenVolume) -> None:

@@ -205,7 +205,7 @@ class VolumeHost:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
         await self._server.serve(sockets=[listening for _, listening in self._control])
-        # While the loop runs a further signal only calls `stop`: it cannot break off the clean stop.
+        # While the loop runs, a further signal only calls `stop`: it breaks nothing off.
         await asyncio.to_thread(self._undo.close)
 
     def stop(self) -> None:
@@ -288,6 +288,10 @@ class _Hooks:
     def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:
         """Return what clients can ask for."""
         return self._exports.exports(volume)
+
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
+        """Return how many clients, views and restores really use a snapshot."""
+        return self._exports.holders(volume, epoch)
 
 
 class _ControlServer(uvicorn.Server):

@@ -13,16 +13,19 @@ from cyclopts import App, Group, Parameter
 COMMANDS: Final = Group.create_ordered("Start here")
 NOUNS: Final = Group.create_ordered("Things to work on")
 
-_HELP: Final = """Snapshots of exactly the blocks you choose, of a disk that stays in use.
-
-    stillblock volume add web --origin disk.img
-    stillblock serve web
-    stillblock snapshot create web@monday --exclude part:type=swap
-
-A REF is VOL or VOL@SNAP; VOL@latest is the newest snapshot. Sizes are in units of 1024: 64K, 4GiB,
-512s (sectors). Exit codes: 0 ok, 1 failed, 2 usage, 3 partial, 4 damage, 11 locked, 13 snapshot
-lost, 130 interrupted.
-"""
+_HELP: Final = (
+    "Snapshots of exactly the blocks you choose, of a disk that stays in use.\n\n"
+    "A REF is VOL or VOL@SNAP; VOL@latest is the newest snapshot. Sizes are in units of 1024: 64K, "
+    "4GiB, 512s (sectors).\n\n"
+    "Exit codes: 0 ok, 1 failed, 2 usage, 3 partial, 4 damage, 11 locked, 13 snapshot lost, "
+    "130 interrupted."
+)
+_EPILOGUE: Final = (
+    "Begin with:\n\n"
+    "  stillblock volume add web --origin disk.img\n\n"
+    "  stillblock serve web\n\n"
+    "  stillblock snapshot create web@monday --exclude part:type=swap"
+)
 
 _ROOT: Final = {
     "serve": "Serve volumes to NBD clients until stopped.",
@@ -40,6 +43,8 @@ _NOUNS: Final = {
     "restore": "Put a snapshot back in place.",
 }
 
+SUMMARIES: Final = {**_ROOT, **_NOUNS}
+
 
 def new_app(name: str, *, is_root: bool = False) -> App:
     """Return an app with the house's settings."""
@@ -47,9 +52,10 @@ def new_app(name: str, *, is_root: bool = False) -> App:
         name=name,
         help=_HELP if is_root else _NOUNS[name],
         help_format="plaintext",
+        help_epilogue=_EPILOGUE if is_root else None,
         version_flags=["--version"] if is_root else [],
-        version="stillblock " + _version() if is_root else None,
-        default_parameter=Parameter(negative=()),
+        version=_version if is_root else None,
+        default_parameter=Parameter(negative=(), show_default=False),
         result_action="return_value",
     )
 
@@ -68,6 +74,6 @@ def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
     try:
-        return version("stillblock")
+        return f"stillblock {version('stillblock')}"
     except PackageNotFoundError:
-        return "(not installed)"
+        return "stillblock (not installed)"

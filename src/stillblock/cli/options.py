@@ -22,8 +22,7 @@ class Common:
     """What every command takes."""
 
     state_dir: Path | None = None
-    """The state directory; default: $STILLBLOCK_STATE, else /var/lib/stillblock for root, else
-    the user's XDG state directory."""
+    """The state directory; default: $STILLBLOCK_STATE, else the user's."""
 
     json: bool = False
     """Print JSON: one document, or one a line for long work."""

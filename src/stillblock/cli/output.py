@@ -65,7 +65,7 @@ class Output:
         for name, value in rows:
             if value:
                 table.add_row(name, Text(value))
-        self._out.print(table)
+        self._print(table)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
         """Print a table; a column whose name begins with `>` is aligned to the right."""
@@ -79,7 +79,13 @@ class Output:
             table.add_column(name, justify=justify, no_wrap=not sys.stdout.isatty())
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self._out.print(table)
+        self._print(table)
+
+    def _print(self, table: Table) -> None:
+        """Print a table without the blanks that rich puts at the ends of lines."""
+        with self._out.capture() as capture:
+            self._out.print(table)
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
 
     def remark(self, text: str) -> None:
         """Say something that is not the result."""
@@ -116,8 +122,15 @@ def age(unix_ns: int, *, now_ns: int | None = None) -> str:
 
 def percent(part: int, whole: int) -> str:
     """Return a share: `42 %`, `0.3 %`."""
-    share = 100 * part / whole if whole else 100.0
-    return f"{share:.0f} %" if share == 0 or share >= 10 else f"{share:.1f} %"
+    if part == whole:
+        return "100 %"
+    # Rounded down: what is not all must not read as all.
+    return f"{part * 1000 // whole / 10:g} %"
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun: `1 extent`, `2 extents`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def size_exact(size_bytes: int) -> str:

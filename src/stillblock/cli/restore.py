@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
 from stillblock.cli.options import Change, Common, OnlyTerms, only_terms, snapshot_of, volume_of
-from stillblock.cli.output import Output, percent
+from stillblock.cli.output import Output, counted, percent
 from stillblock.errors import ExitCode
 from stillblock.model import PAUSE_LIMIT_MS_DEFAULT, RestoreProgress, format_size
 from stillblock.operations.restore import RestorePlan, RestoreRequest
@@ -127,7 +127,7 @@ def _conclude(output: Output, plan: RestorePlan, last: RestoreProgress) -> None:
 def _render(out: Output, plan: RestorePlan) -> None:
     out.line(
         f"restore {plan.volume}@{plan.snapshot}: writes {format_size(plan.write_bytes)} "
-        f"in {len(plan.extents)} extents"
+        f"in {counted(len(plan.extents), 'extent')}"
     )
     rows = [(p.label, str(len(p.extents)), format_size(p.write_bytes)) for p in plan.parts]
     if rows:

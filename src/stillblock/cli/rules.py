@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
 from stillblock.cli.options import Common, Terms, volume_of
-from stillblock.cli.output import Output, extents_rows, percent, show_left_out
+from stillblock.cli.output import Output, counted, extents_rows, percent, show_left_out
 from stillblock.errors import UsageError
 from stillblock.model import format_size
 from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
@@ -96,7 +96,7 @@ def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:
     share = percent(found.selected_bytes, found.size_bytes)
     out.line(
         f"selected {format_size(found.selected_bytes)} of {format_size(found.size_bytes)} "
-        f"({share}) in {len(found.extents)} extents"
+        f"({share}) in {counted(len(found.extents), 'extent')}"
     )
     show_left_out(out, found.left_out)
     if with_extents:

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from stillblock.cli.app import build
+from stillblock.cli.app import SUMMARIES, build
 from stillblock.config import Config, is_debug
 from stillblock.errors import ExitCode, InternalError, StillblockError
 
@@ -111,5 +111,5 @@ def _state_dir(words: Sequence[str]) -> Path | None:
 
 
 def _help_command(words: Sequence[str]) -> str:
-    named = [word for word in words[:2] if word.isalpha()]
+    named = [word for word in words[:1] if word in SUMMARIES]
     return " ".join(["stillblock", *named, "--help"])

@@ -11,6 +11,7 @@ from stillblock.cli.options import Change, Common, Terms, snapshot_of, volume_of
 from stillblock.cli.output import (
     Output,
     age,
+    counted,
     extents_rows,
     percent,
     rules_text,
@@ -201,8 +202,7 @@ def delete(
         return
     if not change.yes and not output.is_json:
         render(output)
-    count = len(plans)
-    output.confirm(change, f"Delete {count} snapshot{'s' if count > 1 else ''}?")
+    output.confirm(change, f"Delete {counted(len(plans), 'snapshot')}?")
     deleted = []
     for plan in plans:
         with open_session(config, plan.snapshot.volume) as session:
@@ -245,7 +245,7 @@ def diff(
             out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="")
             out.line()
         out.line(
-            f"{format_size(found.changed_bytes)} changed in {len(found.extents)} extents "
+            f"{format_size(found.changed_bytes)} changed in {counted(len(found.extents), 'extent')} "
             f"from {volume}@{found.since} to {end}"
         )
 
@@ -273,7 +273,7 @@ def _flags(info: SnapshotInfo) -> str:
 
 
 def _holders(info: SnapshotInfo) -> str:
-    return f", in use {info.holders} times" if info.holders else ""
+    return f", in use by {counted(info.holders, 'reader')}" if info.holders else ""
 
 
 def _render_plan(out: Output, plan: SnapshotPlan) -> None:
@@ -327,7 +327,10 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
             ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
             ("rules", rules_text(found.rules)),
-            ("selected", f"{size_exact(info.selected_bytes)} in {len(found.extents)} extents"),
+            (
+                "selected",
+                f"{size_exact(info.selected_bytes)} in {counted(len(found.extents), 'extent')}",
+            ),
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
             ("SUSPECT", info.suspect_reason),
         )

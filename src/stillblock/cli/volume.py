@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
 from stillblock.cli.options import Change, Common, Size, Terms, volume_of
-from stillblock.cli.output import Output, age, percent, rules_text, size_exact
+from stillblock.cli.output import Output, age, counted, percent, rules_text, size_exact
 from stillblock.errors import InUseError, UsageError
 from stillblock.model import BLOCK_SIZE_DEFAULT, VolumeEntry, format_instant, format_size
 from stillblock.operations import volumes
@@ -119,7 +119,10 @@ def show(volume: str, /, *, common: Common = _COMMON) -> None:
                 ("snapshots", str(info.snapshot_count)),
                 ("bookmarks", str(info.bookmark_count)),
                 ("kept for them", format_size(info.store_bytes)),
-                ("made", f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)})"),
+                (
+                    "made",
+                    f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)",
+                ),
                 ("SUSPECT", info.suspect_reason),
             )
         )
@@ -231,7 +234,9 @@ def remove(
 
     def render(out: Output) -> None:
         what = "deletes" if plan.deletes_store else "keeps"
-        out.line(f"{plan.name}: {what} {plan.store} with {len(plan.snapshots)} snapshots")
+        out.line(
+            f"{plan.name}: {what} {plan.store} with {counted(len(plan.snapshots), 'snapshot')}"
+        )
         out.line(f"the origin {plan.origin} stays as it is")
 
     if change.dry_run:

@@ -1,0 +1,1 @@
+"""Snapshots of exactly the blocks you choose, of a disk that stays in use."""

@@ -1,0 +1,107 @@
+"""Options that many commands share, and how their words become values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence  # noqa: TC003 - cyclopts reads the hints
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import Group, Parameter, Token
+
+from stillblock.config import Config
+from stillblock.errors import UsageError
+from stillblock.model import Reference, RuleTerm, parse_size
+
+COMMON: Final = Group.create_ordered("Common options", sort_key=1000)
+
+
+@Parameter(name="*", group=COMMON)
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes."""
+
+    state_dir: Path | None = None
+    """The state directory; default: $STILLBLOCK_STATE, else the user's."""
+
+    json: bool = False
+    """Print JSON: one document, or one a line for long work."""
+
+    quiet: bool = False
+    """Print results only, no remarks and no progress."""
+
+    def config(self) -> Config:
+        """Return where things are, with the directories made."""
+        config = Config.load(state_dir=self.state_dir)
+        config.ensure()
+        return config
+
+
+@Parameter(name="*", group=COMMON)
+@dataclass(frozen=True, kw_only=True)
+class Change(Common):
+    """What every command takes that destroys or copies something."""
+
+    yes: bool = False
+    """Do it without asking."""
+
+    dry_run: bool = False
+    """Print what would be done, and do nothing."""
+
+
+def _to_terms(_: type, tokens: Sequence[Token]) -> tuple[RuleTerm, ...]:
+    return tuple(
+        RuleTerm(include=token.keyword == "--include", text=token.value) for token in tokens
+    )
+
+
+def _to_size(_: type, tokens: Sequence[Token]) -> int:
+    try:
+        return parse_size(tokens[0].value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+Terms = Annotated[
+    tuple[RuleTerm, ...],
+    Parameter(
+        name=("--include", "--exclude"),
+        converter=_to_terms,
+        accepts_keys=False,
+        n_tokens=1,
+        consume_multiple=False,
+        help="A rule term, as often as needed: 64MiB-128MiB, 4GiB+1GiB, part:2, part:name=data, "
+        "part:type=swap, all. Order matters: the last that matches a block decides. A list that "
+        "starts with an exclusion starts from all.",
+    ),
+]
+OnlyTerms = Annotated[
+    tuple[str, ...],
+    Parameter(name="--only", help="Only what this term names, as often as needed: part:2."),
+]
+Size = Annotated[int, Parameter(converter=_to_size, n_tokens=1, accepts_keys=False)]
+
+
+def volume_of(text: str) -> str:
+    """Return the volume a `VOL` argument names; raise `UsageError` if it names more."""
+    reference = Reference.parse(text)
+    if str(reference) != reference.volume:
+        raise UsageError(f"{text!r} should be the name of a volume only: {reference.volume}")
+    return reference.volume
+
+
+def snapshot_of(text: str) -> tuple[str, str]:
+    """Return (volume, snapshot) of a `VOL@SNAP` argument."""
+    reference = Reference.parse(text)
+    if reference.snapshot is None:
+        raise UsageError(f"{text!r} names no snapshot; write {reference.volume}@SNAP")
+    if reference.clone or reference.repository or reference.path:
+        raise UsageError(
+            f"{text!r} should be a snapshot only: {reference.volume}@{reference.snapshot}"
+        )
+    return reference.volume, reference.snapshot
+
+
+def only_terms(texts: tuple[str, ...]) -> tuple[RuleTerm, ...]:
+    """Return include terms for the words of `--only`."""
+    return tuple(RuleTerm(include=True, text=text) for text in texts)

@@ -1,0 +1,160 @@
+"""What commands print: results for people or as JSON, remarks and questions on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stillblock import codec
+from stillblock.errors import CancelledError, ConfirmationNeededError
+from stillblock.model import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from stillblock.cli.options import Change, Common
+    from stillblock.model import LeftOut, RuleTerm
+
+_WIDE = 4000
+"""Columns for output that goes to a file or a pipe: nothing is wrapped or cut there."""
+_LEFT_OUT_SHOWN_MAX = 8
+
+
+class Output:
+    """Where one command prints."""
+
+    def __init__(self, common: Common) -> None:
+        self.is_json = common.json
+        self.is_quiet = common.quiet
+        self._out = Console(
+            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE
+        )
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether somebody watches."""
+        return self.err.is_terminal and not (self.is_json or self.is_quiet)
+
+    def result(self, kind: str, value: object, render: Callable[[Output], None]) -> None:
+        """Print a result: the envelope with --json, else as `render` does."""
+        if self.is_json:
+            self.json(kind, value)
+        else:
+            render(self)
+
+    def json(self, kind: str, value: object) -> None:
+        """Print one envelope on one line."""
+        print(json.dumps(codec.to_json(codec.document(kind, value))), flush=True)
+
+    def line(self, text: str = "") -> None:
+        """Print one line of a result."""
+        self._out.print(Text(text))
+
+    def pairs(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Print names and values, aligned; rows without a value are left out."""
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            if value:
+                table.add_row(name, Text(value))
+        self._print(table)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
+        """Print a table; a column whose name begins with `>` is aligned to the right."""
+        if not rows:
+            self.remark(empty)
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for column in columns:
+            name = column.removeprefix(">")
+            justify: Any = "right" if column.startswith(">") else "left"
+            table.add_column(name, justify=justify, no_wrap=not sys.stdout.isatty())
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self._print(table)
+
+    def _print(self, table: Table) -> None:
+        """Print a table without the blanks that rich puts at the ends of lines."""
+        with self._out.capture() as capture:
+            self._out.print(table)
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
+
+    def remark(self, text: str) -> None:
+        """Say something that is not the result."""
+        if not self.is_quiet and not self.is_json:
+            self.err.print(Text(text, style="dim"))
+
+    def warn(self, text: str) -> None:
+        """Say something that must not be missed."""
+        if not self.is_json:
+            self.err.print(Text(f"warning: {text}", style="yellow"))
+
+    def confirm(self, change: Change, question: str) -> None:
+        """Ask on a terminal; without one raise `ConfirmationNeededError` unless `--yes`."""
+        if change.yes:
+            return
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise ConfirmationNeededError(
+                f"{question} There is no terminal to ask on", hint="add --yes to do it"
+            )
+        self.err.print(Text(f"{question} [y/N] "), end="")
+        answer = sys.stdin.readline().strip().lower()
+        if answer not in {"y", "yes"}:
+            raise CancelledError("nothing was changed")
+
+
+def age(unix_ns: int, *, now_ns: int | None = None) -> str:
+    """Return how long ago, in one unit: `12 s`, `5 min`, `3 h`, `9 d`."""
+    seconds = max(0, ((time.time_ns() if now_ns is None else now_ns) - unix_ns) // 1_000_000_000)
+    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def percent(part: int, whole: int) -> str:
+    """Return a share: `42 %`, `0.3 %`."""
+    if part == whole:
+        return "100 %"
+    # Rounded down: what is not all must not read as all.
+    return f"{part * 1000 // whole / 10:g} %"
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun: `1 extent`, `2 extents`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def size_exact(size_bytes: int) -> str:
+    """Return a size to read and the exact bytes."""
+    return f"{format_size(size_bytes)} ({size_bytes} bytes)"
+
+
+def rules_text(rules: Sequence[RuleTerm]) -> str:
+    """Return rules on one line; none means all."""
+    return ", ".join(map(str, rules)) or "all"
+
+
+def extents_rows(extents: Sequence[tuple[int, int]]) -> list[tuple[str, str, str]]:
+    """Return rows of start, end and size."""
+    return [(str(start), str(end), format_size(end - start)) for start, end in extents]
+
+
+def show_left_out(output: Output, left_out: Sequence[LeftOut]) -> None:
+    """Print what is left out and why, the reasons with most bytes first."""
+    by_reason: dict[str, int] = {}
+    for part in left_out:
+        by_reason[part.because] = by_reason.get(part.because, 0) + part.end - part.start
+    rows = sorted(by_reason.items(), key=lambda item: -item[1])
+    for because, size_bytes in rows[:_LEFT_OUT_SHOWN_MAX]:
+        output.line(f"left out {format_size(size_bytes)}: {because}")
+    if len(rows) > _LEFT_OUT_SHOWN_MAX:
+        output.line(f"and {len(rows) - _LEFT_OUT_SHOWN_MAX} more reasons")

@@ -1,0 +1,249 @@
+"""The bare commands: serve, status, events, doctor, demo, completion."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path  # noqa: TC003 - cyclopts reads the hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from cyclopts import Parameter
+
+from stillblock.cli.options import Common, Size, volume_of
+from stillblock.cli.output import Output
+from stillblock.errors import ExitCode, StillblockError, UsageError
+from stillblock.model import Event, format_instant
+
+if TYPE_CHECKING:
+    from stillblock.service.serve import Ready
+
+_COMMON: Final = Common()
+_FOLLOW_POLL_S: Final = 0.5
+_BUFFER_BYTES_DEFAULT: Final = 64 * 1024 * 1024
+
+
+def serve(
+    *volumes: str,
+    listen: tuple[str, ...] = (),
+    attach: Annotated[
+        Literal["qemu", "libvirt", "nbd-client", "nbdfuse"] | None, Parameter(name="--print")
+    ] = None,
+    cache: Literal["writeback", "writethrough"] = "writeback",
+    direct: bool = False,
+    buffer_dir: Path | None = None,
+    buffer_size: Size = _BUFFER_BYTES_DEFAULT,
+    excluded_reads: Literal["zeros", "error"] = "zeros",
+    read_only: bool = False,
+    common: Common = _COMMON,
+) -> None:
+    """Serve volumes to NBD clients until stopped by a signal or by `volume release`.
+
+    Prints the URIs when clients can come. The live disk is exported as VOL, each snapshot as
+    VOL@SNAP. A clean stop leaves the origin complete.
+
+    Parameters
+    ----------
+    volumes
+        The volumes to serve.
+    listen
+        Where NBD clients connect: a socket's path, or HOST:PORT on loopback; as often as needed.
+    attach
+        Print what to paste to attach the disk to this kind of client.
+    cache
+        writeback: writes wait in a bounded buffer as in a disk's cache, flushes make them durable;
+        writethrough: no buffer.
+    direct
+        Use direct I/O on the origin, past the page cache.
+    buffer_dir
+        A directory in memory for the write buffer; default: one that survives a kill of the server.
+    buffer_size
+        The write buffer's size.
+    excluded_reads
+        What reading a block outside a snapshot's selection gives.
+    read_only
+        Refuse writes to the live disk.
+    """
+    from stillblock.operations.volume import EngineOptions  # noqa: PLC0415 - only to serve
+    from stillblock.service.serve import ServeOptions, parse_listener  # noqa: PLC0415
+    from stillblock.service.serve import serve as run  # noqa: PLC0415
+
+    if not volumes:
+        raise UsageError("say which volume to serve: stillblock serve VOL")
+    output = Output(common)
+    options = ServeOptions(
+        engine=EngineOptions(
+            cache=cache, direct=direct, buffer_dir=buffer_dir, buffer_bytes=buffer_size
+        ),
+        listeners=tuple(parse_listener(text) for text in listen),
+        excluded_reads=excluded_reads,
+        is_read_only=read_only,
+    )
+    names = tuple(volume_of(name) for name in volumes)
+    released = run(
+        common.config(),
+        names,
+        options,
+        on_ready=lambda ready: _announce(output, ready, attach),
+    )
+    if output.is_json:
+        output.json("stopped", {"volumes": released})
+    for done in released:
+        output.remark(f"released {done.volume}: {done.origin} is complete, any tool can use it")
+
+
+def _announce(output: Output, ready: Ready, attach: Any) -> None:
+    from stillblock.service.attachments import attachment  # noqa: PLC0415
+
+    pasteable = {}
+    if attach is not None:
+        if not ready.nbd_sockets:
+            raise UsageError("--print needs a Unix socket to listen on")
+        pasteable = {
+            name: attachment(attach, export=name, socket_path=ready.nbd_sockets[0])
+            for name in ready.volumes
+        }
+    if output.is_json:
+        output.json("ready", {"serve": ready, "attachments": pasteable})
+        return
+    # One write: who reads our output for a URI finds it whole.
+    lines = [*(export.uri for export in ready.exports), *pasteable.values()]
+    print("\n".join(lines), flush=True)
+    output.remark("ready; stop with Ctrl-C or `stillblock volume release`")
+
+
+def status(*, common: Common = _COMMON) -> int:
+    """Show what is served, to whom, and how far a restore is."""
+    from stillblock.catalog import Catalog  # noqa: PLC0415
+    from stillblock.cli.restore import describe  # noqa: PLC0415
+    from stillblock.service.client import RemoteSession, find_server  # noqa: PLC0415
+
+    output, config = Output(common), common.config()
+    with Catalog(config.catalog_path) as catalog:
+        known = catalog.volumes()
+    found: list[dict[str, object]] = []
+    rows: list[tuple[str, ...]] = []
+    remarks: list[str] = []
+    code = ExitCode.OK
+    for entry in known:
+        socket_path = find_server(config, entry.name)
+        if socket_path is None:
+            found.append({"name": entry.name, "is_served": False, "exports": [], "restore": None})
+            rows.append((entry.name, "stopped", "", ""))
+            continue
+        session = RemoteSession(socket_path, entry.name)
+        try:
+            exports, restore = session.exports().exports, session.restore_status()
+        except StillblockError as error:
+            output.warn(f"{entry.name}: {error}")
+            code = ExitCode.PARTIAL
+            continue
+        found.append(
+            {"name": entry.name, "is_served": True, "exports": exports, "restore": restore}
+        )
+        rows += [(e.name, "served", str(e.connections), e.uri) for e in exports]
+        remarks += [describe(restore)] if restore.is_running else []
+
+    def render(out: Output) -> None:
+        out.table(("NAME", "STATE", ">CLIENTS", "URI"), rows, empty="no volumes yet")
+        for remark in remarks:
+            out.line(remark)
+
+    output.result("status", {"volumes": found}, render)
+    return code
+
+
+def events(
+    volume: str | None = None,
+    /,
+    *,
+    follow: bool = False,
+    count: int = 100,
+    common: Common = _COMMON,
+) -> None:
+    """Show what happened, one line an event.
+
+    Parameters
+    ----------
+    volume
+        Only of this volume.
+    follow
+        Go on as things happen.
+    count
+        How many of the newest to start with.
+    """
+    from stillblock.catalog import Catalog  # noqa: PLC0415
+
+    output, config = Output(common), common.config()
+    name = None if volume is None else volume_of(volume)
+    with Catalog(config.catalog_path) as catalog:
+        after_id, count_max = 0, count
+        while True:
+            for event in catalog.events(volume=name, after_id=after_id, count_max=count_max):
+                after_id = event.id
+                _show_event(output, event)
+            if not follow:
+                return
+            count_max = 1000
+            time.sleep(_FOLLOW_POLL_S)
+
+
+def _show_event(output: Output, event: Event) -> None:
+    detail = " ".join(f"{name}={value}" for name, value in event.detail.items())
+    output.result(
+        "event",
+        event,
+        lambda out: out.line(
+            f"{format_instant(event.unix_ns)} {event.volume} {event.kind} {detail}".rstrip()
+        ),
+    )
+
+
+def doctor(*, common: Common = _COMMON) -> int:
+    """Show what this system offers, and what is wrong with it."""
+    from stillblock.operations.doctor import Level, examine  # noqa: PLC0415
+
+    output, config = Output(common), common.config()
+    checks = examine(config)
+    rows = [(str(check.level), check.name, check.finding, check.advice) for check in checks]
+    output.result(
+        "doctor",
+        {"checks": checks},
+        lambda out: out.table(("", "CHECK", "FINDING", "WHAT TO DO"), rows, empty=""),
+    )
+    return ExitCode.FAILED if any(c.level is Level.BROKEN for c in checks) else ExitCode.OK
+
+
+def demo(*, keep: Path | None = None, common: Common = _COMMON) -> int:
+    """See it work on a real filesystem, in half a minute and without root.
+
+    Parameters
+    ----------
+    keep
+        A directory to leave everything in.
+    """
+    import importlib  # noqa: PLC0415
+
+    # By name: the demo uses the commands like a stranger and lies beside them, not below.
+    run = importlib.import_module("stillblock.demo").main
+    code = run(keep=keep, json=common.json, quiet=common.quiet)
+    return int(code)
+
+
+def completion(
+    shell: Literal["bash", "zsh", "fish"], /, *, install: bool = False, common: Common = _COMMON
+) -> None:
+    """Print the completion script of a shell.
+
+    Parameters
+    ----------
+    shell
+        Which shell.
+    install
+        Put it where the shell finds it instead.
+    """
+    from stillblock.cli.app import build  # noqa: PLC0415
+
+    if not install:
+        print(build().generate_completion(prog_name="stillblock", shell=shell))
+        return
+    path = build().install_completion(shell=shell, add_to_startup=False)
+    Output(common).line(str(path))

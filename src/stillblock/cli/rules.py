@@ -1,0 +1,116 @@
+"""`stillblock rules`: set, add, show, explain."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from cyclopts import Parameter
+
+from stillblock.cli.app import new_app
+from stillblock.cli.options import Common, Terms, volume_of
+from stillblock.cli.output import Output, counted, extents_rows, percent, show_left_out
+from stillblock.errors import UsageError
+from stillblock.model import format_size
+from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
+from stillblock.service.session import open_session
+
+app = new_app("rules")
+
+_COMMON: Final = Common()
+
+
+@app.command(name="set")
+def set_(
+    volume: str,
+    /,
+    *,
+    terms: Terms = (),
+    all_: Annotated[bool, Parameter(name="--all", help="No terms: keep everything.")] = False,
+    common: Common = _COMMON,
+) -> None:
+    """Replace the standing rules of a volume."""
+    if bool(terms) == all_:
+        raise UsageError("say which terms with --include and --exclude, or --all for none")
+    with open_session(common.config(), volume_of(volume)) as session:
+        _show(Output(common), session.set_rules(RulesRequest(terms=terms)))
+
+
+@app.command
+def add(volume: str, /, *, terms: Terms = (), common: Common = _COMMON) -> None:
+    """Append terms to the standing rules of a volume."""
+    if not terms:
+        raise UsageError("say which terms with --include and --exclude")
+    with open_session(common.config(), volume_of(volume)) as session:
+        _show(Output(common), session.add_rules(RulesRequest(terms=terms)))
+
+
+@app.command
+def show(volume: str, /, *, common: Common = _COMMON) -> None:
+    """Show the standing rules of a volume."""
+    with open_session(common.config(), volume_of(volume)) as session:
+        _show(Output(common), session.show_rules())
+
+
+@app.command
+def explain(
+    volume: str,
+    /,
+    *,
+    terms: Terms = (),
+    only_these: bool = False,
+    extents: bool = False,
+    common: Common = _COMMON,
+) -> None:
+    """Show what rules come to on the disk now, before anything is taken.
+
+    Parameters
+    ----------
+    only_these
+        Start afresh instead of appending to the standing rules.
+    extents
+        List every resolved extent.
+    """
+    output = Output(common)
+    request = RulesRequest(terms=terms, only_these=only_these)
+    with open_session(common.config(), volume_of(volume)) as session:
+        found = session.explain(request)
+    output.result("explanation", found, lambda out: _render(out, found, with_extents=extents))
+    for note in found.notes:
+        output.warn(note)
+
+
+def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:
+    rows = [
+        (
+            "include" if term.include else "exclude",
+            term.text,
+            format_size(term.matched_bytes),
+            format_size(term.contributed_bytes),
+            term.note,
+        )
+        for term in found.terms
+    ]
+    if rows:
+        out.table(("", "TERM", ">MATCHES", ">DECIDES", "NOTE"), rows, empty="")
+        out.line()
+    share = percent(found.selected_bytes, found.size_bytes)
+    out.line(
+        f"selected {format_size(found.selected_bytes)} of {format_size(found.size_bytes)} "
+        f"({share}) in {counted(len(found.extents), 'extent')}"
+    )
+    show_left_out(out, found.left_out)
+    if with_extents:
+        out.line()
+        out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
+
+
+def _show(output: Output, standing: StandingRules) -> None:
+    rows = [(str(i), str(term)) for i, term in enumerate(standing.rules, start=1)]
+
+    def render(out: Output) -> None:
+        if rows:
+            out.table((">", "TERM"), rows, empty="")
+        else:
+            out.line(f"{standing.volume} has no terms: everything is selected")
+
+    output.result("rules", standing, render)

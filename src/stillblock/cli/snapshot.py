@@ -1,0 +1,360 @@
+"""`stillblock snapshot`: create, list, show, receipt, rename, delete, protect, diff."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from cyclopts import Parameter
+
+from stillblock.cli.app import new_app
+from stillblock.cli.options import Change, Common, Terms, snapshot_of, volume_of
+from stillblock.cli.output import (
+    Output,
+    age,
+    counted,
+    extents_rows,
+    percent,
+    rules_text,
+    show_left_out,
+    size_exact,
+)
+from stillblock.errors import UsageError
+from stillblock.model import (
+    PAUSE_LIMIT_MS_DEFAULT,
+    Receipt,
+    Reference,
+    SnapshotInfo,
+    SnapshotPurpose,
+    format_duration,
+    format_instant,
+    format_size,
+)
+from stillblock.operations.snapshots import SnapshotPlan, SnapshotRequest
+from stillblock.service.session import open_session
+
+app = new_app("snapshot")
+
+_COMMON: Final = Common()
+_CHANGE: Final = Change()
+
+
+@app.command
+def create(
+    ref: str,
+    /,
+    *,
+    terms: Terms = (),
+    only_these: bool = False,
+    pause_limit: Annotated[int, Parameter(name="--pause-limit")] = PAUSE_LIMIT_MS_DEFAULT,
+    description: str = "",
+    dry_run: bool = False,
+    common: Common = _COMMON,
+) -> None:
+    """Take a snapshot of VOL@NAME, or of VOL under a name made of the UTC time.
+
+    Parameters
+    ----------
+    ref
+        VOL@NAME or VOL.
+    only_these
+        Use only the terms given here, not the volume's standing rules.
+    pause_limit
+        Longest time in milliseconds that writes may be held; past it nothing is taken.
+    description
+        A remark to keep with it.
+    dry_run
+        Print what it would hold, and take nothing.
+    """
+    output = Output(common)
+    reference = Reference.parse(ref)
+    if reference.clone or reference.repository or reference.path:
+        raise UsageError(f"{ref!r} should be VOL or VOL@NAME")
+    request = SnapshotRequest(
+        name=reference.snapshot,
+        terms=terms,
+        only_these=only_these,
+        pause_limit_ms=pause_limit,
+        description=description,
+    )
+    with open_session(common.config(), reference.volume) as session:
+        if dry_run:
+            plan = session.plan_snapshot(request)
+            output.result("snapshot-plan", plan, lambda out: _render_plan(out, plan))
+            for note in plan.notes:
+                output.warn(note)
+            return
+        receipt = session.create_snapshot(request)
+    output.result("receipt", receipt, lambda out: _render_created(out, receipt))
+
+
+@app.command(name="list")
+def list_(volume: str | None = None, /, *, common: Common = _COMMON) -> None:
+    """List the snapshots of a volume, or of every volume that can be opened."""
+    output, config = Output(common), common.config()
+    found: list[SnapshotInfo] = []
+    for name in _volumes(volume, common):
+        with open_session(config, name) as session:
+            found += session.list_snapshots().snapshots
+    rows = [
+        (
+            s.reference,
+            format_instant(s.created_unix_ns),
+            age(s.created_unix_ns),
+            format_size(s.selected_bytes),
+            format_size(s.preserved_bytes),
+            format_size(s.exclusive_bytes),
+            _flags(s),
+        )
+        for s in found
+    ]
+    columns = ("SNAPSHOT", "TAKEN", ">AGE", ">SELECTED", ">PRESERVED", ">OWN", "NOTES")
+    output.result(
+        "snapshot-list",
+        {"snapshots": found},
+        lambda out: out.table(columns, rows, empty="no snapshots yet"),
+    )
+
+
+@app.command
+def show(ref: str, /, *, common: Common = _COMMON) -> None:
+    """Show one snapshot."""
+    output = Output(common)
+    volume, name = snapshot_of(ref)
+    with open_session(common.config(), volume) as session:
+        info = session.show_snapshot(name)
+        uri = next((e.uri for e in session.exports().exports if e.name == info.reference), "")
+    output.result(
+        "snapshot", {"snapshot": info, "uri": uri}, lambda out: _render_info(out, info, uri)
+    )
+
+
+@app.command
+def receipt(ref: str, /, *, extents: bool = False, common: Common = _COMMON) -> None:
+    """Show the record of a snapshot: rules, what was left out and why, how consistent, when.
+
+    Parameters
+    ----------
+    extents
+        List every selected extent.
+    """
+    output = Output(common)
+    volume, name = snapshot_of(ref)
+    with open_session(common.config(), volume) as session:
+        found = session.receipt(name)
+    output.result("receipt", found, lambda out: _render_receipt(out, found, with_extents=extents))
+
+
+@app.command
+def rename(ref: str, name: str, /, *, common: Common = _COMMON) -> None:
+    """Give a snapshot another name."""
+    output = Output(common)
+    volume, old = snapshot_of(ref)
+    with open_session(common.config(), volume) as session:
+        info = session.rename_snapshot(old, name=name.removeprefix(f"{volume}@"))
+    output.result("snapshot", {"snapshot": info}, lambda out: out.line(info.reference))
+
+
+@app.command
+def protect(ref: str, /, *, off: bool = False, common: Common = _COMMON) -> None:
+    """Refuse to delete a snapshot from now on.
+
+    Parameters
+    ----------
+    off
+        Allow it again.
+    """
+    output = Output(common)
+    volume, name = snapshot_of(ref)
+    with open_session(common.config(), volume) as session:
+        info = session.protect_snapshot(name, is_protected=not off)
+    state = "protected" if info.is_protected else "not protected"
+    output.result(
+        "snapshot", {"snapshot": info}, lambda out: out.line(f"{info.reference} is {state}")
+    )
+
+
+@app.command
+def delete(
+    *refs: str,
+    force: Annotated[bool, Parameter(help="Also while clients use it: they are cut.")] = False,
+    change: Change = _CHANGE,
+) -> None:
+    """Delete snapshots; what only they needed is freed."""
+    if not refs:
+        raise UsageError("say which snapshot to delete: VOL@SNAP")
+    output, config = Output(change), change.config()
+    targets = [snapshot_of(ref) for ref in refs]
+    plans = []
+    for volume, name in targets:
+        with open_session(config, volume) as session:
+            plans.append(session.plan_delete(name))
+
+    def render(out: Output) -> None:
+        for plan in plans:
+            info = plan.snapshot
+            out.line(
+                f"{info.reference} of {format_instant(info.created_unix_ns)}: "
+                f"frees {format_size(plan.frees_bytes)}{_holders(info)}"
+            )
+
+    if change.dry_run:
+        output.result("snapshot-delete-plan", {"plans": plans}, render)
+        return
+    if not change.yes and not output.is_json:
+        render(output)
+    output.confirm(change, f"Delete {counted(len(plans), 'snapshot')}?")
+    deleted = []
+    for plan in plans:
+        with open_session(config, plan.snapshot.volume) as session:
+            # By id: a name could mean another snapshot by now.
+            deleted.append(session.delete_snapshot(plan.snapshot.id, force=force))
+
+    def render_deleted(out: Output) -> None:
+        for gone in deleted:
+            out.line(f"deleted {gone.volume}@{gone.name}, freed {format_size(gone.freed_bytes)}")
+
+    output.result("snapshots-deleted", {"deleted": deleted}, render_deleted)
+
+
+@app.command
+def diff(
+    ref: str, until: str | None = None, /, *, extents: bool = True, common: Common = _COMMON
+) -> None:
+    """Show what changed since a snapshot or bookmark, until a later one or until now.
+
+    Parameters
+    ----------
+    ref
+        The older instant, VOL@SNAP.
+    until
+        The later one, VOL@SNAP; default: now.
+    """
+    output = Output(common)
+    volume, since = snapshot_of(ref)
+    later = None
+    if until is not None:
+        other, later = snapshot_of(until) if "@" in until else (volume, until)
+        if other != volume:
+            raise UsageError(f"{ref} and {until} are of different volumes")
+    with open_session(common.config(), volume) as session:
+        found = session.changes(since=since, until=later)
+
+    def render(out: Output) -> None:
+        end = f"{volume}@{found.until}" if found.until else "now"
+        if extents and found.extents:
+            out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="")
+            out.line()
+        out.line(
+            f"{format_size(found.changed_bytes)} changed in {counted(len(found.extents), 'extent')} "
+            f"from {volume}@{found.since} to {end}"
+        )
+
+    output.result("changes", found, render)
+
+
+def _volumes(volume: str | None, common: Common) -> list[str]:
+    if volume is not None:
+        return [volume_of(volume)]
+    from stillblock.catalog import Catalog  # noqa: PLC0415
+
+    with Catalog(common.config().catalog_path) as catalog:
+        return [entry.name for entry in catalog.volumes()]
+
+
+def _flags(info: SnapshotInfo) -> str:
+    notes = [
+        "protected" if info.is_protected else "",
+        "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
+        "bookmarked" if info.has_bookmark else "",
+        f"LOST {format_size(info.lost_bytes)}" if info.lost_bytes else "",
+        "SUSPECT" if info.is_suspect else "",
+    ]
+    return ", ".join(filter(None, notes))
+
+
+def _holders(info: SnapshotInfo) -> str:
+    return f", in use by {counted(info.holders, 'reader')}" if info.holders else ""
+
+
+def _render_plan(out: Output, plan: SnapshotPlan) -> None:
+    share = percent(plan.selected_bytes, plan.size_bytes)
+    out.line(f"would take {plan.volume}@{plan.name}: {rules_text(plan.rules)}")
+    out.line(
+        f"selected {format_size(plan.selected_bytes)} of {format_size(plan.size_bytes)} ({share})"
+    )
+    show_left_out(out, plan.left_out)
+
+
+def _render_created(out: Output, receipt: Receipt) -> None:
+    info = receipt.snapshot
+    pause = "" if receipt.pause_ns is None else f", writers waited {_pause(receipt)}"
+    out.line(f"{info.reference} taken {format_instant(info.created_unix_ns)}{pause}")
+    share = percent(info.selected_bytes, info.size_bytes)
+    out.line(
+        f"selected {format_size(info.selected_bytes)} of {format_size(info.size_bytes)} ({share})"
+    )
+    show_left_out(out, receipt.left_out)
+
+
+def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
+    out.pairs(
+        (
+            ("snapshot", info.reference),
+            ("id", info.id),
+            ("taken", f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)"),
+            ("disk size", size_exact(info.size_bytes)),
+            ("selected", size_exact(info.selected_bytes)),
+            ("preserved", f"{size_exact(info.preserved_bytes)}, shared ones included"),
+            ("own", f"{size_exact(info.exclusive_bytes)}, freed by deleting it"),
+            ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
+            ("SUSPECT", info.suspect_reason),
+            ("notes", _flags(info)),
+            ("description", info.description),
+            ("read it at", uri),
+        )
+    )
+
+
+def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
+    info = found.snapshot
+    out.pairs(
+        (
+            ("snapshot", info.reference),
+            ("id", info.id),
+            ("instant", format_instant(info.created_unix_ns)),
+            ("consistency", found.consistency),
+            ("writers waited", "" if found.pause_ns is None else _pause(found)),
+            ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
+            ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
+            ("rules", rules_text(found.rules)),
+            (
+                "selected",
+                f"{size_exact(info.selected_bytes)} in {counted(len(found.extents), 'extent')}",
+            ),
+            ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
+            ("SUSPECT", info.suspect_reason),
+        )
+    )
+    if found.terms:
+        rows = [
+            (
+                "include" if term.include else "exclude",
+                term.text,
+                format_size(term.matched_bytes),
+                format_size(term.contributed_bytes),
+                term.note,
+            )
+            for term in found.terms
+        ]
+        out.line()
+        out.table(("", "TERM", ">MATCHED", ">DECIDED", "NOTE"), rows, empty="")
+    if found.left_out:
+        out.line()
+        show_left_out(out, found.left_out)
+    if with_extents:
+        out.line()
+        out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
+
+
+def _pause(found: Receipt) -> str:
+    return format_duration(found.pause_ns or 0)

@@ -1,0 +1,259 @@
+"""`stillblock volume`: add, list, show, resize, release, recover, import, remove."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - cyclopts reads the hints
+from typing import Annotated, Final
+
+from cyclopts import Parameter
+
+from stillblock.cli.app import new_app
+from stillblock.cli.options import Change, Common, Size, Terms, volume_of
+from stillblock.cli.output import Output, age, counted, percent, rules_text, size_exact
+from stillblock.errors import InUseError, UsageError
+from stillblock.model import BLOCK_SIZE_DEFAULT, VolumeEntry, format_instant, format_size
+from stillblock.operations import volumes
+from stillblock.service.client import find_server
+from stillblock.service.session import open_session
+
+app = new_app("volume")
+
+_COMMON: Final = Common()
+_CHANGE: Final = Change()
+
+
+@app.command
+def add(
+    name: str,
+    /,
+    *,
+    origin: Path,
+    store: Path | None = None,
+    block_size: Size = BLOCK_SIZE_DEFAULT,
+    terms: Terms = (),
+    change: Change = _CHANGE,
+) -> None:
+    """Make a volume of a plain raw file or a block device.
+
+    The origin is not changed. Images that are not raw, disks that are mounted or belong to another
+    volume, and a store on the disk itself are refused, with what to do instead.
+
+    Parameters
+    ----------
+    name
+        What to call it.
+    origin
+        The raw file or block device with the live data.
+    store
+        A new directory for all that is kept about it; may be on another disk.
+    block_size
+        The unit of tracking: a power of two from 4096 to 65536.
+    """
+    output, config = Output(change), change.config()
+    request = volumes.AddRequest(
+        name=name, origin=origin, store=store, block_size=block_size, rules=terms
+    )
+    plan = volumes.plan_add(config, request)
+    share = percent(plan.selected_bytes, plan.size_bytes)
+
+    def render(out: Output) -> None:
+        verb = "would add" if change.dry_run else "added"
+        out.line(f"{verb} {plan.name}: {format_size(plan.size_bytes)} of {plan.origin}")
+        out.line(f"store {plan.store}")
+        out.line(f"standing rules: {rules_text(plan.rules)}, {share} of the disk now")
+
+    if change.dry_run:
+        output.result("volume-add-plan", plan, render)
+        return
+    entry = volumes.add_volume(config, plan)
+    output.result("volume-added", {"volume": entry, "plan": plan}, render)
+    output.remark(f"next: stillblock serve {plan.name}")
+
+
+@app.command(name="list")
+def list_(*, common: Common = _COMMON) -> None:
+    """List the volumes."""
+    output, config = Output(common), common.config()
+    found = volumes.list_volumes(config, lambda name: find_server(config, name) is not None)
+    rows = [
+        (
+            v.name,
+            str(v.state),
+            "-" if v.size_bytes is None else format_size(v.size_bytes),
+            v.origin,
+            v.store,
+        )
+        for v in found
+    ]
+    output.result(
+        "volume-list",
+        {"volumes": found},
+        lambda out: out.table(
+            ("NAME", "STATE", ">SIZE", "ORIGIN", "STORE"), rows, empty="no volumes yet"
+        ),
+    )
+    for volume in found:
+        if volume.note:
+            output.warn(f"{volume.name}: {volume.note}")
+
+
+@app.command
+def show(volume: str, /, *, common: Common = _COMMON) -> None:
+    """Show a volume: origin, store, rules, what its snapshots take."""
+    output, config = Output(common), common.config()
+    with open_session(config, volume_of(volume)) as session:
+        info = session.show_volume()
+        exports = session.exports().exports
+
+    def render(out: Output) -> None:
+        out.pairs(
+            (
+                ("volume", info.name),
+                ("uuid", info.uuid),
+                ("origin", info.origin),
+                ("store", info.store),
+                ("state", "served" if info.is_served else "stopped"),
+                ("size", size_exact(info.size_bytes)),
+                ("block size", format_size(info.block_size)),
+                ("standing rules", rules_text(info.rules)),
+                ("snapshots", str(info.snapshot_count)),
+                ("bookmarks", str(info.bookmark_count)),
+                ("kept for them", format_size(info.store_bytes)),
+                (
+                    "made",
+                    f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)",
+                ),
+                ("SUSPECT", info.suspect_reason),
+            )
+        )
+        for export in exports:
+            out.line(export.uri)
+
+    output.result("volume", {"volume": info, "exports": exports}, render)
+
+
+@app.command
+def resize(volume: str, /, *, common: Common = _COMMON) -> None:
+    """Take over the origin's present length, after it grew."""
+    output, config = Output(common), common.config()
+    with open_session(config, volume_of(volume)) as session:
+        done = session.resize()
+    output.result(
+        "volume-resized",
+        done,
+        lambda out: out.line(
+            f"{done.volume}: {format_size(done.size_bytes_before)} before, "
+            f"{format_size(done.size_bytes)} now"
+        ),
+    )
+
+
+@app.command
+def release(volume: str, /, *, common: Common = _COMMON) -> None:
+    """Stop cleanly: the origin is complete afterwards, and any tool can use it.
+
+    If a process serves the volume, its clients are cut and it ends with its last volume.
+    """
+    output, config = Output(common), common.config()
+    with open_session(config, volume_of(volume)) as session:
+        done = session.release()
+    _show_released(output, done)
+
+
+@app.command
+def recover(
+    volume: str,
+    /,
+    *,
+    replay: bool = False,
+    discard: bool = False,
+    common: Common = _COMMON,
+) -> None:
+    """Decide about the writes that a killed server had acknowledged but not yet put on the origin.
+
+    Parameters
+    ----------
+    replay
+        Put them on the origin: clients see every acknowledged write.
+    discard
+        Drop them, as a power cut would.
+    """
+    if replay == discard:
+        raise UsageError("say either --replay or --discard")
+    output, config, name = Output(common), common.config(), volume_of(volume)
+    if find_server(config, name) is not None:
+        raise InUseError(f"{name} is served: there is nothing to recover")
+    done = volumes.recover_volume(config, name, how="replay" if replay else "discard")
+    _show_released(output, done)
+
+
+@app.command(name="import")
+def import_(
+    store: Path,
+    /,
+    *,
+    name: str | None = None,
+    origin: Path | None = None,
+    common: Common = _COMMON,
+) -> None:
+    """Put a store on the list again, after it was moved or the catalog was lost.
+
+    Parameters
+    ----------
+    store
+        The volume's store directory.
+    name
+        What to call it here; default: as the store says.
+    origin
+        Where the origin is now; default: as the store says.
+    """
+    output, config = Output(common), common.config()
+    entry: VolumeEntry = volumes.import_volume(config, store, name=name, origin=origin)
+    output.result(
+        "volume-imported",
+        {"volume": entry},
+        lambda out: out.line(f"imported {entry.name}: {entry.origin}, store {entry.store}"),
+    )
+
+
+@app.command
+def remove(
+    volume: str,
+    /,
+    *,
+    keep_store: Annotated[
+        bool, Parameter(help="Only take it off the list; `volume import` puts it back.")
+    ] = False,
+    change: Change = _CHANGE,
+) -> None:
+    """Delete a volume's store with all its snapshots. The origin stays, complete."""
+    output, config, name = Output(change), change.config(), volume_of(volume)
+    if find_server(config, name) is not None:
+        raise InUseError(f"{name} is served", hint=f"first: stillblock volume release {name}")
+    plan = volumes.plan_remove(config, name, keep_store=keep_store)
+
+    def render(out: Output) -> None:
+        what = "deletes" if plan.deletes_store else "keeps"
+        out.line(
+            f"{plan.name}: {what} {plan.store} with {counted(len(plan.snapshots), 'snapshot')}"
+        )
+        out.line(f"the origin {plan.origin} stays as it is")
+
+    if change.dry_run:
+        output.result("volume-remove-plan", plan, render)
+        return
+    if not change.yes and not output.is_json:
+        render(output)
+    output.confirm(change, f"Remove volume {name}?")
+    volumes.remove_volume(config, plan)
+    output.result("volume-removed", plan, lambda out: out.line(f"removed {plan.name}"))
+
+
+def _show_released(output: Output, done: volumes.Released) -> None:
+    output.result(
+        "volume-released",
+        done,
+        lambda out: out.line(
+            f"released {done.volume}: {done.origin} is complete, any tool can use it"
+        ),
+    )

@@ -1,0 +1,439 @@
+"""The values that every layer speaks: sizes, names, references, volumes, snapshots, receipts."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from stillblock.errors import UsageError
+
+Extent = tuple[int, int]
+"""A half-open byte range `(start, end)`."""
+
+Extents = tuple[Extent, ...]
+
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+SECTOR_BYTES: Final = 512
+LATEST: Final = "latest"
+BLOCK_SIZE_DEFAULT: Final = 4096
+BLOCK_SIZE_MIN: Final = 4096
+BLOCK_SIZE_MAX: Final = 65536
+PAUSE_LIMIT_MS_DEFAULT: Final = 2000
+PAUSE_LIMIT_MS_MAX: Final = 60_000
+ID_PREFIX_MIN: Final = 4
+"""An id is 16 hexadecimal digits; fewer than these are a typing error rather than a prefix."""
+
+_NAME: Final = re.compile(NAME_PATTERN)
+_SIZE: Final = re.compile(r"(\d+)\s*([A-Za-z]*)")
+_UNITS: Final[dict[str, int]] = {"": 1, "b": 1, "s": SECTOR_BYTES} | {
+    letter + ending: 1024**power
+    for power, letter in enumerate("kmgtpe", start=1)
+    for ending in ("", "ib", "b")
+}
+_SIZE_BYTES_MAX: Final = 2**63 - 1
+"""The largest offset a Linux block device can have."""
+
+
+# Sizes, times, extents --------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `4096`, `64K`, `4GiB` or `512s` (sectors) mean; units are of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    unit = None if match is None else _UNITS.get(match[2].lower())
+    if match is None or unit is None:
+        raise UsageError(
+            f"{text!r} is not a size; write bytes (4096), 1024 units (64K, 4GiB) or sectors (512s)"
+        )
+    size_bytes = int(match[1]) * unit
+    if size_bytes > _SIZE_BYTES_MAX:
+        raise UsageError(f"{text!r} is larger than any disk can be (8 EiB)")
+    return size_bytes
+
+
+def format_size(size_bytes: int) -> str:
+    """Return a size to read: `0 B`, `512 B`, `64 KiB`, `1.5 GiB`."""
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes} B"
+    value = size_bytes / 1024
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(value) < 1023.95:
+            return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+        value /= 1024
+    return f"{value:.1f}".removesuffix(".0") + " EiB"
+
+
+def format_duration(duration_ns: int) -> str:
+    """Return a duration to read: `180 us`, `4.2 ms`, `1.5 s`."""
+    if duration_ns < 1_000_000:
+        return f"{duration_ns / 1000:.0f} us"
+    if duration_ns < 1_000_000_000:
+        return f"{duration_ns / 1_000_000:.1f} ms"
+    return f"{duration_ns / 1_000_000_000:.1f} s"
+
+
+def format_instant(unix_ns: int) -> str:
+    """Return a UTC time to read and to sort: `2026-11-22T17:40:01Z`."""
+    moment = dt.datetime.fromtimestamp(unix_ns // 1_000_000_000, tz=dt.UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def name_for_instant(unix_ns: int) -> str:
+    """Return the name a snapshot without one gets, `2026-11-22T17-40-01Z`: valid, and it sorts."""
+    return format_instant(unix_ns).replace(":", "-")
+
+
+def total_bytes(extents: Extents) -> int:
+    """Return the sum of the lengths of disjoint extents."""
+    return sum(end - start for start, end in extents)
+
+
+def union(*groups: Extents) -> Extents:
+    """Return all that any of the groups covers, sorted, disjoint, neighbours joined."""
+    joined: list[Extent] = []
+    for start, end in sorted(extent for group in groups for extent in group):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return tuple(joined)
+
+
+def intersection(left: Extents, right: Extents) -> Extents:
+    """Return what both cover; both must be sorted and disjoint."""
+    found: list[Extent] = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        start, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+        if start < end:
+            found.append((start, end))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(found)
+
+
+def difference(left: Extents, right: Extents) -> Extents:
+    """Return what `left` covers and `right` does not; both must be sorted and disjoint."""
+    found: list[Extent] = []
+    for begin, end in left:
+        position = begin
+        for cut_start, cut_end in intersection(((begin, end),), right):
+            if position < cut_start:
+                found.append((position, cut_start))
+            position = cut_end
+        if position < end:
+            found.append((position, end))
+    return tuple(found)
+
+
+# Names and references ---------------------------------------------------------------------------
+
+
+def check_name(text: str, *, what: str) -> str:
+    """Return the name if it is one; `what` (volume, snapshot) is for the error."""
+    if _NAME.fullmatch(text) is not None:
+        return text
+    raise UsageError(
+        f"{text!r} is no {what} name; use 1 to 64 of A-Z a-z 0-9 . _ - "
+        "and start with a letter or digit"
+    )
+
+
+def check_new_name(text: str, *, what: str) -> str:
+    """Return the name if something new may have it."""
+    check_name(text, what=what)
+    if text == LATEST:
+        raise UsageError(f"{LATEST!r} stands for the newest snapshot and cannot be a {what} name")
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """`VOL`, `VOL@SNAP`, `VOL@SNAP+CLONE` or `REPO:VOL@BACKUP`, each with an optional `:/path`."""
+
+    volume: str
+    snapshot: str | None = None
+    clone: str | None = None
+    repository: str | None = None
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Return the reference; raise `UsageError` that says which part is wrong."""
+        head, colon, path = text.partition(":/")
+        inner = f"/{path}" if colon else None
+        repository, colon, rest = head.rpartition(":")
+        volume, at, snapshot = rest.partition("@")
+        snapshot, plus, clone = snapshot.partition("+")
+        check_name(volume, what="volume")
+        if colon:
+            check_name(repository, what="repository")
+        if at:
+            check_name(snapshot, what="snapshot")
+        if plus:
+            check_name(clone, what="clone")
+        if plus and colon:
+            raise UsageError(f"{text!r} names a clone of a backup; only snapshots have clones")
+        return cls(
+            volume=volume,
+            snapshot=snapshot if at else None,
+            clone=clone if plus else None,
+            repository=repository if colon else None,
+            path=inner,
+        )
+
+    def __str__(self) -> str:
+        return "".join(
+            (
+                f"{self.repository}:" if self.repository else "",
+                self.volume,
+                f"@{self.snapshot}" if self.snapshot else "",
+                f"+{self.clone}" if self.clone else "",
+                f":{self.path}" if self.path else "",
+            )
+        )
+
+
+# Volumes ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleTerm:
+    """One include or exclude term as the user wrote it."""
+
+    include: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'include' if self.include else 'exclude'} {self.text}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeConfig:
+    """What the store itself remembers about its volume; enough to import it elsewhere."""
+
+    name: str
+    created_unix_ns: int
+    rules: tuple[RuleTerm, ...] = ()
+
+
+class VolumeState(StrEnum):
+    """What can be said of a volume without opening it."""
+
+    SERVED = "served"
+    STOPPED = "stopped"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeEntry:
+    """A volume the catalog knows."""
+
+    name: str
+    uuid: str
+    origin: str
+    store: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeListing:
+    """One line of `volume list`."""
+
+    name: str
+    uuid: str
+    origin: str
+    store: str
+    state: VolumeState
+    size_bytes: int | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeInfo:
+    """An open volume."""
+
+    name: str
+    uuid: str
+    origin: str
+    store: str
+    size_bytes: int
+    block_size: int
+    created_unix_ns: int
+    rules: tuple[RuleTerm, ...]
+    snapshot_count: int
+    bookmark_count: int
+    store_bytes: int
+    is_served: bool
+    suspect_reason: str = ""
+
+
+# Snapshots --------------------------------------------------------------------------------------
+
+
+class SnapshotPurpose(StrEnum):
+    """Why a snapshot exists."""
+
+    USER = "user"
+    SAFETY = "safety"
+    """Taken by a restore, so that it can be undone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermOutcome:
+    """What one rule term came to at one instant."""
+
+    include: bool
+    text: str
+    matched_bytes: int
+    contributed_bytes: int
+    """Bytes whose last word this term had."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """An extent that a snapshot does not hold, and the term that left it out."""
+
+    start: int
+    end: int
+    because: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRecord:
+    """What we write beside an instant in the store; the engine keeps it as opaque bytes."""
+
+    name: str
+    id: str
+    purpose: SnapshotPurpose = SnapshotPurpose.USER
+    is_protected: bool = False
+    description: str = ""
+    rules: tuple[RuleTerm, ...] = ()
+    terms: tuple[TermOutcome, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    consistency: str = "barrier"
+    pause_ns: int | None = None
+    in_flight: int | None = None
+    commit_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BookmarkRecord:
+    """What we write beside a bookmark in the store."""
+
+    name: str
+    id: str
+    of_snapshot: str
+    created_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotInfo:
+    """A snapshot as lists and JSON show it."""
+
+    volume: str
+    name: str
+    id: str
+    epoch: int
+    created_unix_ns: int
+    size_bytes: int
+    selected_bytes: int
+    preserved_bytes: int
+    exclusive_bytes: int
+    purpose: SnapshotPurpose
+    is_protected: bool
+    has_bookmark: bool
+    is_suspect: bool
+    suspect_reason: str
+    lost_bytes: int
+    holders: int
+    """Views, restores and exports that hold it."""
+    description: str = ""
+
+    @property
+    def reference(self) -> str:
+        """`VOL@SNAP`."""
+        return f"{self.volume}@{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The record of a snapshot: rules, resolved extents, what was left out and why, how, when."""
+
+    snapshot: SnapshotInfo
+    rules: tuple[RuleTerm, ...]
+    terms: tuple[TermOutcome, ...]
+    extents: Extents
+    left_out: tuple[LeftOut, ...]
+    lost: Extents
+    consistency: str
+    """`barrier`: all writes acknowledged before the instant, none after; as after a power cut."""
+    pause_ns: int | None
+    """Time writes were held; None if the server died before it could be written down."""
+    in_flight: int | None
+    commit_ns: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BookmarkInfo:
+    """A bookmark as lists and JSON show it."""
+
+    volume: str
+    name: str
+    id: str
+    epoch: int
+    instant_unix_ns: int
+    of_snapshot: str
+    baseline_bytes: int
+    has_snapshot: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What changed from one instant to another, among the blocks tracked since the first."""
+
+    volume: str
+    since: str
+    until: str | None
+    """None: until now."""
+    extents: Extents
+    changed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreProgress:
+    """How far a restore is; `is_running` false means all is on the origin."""
+
+    volume: str
+    is_running: bool
+    source: str | None = None
+    safety: str | None = None
+    total_bytes: int = 0
+    done_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportInfo:
+    """One name that NBD clients can ask for."""
+
+    name: str
+    uri: str
+    is_read_only: bool
+    contexts: tuple[str, ...]
+    connections: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to a volume."""
+
+    id: int
+    unix_ns: int
+    volume: str
+    kind: str
+    detail: dict[str, str | int | bool]

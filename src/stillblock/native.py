@@ -1,0 +1,365 @@
+"""The only gateway to the Rust core: the same calls, with our error classes. No logic here."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, Self
+
+from stillblock import _native
+from stillblock.errors import StillblockError, from_native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from stillblock.model import Extents
+
+Instant = _native.Instant
+Epoch = _native.Epoch
+RestoreStatus = _native.RestoreStatus
+
+Cache = Literal["writeback", "writethrough"]
+Recovery = Literal["refuse", "replay", "discard"]
+ExcludedReads = Literal["zeros", "error"]
+ContextKind = Literal["selected", "changed"]
+ContextSpec = tuple[str, ContextKind, int]
+"""What clients call a metadata context, what it shows, since which epoch (0 for "selected")."""
+
+BUFFER_BYTES_DEFAULT = 64 * 1024 * 1024
+
+HOLE, ZERO, NOT_SELECTED, LOST = 1, 2, 4, 8
+"""Flags of `View.extents`."""
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise the class of our own for an error of the core."""
+    try:
+        yield
+    except _native.NativeError as error:
+        raise _translate(error) from error
+
+
+def _translate(error: _native.NativeError) -> StillblockError:
+    kind, message, *_ = (*(str(argument) for argument in error.args), "", "")
+    return from_native(kind, message or kind)
+
+
+def create_volume(*, store: Path, origin: Path, block_size: int, meta: bytes) -> str:
+    """Make a new store for the origin; return the volume's uuid."""
+    with _translated():
+        return _native.Volume.create(
+            store=str(store), origin=str(origin), block_size=block_size, meta=meta
+        )
+
+
+def peek(store: Path) -> tuple[str, str, int, bytes]:
+    """Return (uuid, origin path, block size, meta) of a store, even while it is served."""
+    with _translated():
+        return _native.Volume.peek(store=str(store))
+
+
+class Volume:
+    """One origin with its store, open in this process. Thread-safe."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: _native.Volume) -> None:
+        self.inner = inner
+
+    @classmethod
+    def open(
+        cls,
+        store: Path,
+        *,
+        origin: Path | None = None,
+        cache: Cache = "writeback",
+        direct: bool = False,
+        buffer_dir: Path | None = None,
+        buffer_bytes: int = BUFFER_BYTES_DEFAULT,
+        recover: Recovery = "refuse",
+    ) -> Self:
+        """Open and lock the volume; raise `LockedError`, `RecoveryNeededError` and their like."""
+        with _translated():
+            return cls(
+                _native.Volume.open(
+                    store=str(store),
+                    origin=None if origin is None else str(origin),
+                    cache=cache,
+                    direct=direct,
+                    buffer_dir=None if buffer_dir is None else str(buffer_dir),
+                    buffer_bytes=buffer_bytes,
+                    recover=recover,
+                )
+            )
+
+    @property
+    def uuid(self) -> str:
+        """The volume's uuid in hexadecimal."""
+        return self.inner.uuid
+
+    @property
+    def origin(self) -> str:
+        """The path of the raw file or device with the live data."""
+        return self.inner.origin
+
+    @property
+    def store(self) -> str:
+        """The path of the directory that holds everything else."""
+        return self.inner.store
+
+    @property
+    def size_bytes(self) -> int:
+        """The live size."""
+        with _translated():
+            return self.inner.size_bytes
+
+    @property
+    def block_size(self) -> int:
+        """The unit of tracking and preserving."""
+        return self.inner.block_size
+
+    def meta(self) -> bytes:
+        """Return what we keep about the volume in its store."""
+        with _translated():
+            return self.inner.meta()
+
+    def set_meta(self, meta: bytes) -> None:
+        """Replace it, durably."""
+        with _translated():
+            self.inner.set_meta(meta)
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read the live disk."""
+        with _translated():
+            return self.inner.pread(offset=offset, length=length)
+
+    def pwrite(
+        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
+    ) -> None:
+        """Write the live disk; durable when a later `flush` returns, or at once with `fua`."""
+        with _translated():
+            self.inner.pwrite(data, offset=offset, fua=fua)
+
+    def write_zeroes(
+        self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False
+    ) -> None:
+        """Zero a range of the live disk."""
+        with _translated():
+            self.inner.write_zeroes(offset=offset, length=length, may_punch=may_punch, fua=fua)
+
+    def trim(self, *, offset: int, length: int) -> None:
+        """Discard a range of the live disk."""
+        with _translated():
+            self.inner.trim(offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make every write before this durable."""
+        with _translated():
+            self.inner.flush()
+
+    def snapshot(self, *, selection: Extents, meta: bytes, pause_limit_ms: int) -> Instant:
+        """Take an instant; durable when it returns."""
+        with _translated():
+            return self.inner.snapshot(
+                selection=selection, meta=meta, pause_limit_ms=pause_limit_ms
+            )
+
+    def epochs(self) -> list[Epoch]:
+        """Return every instant the store knows, oldest first."""
+        with _translated():
+            return self.inner.epochs()
+
+    def set_epoch_meta(self, *, epoch: int, meta: bytes) -> None:
+        """Replace what we keep about a snapshot, durably."""
+        with _translated():
+            self.inner.set_epoch_meta(epoch=epoch, meta=meta)
+
+    def selection(self, *, epoch: int) -> Extents:
+        """Return what a snapshot selects, else its bookmark's baseline."""
+        with _translated():
+            return tuple(self.inner.selection(epoch=epoch))
+
+    def delete_snapshot(self, *, epoch: int, force: bool = False) -> int:
+        """Delete; return the bytes freed."""
+        with _translated():
+            return self.inner.delete_snapshot(epoch=epoch, force=force)
+
+    def bookmark(self, *, epoch: int, meta: bytes) -> None:
+        """Keep tracking what changes after this snapshot, even once it is deleted."""
+        with _translated():
+            self.inner.bookmark(epoch=epoch, meta=meta)
+
+    def delete_bookmark(self, *, epoch: int) -> None:
+        """Stop that."""
+        with _translated():
+            self.inner.delete_bookmark(epoch=epoch)
+
+    def changed(self, *, since: int, until: int | None = None) -> Extents:
+        """Return what changed from one instant to another or to now."""
+        with _translated():
+            return tuple(self.inner.changed(since=since, until=until))
+
+    def view(self, *, epoch: int, excluded_reads: ExcludedReads = "zeros") -> View:
+        """Open a snapshot for reading; holds it until closed."""
+        with _translated():
+            return View(self.inner.view(epoch=epoch, excluded_reads=excluded_reads))
+
+    def restore(
+        self,
+        *,
+        epoch: int,
+        request: Extents,
+        safety_selection: Extents,
+        meta: bytes,
+        pause_limit_ms: int,
+    ) -> RestoreStatus:
+        """Start a restore; the disk reads as restored when this returns."""
+        with _translated():
+            return self.inner.restore(
+                epoch=epoch,
+                request=request,
+                safety_selection=safety_selection,
+                meta=meta,
+                pause_limit_ms=pause_limit_ms,
+            )
+
+    def restore_plan(self, *, epoch: int, request: Extents) -> Extents:
+        """Return what `restore` would write now."""
+        with _translated():
+            return tuple(self.inner.restore_plan(epoch=epoch, request=request))
+
+    def restore_status(self) -> RestoreStatus | None:
+        """Return how far a restore is, or None if none runs."""
+        with _translated():
+            return self.inner.restore_status()
+
+    def restore_wait(self, *, timeout_ms: int) -> bool:
+        """Return whether no restore runs any more within the time."""
+        with _translated():
+            return self.inner.restore_wait(timeout_ms=timeout_ms)
+
+    def resize(self) -> int:
+        """Take over the origin's present length; return it."""
+        with _translated():
+            return self.inner.resize()
+
+    def statistics(self) -> dict[str, int]:
+        """Return the counters since the volume was opened."""
+        with _translated():
+            return self.inner.statistics().as_dict()
+
+    def store_bytes(self) -> int:
+        """Return the bytes kept for snapshots now."""
+        with _translated():
+            return self.inner.store_bytes()
+
+    def close(self) -> None:
+        """Stop cleanly: everything is on the origin when this returns."""
+        with _translated():
+            self.inner.close()
+
+
+class View:
+    """A snapshot, readable; holds it until closed. Thread-safe."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: _native.View) -> None:
+        self.inner = inner
+
+    @property
+    def epoch(self) -> int:
+        """Which snapshot this is."""
+        return self.inner.epoch
+
+    @property
+    def size_bytes(self) -> int:
+        """The disk's size at the instant."""
+        return self.inner.size_bytes
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read the disk as it was."""
+        with _translated():
+            return self.inner.pread(offset=offset, length=length)
+
+    def extents(self, *, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Return (start, end, flags) for a range; see `HOLE`, `ZERO`, `NOT_SELECTED`, `LOST`."""
+        with _translated():
+            return self.inner.extents(offset=offset, length=length)
+
+    def close(self) -> None:
+        """Let the snapshot go."""
+        with _translated():
+            self.inner.close()
+
+
+class Server:
+    """The NBD server: listeners, connections, exports by name."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, *, connections_max: int = 64) -> None:
+        with _translated():
+            self.inner = _native.Server(connections_max=connections_max)
+
+    def listen_unix(self, path: Path) -> None:
+        """Accept clients on a Unix socket, mode 0600."""
+        with _translated():
+            self.inner.listen_unix(str(path))
+
+    def listen_tcp(self, host: str, port: int) -> int:
+        """Accept clients on TCP; return the port."""
+        with _translated():
+            return self.inner.listen_tcp(host, port)
+
+    def add_volume(
+        self,
+        name: str,
+        volume: Volume,
+        *,
+        description: str,
+        contexts: Sequence[ContextSpec],
+        read_only: bool = False,
+    ) -> None:
+        """Offer a live disk."""
+        with _translated():
+            self.inner.add_volume(
+                name,
+                volume.inner,
+                description=description,
+                contexts=contexts,
+                read_only=read_only,
+            )
+
+    def add_view(
+        self, name: str, view: View, *, description: str, contexts: Sequence[ContextSpec]
+    ) -> None:
+        """Offer a snapshot."""
+        with _translated():
+            self.inner.add_view(name, view.inner, description=description, contexts=contexts)
+
+    def set_contexts(self, name: str, contexts: Sequence[ContextSpec]) -> None:
+        """Replace the metadata contexts of an export, for clients that come later."""
+        with _translated():
+            self.inner.set_contexts(name, contexts)
+
+    def set_default(self, name: str | None) -> None:
+        """Choose the export that the empty name means."""
+        with _translated():
+            self.inner.set_default(name)
+
+    def remove(self, name: str, *, force: bool = False) -> int:
+        """Withdraw an export; return the connections cut, raise `InUseError` unless forced."""
+        with _translated():
+            return self.inner.remove(name, force=force)
+
+    def connections(self) -> list[tuple[str, str, int]]:
+        """Return (export, peer, seconds connected) of every client."""
+        with _translated():
+            return self.inner.connections()
+
+    def stop(self) -> None:
+        """Finish what is in flight and close everything."""
+        with _translated():
+            self.inner.stop()

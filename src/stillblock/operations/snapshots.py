@@ -1,0 +1,319 @@
+"""Snapshots: take, list, show, rename, protect, compare, delete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from stillblock.errors import ProtectedError, UsageError
+from stillblock.model import (
+    PAUSE_LIMIT_MS_DEFAULT,
+    PAUSE_LIMIT_MS_MAX,
+    Changes,
+    Extents,
+    LeftOut,
+    Receipt,
+    RuleTerm,
+    SnapshotInfo,
+    SnapshotRecord,
+    TermOutcome,
+    total_bytes,
+)
+from stillblock.operations.rules import RulesRequest, effective_rules, explain_terms
+from stillblock.operations.volume import OpenVolume, Snapshot, encode_snapshot, new_id
+
+if TYPE_CHECKING:
+    from stillblock import native
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRequest:
+    """A snapshot to take."""
+
+    name: str | None = None
+    """None: named by the UTC time."""
+    terms: tuple[RuleTerm, ...] = ()
+    only_these: bool = False
+    pause_limit_ms: int = PAUSE_LIMIT_MS_DEFAULT
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotPlan:
+    """What a snapshot would hold if it were taken now."""
+
+    volume: str
+    name: str
+    size_bytes: int
+    rules: tuple[RuleTerm, ...]
+    terms: tuple[TermOutcome, ...]
+    extents: Extents
+    selected_bytes: int
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    pause_limit_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotTarget:
+    """One snapshot by name, id prefix or `latest`."""
+
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenameRequest:
+    """A snapshot and its new name."""
+
+    snapshot: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectRequest:
+    """A snapshot, and whether deletion should be refused."""
+
+    snapshot: str
+    is_protected: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteRequest:
+    """A snapshot to delete, also while clients use it if forced."""
+
+    snapshot: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeletePlan:
+    """What deleting a snapshot would do."""
+
+    snapshot: SnapshotInfo
+    frees_bytes: int
+    keeps_bookmark: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deleted:
+    """A snapshot that is gone."""
+
+    volume: str
+    name: str
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangesRequest:
+    """Two instants; the later one None means now."""
+
+    since: str
+    until: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotList:
+    """The snapshots of a volume, oldest first."""
+
+    volume: str
+    snapshots: tuple[SnapshotInfo, ...]
+
+
+def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
+    """Resolve the rules on the live disk and check the name; change nothing."""
+    if not 0 < request.pause_limit_ms <= PAUSE_LIMIT_MS_MAX:
+        raise UsageError(
+            f"pause limit {request.pause_limit_ms} ms is out of range (1 to {PAUSE_LIMIT_MS_MAX})"
+        )
+    if request.name is not None:
+        volume.check_name_free(request.name, what="snapshot")
+    rules = effective_rules(
+        volume, RulesRequest(terms=request.terms, only_these=request.only_these)
+    )
+    explained = explain_terms(volume, rules)
+    return SnapshotPlan(
+        volume=volume.name,
+        name=request.name or volume.free_name(),
+        size_bytes=explained.size_bytes,
+        rules=rules,
+        terms=explained.outcomes(),
+        extents=explained.extents,
+        selected_bytes=explained.selected_bytes,
+        left_out=explained.left_out,
+        notes=explained.notes,
+        pause_limit_ms=request.pause_limit_ms,
+    )
+
+
+def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
+    """Take a snapshot; it is durable when this returns. Raise `PauseTimeoutError` past the limit.
+
+    Ranges and partitions are resolved before the instant: they hold from the first write after it.
+    """
+    with volume.lock:
+        plan = plan_snapshot(volume, request)
+        record = SnapshotRecord(
+            name=plan.name,
+            id=new_id(),
+            description=request.description,
+            rules=plan.rules,
+            terms=plan.terms,
+            left_out=plan.left_out,
+        )
+        instant = volume.engine.snapshot(
+            selection=plan.extents,
+            meta=encode_snapshot(record),
+            pause_limit_ms=plan.pause_limit_ms,
+        )
+        # Committed. The length of the pause is known only now; a crash here loses the number.
+        volume.store_record(
+            instant.epoch,
+            replace(
+                record,
+                pause_ns=instant.pause_ns,
+                in_flight=instant.in_flight,
+                commit_ns=instant.commit_ns,
+            ),
+        )
+        volume.hooks.reconcile(volume)
+        receipt = read_receipt(volume, SnapshotTarget(snapshot=plan.name))
+    volume.event(
+        "snapshot_created",
+        snapshot=plan.name,
+        selected_bytes=plan.selected_bytes,
+        pause_ns=instant.pause_ns,
+    )
+    return receipt
+
+
+def list_snapshots(volume: OpenVolume) -> SnapshotList:
+    """Return every snapshot, oldest first."""
+    return SnapshotList(
+        volume=volume.name,
+        snapshots=tuple(snapshot_info(volume, s) for s in volume.snapshots()),
+    )
+
+
+def show_snapshot(volume: OpenVolume, target: SnapshotTarget) -> SnapshotInfo:
+    """Return one snapshot."""
+    return snapshot_info(volume, volume.snapshot(target.snapshot))
+
+
+def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
+    """Return the record of a snapshot."""
+    snapshot = volume.snapshot(target.snapshot)
+    record = snapshot.record
+    return Receipt(
+        snapshot=snapshot_info(volume, snapshot),
+        rules=record.rules,
+        terms=record.terms,
+        extents=volume.engine.selection(epoch=snapshot.epoch.epoch),
+        left_out=record.left_out,
+        lost=tuple(snapshot.epoch.lost),
+        consistency=record.consistency,
+        pause_ns=record.pause_ns,
+        in_flight=record.in_flight,
+        commit_ns=record.commit_ns,
+    )
+
+
+def rename_snapshot(volume: OpenVolume, request: RenameRequest) -> SnapshotInfo:
+    """Give a snapshot another name; clients of its export by the old name must reconnect."""
+    with volume.lock:
+        snapshot = volume.snapshot(request.snapshot)
+        volume.check_name_free(request.name, what="snapshot", epoch=snapshot.epoch.epoch)
+        try:
+            volume.hooks.withdraw(volume, snapshot, force=False)
+            volume.store_record(snapshot.epoch.epoch, replace(snapshot.record, name=request.name))
+        finally:
+            volume.hooks.reconcile(volume)
+    volume.event("snapshot_renamed", snapshot=snapshot.record.name, to=request.name)
+    return show_snapshot(volume, SnapshotTarget(snapshot=request.name))
+
+
+def protect_snapshot(volume: OpenVolume, request: ProtectRequest) -> SnapshotInfo:
+    """Refuse deletion from now on, or allow it again."""
+    with volume.lock:
+        snapshot = volume.snapshot(request.snapshot)
+        volume.store_record(
+            snapshot.epoch.epoch, replace(snapshot.record, is_protected=request.is_protected)
+        )
+    kind = "snapshot_protected" if request.is_protected else "snapshot_unprotected"
+    volume.event(kind, snapshot=snapshot.record.name)
+    return show_snapshot(volume, SnapshotTarget(snapshot=snapshot.record.name))
+
+
+def plan_delete(volume: OpenVolume, target: SnapshotTarget) -> DeletePlan:
+    """Return what deleting would free; raise `ProtectedError` if it is protected."""
+    snapshot = volume.snapshot(target.snapshot)
+    if snapshot.record.is_protected:
+        name = f"{volume.name}@{snapshot.record.name}"
+        raise ProtectedError(
+            f"{name} is protected from deletion",
+            hint=f"`stillblock snapshot protect {name} --off` allows it again",
+        )
+    return DeletePlan(
+        snapshot=snapshot_info(volume, snapshot),
+        frees_bytes=snapshot.epoch.exclusive_bytes,
+        keeps_bookmark=snapshot.epoch.has_bookmark,
+    )
+
+
+def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
+    """Delete a snapshot; raise `InUseError` if clients hold it, unless forced."""
+    with volume.lock:
+        plan_delete(volume, SnapshotTarget(snapshot=request.snapshot))
+        snapshot = volume.snapshot(request.snapshot)
+        try:
+            volume.hooks.withdraw(volume, snapshot, force=request.force)
+            freed_bytes = volume.engine.delete_snapshot(
+                epoch=snapshot.epoch.epoch, force=request.force
+            )
+        finally:
+            volume.hooks.reconcile(volume)
+    volume.event("snapshot_deleted", snapshot=snapshot.record.name, freed_bytes=freed_bytes)
+    return Deleted(volume=volume.name, name=snapshot.record.name, freed_bytes=freed_bytes)
+
+
+def changes(volume: OpenVolume, request: ChangesRequest) -> Changes:
+    """Return what changed since one instant until another, or until now."""
+    since, since_name = volume.instant(request.since)
+    until, until_name = (None, None) if request.until is None else volume.instant(request.until)
+    if until is not None and until < since:
+        raise UsageError(
+            f"{volume.name}@{since_name} is newer than {volume.name}@{until_name}; "
+            "name the older one first"
+        )
+    extents = volume.engine.changed(since=since, until=until)
+    return Changes(
+        volume=volume.name,
+        since=since_name,
+        until=until_name,
+        extents=extents,
+        changed_bytes=total_bytes(extents),
+    )
+
+
+def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
+    """Return a snapshot as lists show it."""
+    epoch: native.Epoch = snapshot.epoch
+    record = snapshot.record
+    return SnapshotInfo(
+        volume=volume.name,
+        name=record.name,
+        id=record.id,
+        epoch=epoch.epoch,
+        created_unix_ns=epoch.created_unix_ns,
+        size_bytes=epoch.size_bytes,
+        selected_bytes=epoch.selected_bytes,
+        preserved_bytes=epoch.preserved_bytes,
+        exclusive_bytes=epoch.exclusive_bytes,
+        purpose=record.purpose,
+        is_protected=record.is_protected,
+        has_bookmark=epoch.has_bookmark,
+        is_suspect=epoch.is_suspect,
+        suspect_reason=epoch.suspect_reason,
+        lost_bytes=total_bytes(tuple(epoch.lost)),
+        holders=volume.hooks.holders(volume, epoch),
+        description=record.description,
+    )

@@ -1,0 +1,372 @@
+"""A volume open in this process: the engine's volume with names, rules and receipts."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from stillblock import codec, native
+from stillblock.catalog import Catalog
+from stillblock.errors import (
+    CatalogError,
+    LockedError,
+    NameTakenError,
+    NotFoundError,
+    OriginChangedError,
+    RecoveryNeededError,
+    StillblockError,
+)
+from stillblock.model import (
+    ID_PREFIX_MIN,
+    LATEST,
+    BookmarkRecord,
+    ExportInfo,
+    SnapshotPurpose,
+    SnapshotRecord,
+    VolumeConfig,
+    VolumeEntry,
+    VolumeInfo,
+    check_new_name,
+    name_for_instant,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stillblock.config import Config
+
+_LOG: Final = logging.getLogger("stillblock.operations")
+_VOLUME_KIND: Final = "volume-config"
+_SNAPSHOT_KIND: Final = "snapshot-record"
+_BOOKMARK_KIND: Final = "bookmark-record"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the engine runs a volume while it is open."""
+
+    cache: native.Cache = "writeback"
+    direct: bool = False
+    buffer_dir: Path | None = None
+    buffer_bytes: int = native.BUFFER_BYTES_DEFAULT
+    recover: native.Recovery = "refuse"
+
+
+class ExportHooks(Protocol):
+    """What has to follow when snapshots come and go; a server of exports implements it."""
+
+    def withdraw(self, volume: OpenVolume, snapshot: Snapshot, *, force: bool) -> None:
+        """Let go of a snapshot that is about to be deleted; raise `InUseError` unless forced."""
+
+    def reconcile(self, volume: OpenVolume) -> None:
+        """Offer what the volume has now. Never raises for the sake of what is already committed."""
+
+    def retire(self, volume: OpenVolume) -> None:
+        """Let go of the volume altogether: it is about to be closed for good."""
+
+    def closed(self, volume: OpenVolume) -> None:
+        """Take note that it is closed for good."""
+
+    def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:
+        """Return what clients can ask for."""
+
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
+        """Return how many clients, views and restores really use a snapshot."""
+
+
+class NoExports:
+    """For a volume that nobody serves."""
+
+    def withdraw(self, volume: OpenVolume, snapshot: Snapshot, *, force: bool) -> None:
+        """Nothing to let go of."""
+
+    def reconcile(self, volume: OpenVolume) -> None:
+        """Nothing to offer."""
+
+    def retire(self, volume: OpenVolume) -> None:
+        """Nothing to let go of."""
+
+    def closed(self, volume: OpenVolume) -> None:
+        """Nobody to tell."""
+
+    def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:  # noqa: ARG002
+        """Return nothing."""
+        return ()
+
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:  # noqa: ARG002
+        """Return what the engine says."""
+        return epoch.in_use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A snapshot: what the engine knows and what we wrote beside it."""
+
+    epoch: native.Epoch
+    record: SnapshotRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bookmark:
+    """A bookmark: what the engine knows and what we wrote beside it."""
+
+    epoch: native.Epoch
+    record: BookmarkRecord
+
+
+class OpenVolume:
+    """One volume, locked by this process until closed. Thread-safe."""
+
+    def __init__(self, config: Config, entry: VolumeEntry, engine: native.Volume) -> None:
+        self.engine = engine
+        self.hooks: ExportHooks = NoExports()
+        self.lock = threading.RLock()
+        """Held by whatever changes names, so that two requests cannot both find one free."""
+        self._config = config
+        self._entry = entry
+        self._is_closed = False
+
+    @classmethod
+    def open(cls, config: Config, name: str, options: EngineOptions | None = None) -> Self:
+        """Open a volume of the catalog; the message of a refusal says what to do."""
+        chosen = options or EngineOptions()
+        with Catalog(config.catalog_path) as catalog:
+            entry = catalog.volume(name)
+        with _advice(name):
+            engine = native.Volume.open(
+                Path(entry.store),
+                origin=Path(entry.origin),
+                cache=chosen.cache,
+                direct=chosen.direct,
+                buffer_dir=chosen.buffer_dir,
+                buffer_bytes=chosen.buffer_bytes,
+                recover=chosen.recover,
+            )
+        volume = cls(config, entry, engine)
+        try:
+            if volume.settings().name != name:  # imported under another name
+                volume.store_settings(replace(volume.settings(), name=name))
+        except BaseException:
+            volume.close()
+            raise
+        return volume
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop cleanly; the origin is a complete raw disk afterwards."""
+        with self.lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self.engine.close()
+
+    @property
+    def name(self) -> str:
+        """The volume's name in this state directory."""
+        return self._entry.name
+
+    # What the store remembers
+
+    def settings(self) -> VolumeConfig:
+        """Return what the store remembers about the volume."""
+        return read_settings(self.engine.meta(), fallback_name=self.name)
+
+    def store_settings(self, settings: VolumeConfig) -> None:
+        """Replace it, durably."""
+        self.engine.set_meta(codec.dump(_VOLUME_KIND, settings))
+
+    def info(self) -> VolumeInfo:
+        """Return what `volume show` tells."""
+        settings = self.settings()
+        epochs = self.engine.epochs()
+        return VolumeInfo(
+            name=self.name,
+            uuid=self.engine.uuid,
+            origin=self.engine.origin,
+            store=self.engine.store,
+            size_bytes=self.engine.size_bytes,
+            block_size=self.engine.block_size,
+            created_unix_ns=settings.created_unix_ns,
+            rules=settings.rules,
+            snapshot_count=sum(epoch.has_snapshot for epoch in epochs),
+            bookmark_count=sum(epoch.has_bookmark for epoch in epochs),
+            store_bytes=self.engine.store_bytes(),
+            is_served=not isinstance(self.hooks, NoExports),
+            suspect_reason=next((e.suspect_reason for e in epochs if e.is_suspect), ""),
+        )
+
+    # Snapshots and bookmarks by name
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Return every snapshot, oldest first."""
+        return tuple(
+            Snapshot(epoch=epoch, record=_snapshot_record(epoch))
+            for epoch in self.engine.epochs()
+            if epoch.has_snapshot
+        )
+
+    def bookmarks(self) -> tuple[Bookmark, ...]:
+        """Return every bookmark, oldest first."""
+        return tuple(
+            Bookmark(epoch=epoch, record=_bookmark_record(epoch))
+            for epoch in self.engine.epochs()
+            if epoch.has_bookmark
+        )
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Find a snapshot by name, by unique id prefix, or the newest of the user's as `latest`."""
+        found = self.snapshots()
+        if name == LATEST:
+            mine = [s for s in found if s.record.purpose is SnapshotPurpose.USER]
+            if mine:
+                return mine[-1]
+            raise NotFoundError(f"{self.name} has no snapshot yet")
+        for snapshot in found:
+            if snapshot.record.name == name:
+                return snapshot
+        matches = [s for s in found if _is_id_prefix(name, s.record.id)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            ids = ", ".join(s.record.id for s in matches)
+            raise NotFoundError(f"{self.name}@{name}: {len(matches)} ids start so: {ids}")
+        raise NotFoundError(
+            f"{self.name} has no snapshot {name}",
+            hint=f"`stillblock snapshot list {self.name}` shows its {len(found)}",
+        )
+
+    def bookmark(self, name: str) -> Bookmark:
+        """Find a bookmark by name or unique id prefix."""
+        found = self.bookmarks()
+        named = [b for b in found if b.record.name == name]
+        matches = named or [b for b in found if _is_id_prefix(name, b.record.id)]
+        if len(matches) == 1:
+            return matches[0]
+        raise NotFoundError(
+            f"{self.name} has no bookmark {name}",
+            hint=f"`stillblock bookmark list {self.name}` shows its {len(found)}",
+        )
+
+    def instant(self, name: str) -> tuple[int, str]:
+        """Return (epoch, name) of the snapshot or else the bookmark of that name."""
+        try:
+            snapshot = self.snapshot(name)
+        except NotFoundError as error:
+            try:
+                bookmark = self.bookmark(name)
+            except NotFoundError:
+                raise error from None
+            return bookmark.epoch.epoch, bookmark.record.name
+        return snapshot.epoch.epoch, snapshot.record.name
+
+    def check_name_free(self, name: str, *, what: str, epoch: int | None = None) -> None:
+        """Raise `NameTakenError` if another instant than `epoch` has the name.
+
+        A bookmark may be called like its own snapshot: both mean the same instant.
+        """
+        check_new_name(name, what=what)
+        taken = [(s.record.name, s.epoch.epoch, "snapshot") for s in self.snapshots()]
+        taken += [(b.record.name, b.epoch.epoch, "bookmark") for b in self.bookmarks()]
+        for other, other_epoch, kind in taken:
+            if other == name and other_epoch != epoch:
+                raise NameTakenError(f"{self.name} has a {kind} {name} already")
+
+    def free_name(self, *, prefix: str = "") -> str:
+        """Return a name made of the UTC time that no snapshot or bookmark has."""
+        taken = {s.record.name for s in self.snapshots()}
+        taken |= {b.record.name for b in self.bookmarks()}
+        base = prefix + name_for_instant(time.time_ns())
+        name, number = base, 2
+        while name in taken:
+            name, number = f"{base}-{number}", number + 1
+        return name
+
+    def store_record(self, epoch: int, record: SnapshotRecord) -> None:
+        """Replace what we wrote beside a snapshot, durably."""
+        self.engine.set_epoch_meta(epoch=epoch, meta=encode_snapshot(record))
+
+    def event(self, kind: str, **detail: str | int | bool) -> None:
+        """Write down what happened; the history is a courtesy and never fails what it is about."""
+        try:
+            with Catalog(self._config.catalog_path) as catalog:
+                catalog.record(self.name, kind, **detail)
+        except CatalogError as error:
+            _LOG.warning("event not recorded: volume=%s kind=%s: %s", self.name, kind, error)
+
+
+def new_id() -> str:
+    """Return an id for something new."""
+    return secrets.token_hex(8)
+
+
+def encode_settings(settings: VolumeConfig) -> bytes:
+    """Return a volume's settings as the store keeps them."""
+    return codec.dump(_VOLUME_KIND, settings)
+
+
+def read_settings(meta: bytes, *, fallback_name: str) -> VolumeConfig:
+    """Return the settings in a store; one made by the bare engine has none."""
+    if not meta:
+        return VolumeConfig(name=fallback_name, created_unix_ns=0)
+    return codec.load(_VOLUME_KIND, VolumeConfig, meta)
+
+
+def encode_snapshot(record: SnapshotRecord) -> bytes:
+    """Return a snapshot's record as the store keeps it."""
+    return codec.dump(_SNAPSHOT_KIND, record)
+
+
+def encode_bookmark(record: BookmarkRecord) -> bytes:
+    """Return a bookmark's record as the store keeps it."""
+    return codec.dump(_BOOKMARK_KIND, record)
+
+
+def _snapshot_record(epoch: native.Epoch) -> SnapshotRecord:
+    """Read a record; a snapshot whose record is not ours stays reachable, by its number."""
+    try:
+        return codec.load(_SNAPSHOT_KIND, SnapshotRecord, epoch.meta)
+    except StillblockError:
+        return SnapshotRecord(name=f"epoch-{epoch.epoch}", id=f"{epoch.epoch:016x}")
+
+
+def _bookmark_record(epoch: native.Epoch) -> BookmarkRecord:
+    try:
+        return codec.load(_BOOKMARK_KIND, BookmarkRecord, epoch.bookmark_meta)
+    except StillblockError:
+        name = f"epoch-{epoch.epoch}"
+        return BookmarkRecord(
+            name=name, id=f"{epoch.epoch:016x}", of_snapshot=name, created_unix_ns=0
+        )
+
+
+def _is_id_prefix(text: str, full_id: str) -> bool:
+    return len(text) >= ID_PREFIX_MIN and full_id.startswith(text)
+
+
+@contextmanager
+def _advice(name: str) -> Iterator[None]:
+    """Add to an engine's refusal what the user can do about it."""
+    try:
+        yield
+    except RecoveryNeededError as error:
+        error.hint = (
+            f"`stillblock volume recover {name} --replay` keeps the writes that were "
+            "acknowledged, `--discard` drops them as a power cut would"
+        )
+        raise
+    except LockedError as error:
+        error.hint = f"`stillblock status` shows whether {name} is served"
+        raise
+    except OriginChangedError as error:
+        error.hint = f"`stillblock volume show {name}` tells which origin it expects"
+        raise

@@ -1,0 +1,311 @@
+"""Volumes: add, list, import, remove, recover, release, resize."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stillblock import native
+from stillblock.catalog import Catalog
+from stillblock.errors import (
+    NameTakenError,
+    NotFoundError,
+    StillblockError,
+    StoreNotEmptyError,
+    UsageError,
+)
+from stillblock.model import (
+    BLOCK_SIZE_DEFAULT,
+    BLOCK_SIZE_MAX,
+    BLOCK_SIZE_MIN,
+    RuleTerm,
+    VolumeConfig,
+    VolumeEntry,
+    VolumeListing,
+    VolumeState,
+    check_name,
+    check_new_name,
+)
+from stillblock.operations import origins
+from stillblock.operations.disks import open_raw
+from stillblock.operations.rules import explain_on
+from stillblock.operations.volume import (
+    EngineOptions,
+    OpenVolume,
+    encode_settings,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stillblock.config import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddRequest:
+    """A volume to make of a raw file or block device."""
+
+    name: str
+    origin: Path
+    store: Path | None = None
+    """None: under the state directory."""
+    block_size: int = BLOCK_SIZE_DEFAULT
+    rules: tuple[RuleTerm, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddPlan:
+    """A volume that can be made, checked."""
+
+    name: str
+    origin: str
+    store: str
+    size_bytes: int
+    block_size: int
+    rules: tuple[RuleTerm, ...]
+    selected_bytes: int
+    """What a snapshot under the standing rules would select now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovePlan:
+    """What removing a volume would delete; its origin stays as it is."""
+
+    name: str
+    origin: str
+    store: str
+    snapshots: tuple[str, ...]
+    deletes_store: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """A volume that was stopped cleanly: its origin is a complete raw disk."""
+
+    volume: str
+    origin: str
+    size_bytes: int
+    recovered: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resized:
+    """A volume that took over its origin's present length."""
+
+    volume: str
+    size_bytes: int
+    size_bytes_before: int
+
+
+def plan_add(config: Config, request: AddRequest, system: origins.System | None = None) -> AddPlan:
+    """Check everything that could make the new volume harmful; change nothing."""
+    system = system or origins.System()
+    check_new_name(request.name, what="volume")
+    _check_block_size(request.block_size)
+    origin, store = (
+        _absolute(request.origin),
+        _absolute(request.store or config.default_store(request.name)),
+    )
+    size_bytes = origins.check_origin(origin)
+    with Catalog(config.catalog_path) as catalog:
+        known = catalog.volumes()
+    _check_name_new(request.name, known)
+    origins.refuse_taken(origin, known, system)
+    origins.refuse_on_volume(store, origin, system, what="store")
+    origins.refuse_on_volume(config.state_dir, origin, system, what="state directory")
+    origins.refuse_mounted(origin, system)
+    _check_store_new(store)
+    with open_raw(origin) as disk:
+        explained = explain_on(
+            disk, request.rules, volume=request.name, block_size=request.block_size
+        )
+    return AddPlan(
+        name=request.name,
+        origin=str(origin),
+        store=str(store),
+        size_bytes=size_bytes,
+        block_size=request.block_size,
+        rules=request.rules,
+        selected_bytes=explained.selected_bytes,
+    )
+
+
+def add_volume(config: Config, plan: AddPlan) -> VolumeEntry:
+    """Make the store and put the volume on the list."""
+    settings = VolumeConfig(name=plan.name, created_unix_ns=time.time_ns(), rules=plan.rules)
+    store = Path(plan.store)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    uuid = native.create_volume(
+        store=store,
+        origin=Path(plan.origin),
+        block_size=plan.block_size,
+        meta=encode_settings(settings),
+    )
+    entry = VolumeEntry(name=plan.name, uuid=uuid, origin=plan.origin, store=plan.store)
+    with Catalog(config.catalog_path) as catalog:
+        catalog.add(entry)
+        catalog.record(plan.name, "volume_added", origin=plan.origin, store=plan.store)
+    return entry
+
+
+def list_volumes(config: Config, is_served: Callable[[str], bool]) -> tuple[VolumeListing, ...]:
+    """Return every known volume, without opening any."""
+    with Catalog(config.catalog_path) as catalog:
+        known = catalog.volumes()
+    return tuple(_listing(entry, is_served=is_served(entry.name)) for entry in known)
+
+
+def import_volume(
+    config: Config,
+    store: Path,
+    *,
+    name: str | None = None,
+    origin: Path | None = None,
+    system: origins.System | None = None,
+) -> VolumeEntry:
+    """Put a store on the list again: after the catalog was lost, or the store was moved."""
+    store = _absolute(store)
+    uuid, stored_origin, _, meta = native.peek(store)
+    settings = read_settings(meta, fallback_name=store.name)
+    chosen = check_new_name(name or settings.name, what="volume")
+    path = _absolute(origin) if origin else Path(stored_origin)
+    if not path.exists():
+        raise NotFoundError(
+            f"the origin of {store}, {path}, does not exist",
+            hint="say where it is now with --origin",
+        )
+    entry = VolumeEntry(name=chosen, uuid=uuid, origin=str(path), store=str(store))
+    with Catalog(config.catalog_path) as catalog:
+        others = tuple(e for e in catalog.volumes() if e.uuid != uuid)
+        origins.refuse_taken(path, others, system or origins.System())
+        catalog.add(entry)
+        catalog.record(chosen, "volume_imported", store=str(store))
+    return entry
+
+
+def plan_remove(config: Config, name: str, *, keep_store: bool = False) -> RemovePlan:
+    """Return what removing would delete; raise `LockedError` while somebody serves the volume."""
+    with Catalog(config.catalog_path) as catalog:
+        entry = catalog.volume(name)
+    snapshots: tuple[str, ...] = ()
+    if Path(entry.store).exists():
+        with OpenVolume.open(config, name) as volume:
+            snapshots = tuple(s.record.name for s in volume.snapshots())
+    return RemovePlan(
+        name=name,
+        origin=entry.origin,
+        store=entry.store,
+        snapshots=snapshots,
+        deletes_store=not keep_store,
+    )
+
+
+def remove_volume(config: Config, plan: RemovePlan) -> RemovePlan:
+    """Take the volume off the list and, as planned, delete its store. The origin is complete."""
+    store = Path(plan.store)
+    if store.exists():
+        # Opening proves that nobody serves it; closing completes the origin.
+        with OpenVolume.open(config, plan.name):
+            pass
+        if plan.deletes_store:
+            shutil.rmtree(store)
+    with Catalog(config.catalog_path) as catalog:
+        catalog.remove(plan.name)
+        catalog.record(plan.name, "volume_removed", deleted_store=plan.deletes_store)
+    return plan
+
+
+def recover_volume(config: Config, name: str, *, how: Literal["replay", "discard"]) -> Released:
+    """Decide about the writes that a killed server left, then stop cleanly."""
+    with OpenVolume.open(config, name, EngineOptions(recover=how)) as volume:
+        released = _released(volume, recovered=how)
+        volume.event("volume_recovered", how=how)
+    return released
+
+
+def release_volume(volume: OpenVolume) -> Released:
+    """Stop cleanly: everything is on the origin when this returns."""
+    with volume.lock:
+        released = _released(volume)
+        volume.hooks.retire(volume)
+        volume.close()
+    volume.event("volume_released", origin=released.origin)
+    volume.hooks.closed(volume)
+    return released
+
+
+def resize_volume(volume: OpenVolume) -> Resized:
+    """Take over the origin's present length."""
+    with volume.lock:
+        before = volume.engine.size_bytes
+        after = volume.engine.resize()
+        volume.hooks.reconcile(volume)
+    volume.event("volume_resized", size_bytes=after, size_bytes_before=before)
+    return Resized(volume=volume.name, size_bytes=after, size_bytes_before=before)
+
+
+def _released(volume: OpenVolume, *, recovered: str = "") -> Released:
+    return Released(
+        volume=volume.name,
+        origin=volume.engine.origin,
+        size_bytes=volume.engine.size_bytes,
+        recovered=recovered,
+    )
+
+
+def _listing(entry: VolumeEntry, *, is_served: bool) -> VolumeListing:
+    state, size_bytes, note = VolumeState.STOPPED, None, ""
+    try:
+        native.peek(Path(entry.store))
+        with open_raw(Path(entry.origin)) as disk:
+            size_bytes = disk.size
+    except StillblockError as error:
+        state, note = VolumeState.MISSING, str(error)
+    return VolumeListing(
+        name=entry.name,
+        uuid=entry.uuid,
+        origin=entry.origin,
+        store=entry.store,
+        state=VolumeState.SERVED if is_served else state,
+        size_bytes=size_bytes,
+        note=note,
+    )
+
+
+def _absolute(path: Path) -> Path:
+    """Return an absolute path that keeps its symlinks: a device's id is steadier than its name."""
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
+
+
+def _check_block_size(block_size: int) -> None:
+    is_power_of_two = block_size > 0 and block_size & (block_size - 1) == 0
+    if not (is_power_of_two and BLOCK_SIZE_MIN <= block_size <= BLOCK_SIZE_MAX):
+        raise UsageError(
+            f"block size {block_size} is not a power of two from {BLOCK_SIZE_MIN} to "
+            f"{BLOCK_SIZE_MAX}"
+        )
+
+
+def _check_name_new(name: str, known: tuple[VolumeEntry, ...]) -> None:
+    check_name(name, what="volume")
+    for entry in known:
+        if entry.name == name:
+            raise NameTakenError(f"there is a volume {name} already, of {entry.origin}")
+
+
+def _check_store_new(store: Path) -> None:
+    if not store.exists():
+        return
+    if not store.is_dir():
+        raise StoreNotEmptyError(f"store {store} exists and is not a directory")
+    count = sum(1 for _ in store.iterdir())
+    if count:
+        raise StoreNotEmptyError(
+            f"store {store} is not empty ({count} entries)",
+            hint=f"`stillblock volume import {store}` if it is a volume's store",
+        )

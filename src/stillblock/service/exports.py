@@ -1,0 +1,233 @@
+"""Exports follow snapshots: the live disk as `web`, each snapshot as `web@monday`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from stillblock import native
+from stillblock.errors import StillblockError
+from stillblock.model import ExportInfo, format_instant, format_size
+
+if TYPE_CHECKING:
+    from stillblock.operations.volume import OpenVolume, Snapshot
+
+_LOG: Final = logging.getLogger("stillblock.service")
+
+SELECTED_CONTEXT: Final = "x-stillblock:selected"
+CHANGED_CONTEXT: Final = "x-stillblock:changed:"
+DIRTY_CONTEXT: Final = "qemu:dirty-bitmap:"
+"""What existing backup clients ask for; the same contents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """An instant with a name: a snapshot or a bookmark."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Offered:
+    contexts: list[native.ContextSpec]
+    epoch: int | None
+    """None: the live disk."""
+    view: native.View | None
+
+
+def contexts_of_volume(instants: tuple[Instant, ...]) -> list[native.ContextSpec]:
+    """Return the contexts of the live disk: what changed since each instant; still growing."""
+    return [spec for instant in instants for spec in _changed_since(instant)]
+
+
+def contexts_of_snapshot(epoch: int, instants: tuple[Instant, ...]) -> list[native.ContextSpec]:
+    """Return the contexts of a snapshot: its selection, what changed since each older instant."""
+    older = [instant for instant in instants if instant.epoch < epoch]
+    changed = [spec for instant in older for spec in _changed_since(instant)]
+    return [(SELECTED_CONTEXT, "selected", 0), *changed]
+
+
+def instants_of(volume: OpenVolume) -> tuple[Instant, ...]:
+    """Return every named instant of a volume, oldest first, each name once."""
+    found = [Instant(name=s.record.name, epoch=s.epoch.epoch) for s in volume.snapshots()]
+    found += [Instant(name=b.record.name, epoch=b.epoch.epoch) for b in volume.bookmarks()]
+    return tuple(sorted(set(found), key=lambda instant: (instant.epoch, instant.name)))
+
+
+def unix_uri(export: str, socket_path: str) -> str:
+    """Return the NBD URI of an export on a Unix socket."""
+    return f"nbd+unix:///{quote(export, safe='@+')}?socket={quote(socket_path)}"
+
+
+def tcp_uri(export: str, host: str, port: int) -> str:
+    """Return the NBD URI of an export on TCP."""
+    shown = f"[{host}]" if ":" in host else host
+    return f"nbd://{shown}:{port}/{quote(export, safe='@+')}"
+
+
+class ExportServer:
+    """The NBD server of a serve process, with what it offers for each volume."""
+
+    def __init__(self, *, excluded_reads: native.ExcludedReads, is_read_only: bool) -> None:
+        self._server = native.Server()
+        self._excluded_reads: native.ExcludedReads = excluded_reads
+        self._is_read_only = is_read_only
+        self._offered: dict[str, _Offered] = {}
+        self._sockets: list[str] = []
+        self._ports: list[tuple[str, int]] = []
+        self._lock = threading.RLock()
+
+    @property
+    def server(self) -> native.Server:
+        """The server itself, to listen with."""
+        return self._server
+
+    def add_socket(self, path: str) -> None:
+        """Remember where clients can connect."""
+        self._sockets.append(path)
+
+    def add_port(self, host: str, port: int) -> None:
+        """Remember where clients can connect."""
+        self._ports.append((host, port))
+
+    def uris(self, export: str) -> tuple[str, ...]:
+        """Return every URI that leads to an export."""
+        return (
+            *(unix_uri(export, path) for path in self._sockets),
+            *(tcp_uri(export, host, port) for host, port in self._ports),
+        )
+
+    # ExportHooks
+
+    def withdraw(self, volume: OpenVolume, snapshot: Snapshot, *, force: bool) -> None:
+        """Withdraw a snapshot's export, and every context that speaks of it."""
+        epoch = snapshot.epoch.epoch
+        with self._lock:
+            for name in self._names_of(volume):
+                if self._offered[name].epoch == epoch:
+                    self._remove(name, force=force)
+            instants = tuple(i for i in instants_of(volume) if i.epoch != epoch)
+            bookmarks = {b.epoch.epoch: b.record.name for b in volume.bookmarks()}
+            if epoch in bookmarks:
+                instants += (Instant(name=bookmarks[epoch], epoch=epoch),)
+            self._set_contexts(volume, instants)
+
+    def reconcile(self, volume: OpenVolume) -> None:
+        """Offer what the volume has now; log what cannot be offered."""
+        with self._lock:
+            try:
+                self._reconcile(volume)
+            except StillblockError as error:
+                _LOG.exception("exports not up to date: volume=%s", volume.name)
+                volume.event("exports_failed", error=str(error))
+
+    def retire(self, volume: OpenVolume) -> None:
+        """Withdraw everything of a volume; its clients are cut."""
+        with self._lock:
+            for name in sorted(self._names_of(volume), reverse=True):
+                self._remove(name, force=True)
+
+    def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:
+        """Return what clients can ask for."""
+        with self._lock:
+            clients = [export for export, _, _ in self._server.connections()]
+            return tuple(
+                ExportInfo(
+                    name=name,
+                    uri=next(iter(self.uris(name)), ""),
+                    is_read_only=self._is_read_only or self._offered[name].epoch is not None,
+                    contexts=tuple(spec[0] for spec in self._offered[name].contexts),
+                    connections=clients.count(name),
+                )
+                for name in sorted(self._names_of(volume))
+            )
+
+    def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
+        """Return who uses a snapshot: clients count, the view that only waits for them does not."""
+        with self._lock:
+            mine = [n for n in self._names_of(volume) if self._offered[n].epoch == epoch.epoch]
+            clients = sum(export in mine for export, _, _ in self._server.connections())
+            return max(0, epoch.in_use - len(mine)) + clients
+
+    # Life
+
+    def start(self, volume: OpenVolume) -> None:
+        """Offer a volume and its snapshots; raise what prevents it."""
+        with self._lock:
+            contexts = contexts_of_volume(instants_of(volume))
+            self._server.add_volume(
+                volume.name,
+                volume.engine,
+                description=f"live disk of {volume.name}, {format_size(volume.engine.size_bytes)}",
+                contexts=contexts,
+                read_only=self._is_read_only,
+            )
+            self._offered[volume.name] = _Offered(contexts=contexts, epoch=None, view=None)
+            self._reconcile(volume)
+
+    def stop(self) -> None:
+        """Finish what is in flight, then let every snapshot go."""
+        with self._lock:
+            self._server.stop()
+            for offered in self._offered.values():
+                if offered.view is not None:
+                    offered.view.close()
+            self._offered.clear()
+
+    def _reconcile(self, volume: OpenVolume) -> None:
+        snapshots = {f"{volume.name}@{s.record.name}": s for s in volume.snapshots()}
+        instants = instants_of(volume)
+        for name in self._names_of(volume):
+            if name != volume.name and name not in snapshots:
+                self._remove(name, force=True)
+        for name, snapshot in snapshots.items():
+            if name not in self._offered:
+                self._add_view(volume, name, snapshot, instants)
+        self._set_contexts(volume, instants)
+
+    def _add_view(
+        self, volume: OpenVolume, name: str, snapshot: Snapshot, instants: tuple[Instant, ...]
+    ) -> None:
+        epoch = snapshot.epoch.epoch
+        contexts = contexts_of_snapshot(epoch, instants)
+        view = volume.engine.view(epoch=epoch, excluded_reads=self._excluded_reads)
+        suspect = ", suspect" if snapshot.epoch.is_suspect else ""
+        description = f"snapshot of {format_instant(snapshot.epoch.created_unix_ns)}{suspect}"
+        try:
+            self._server.add_view(name, view, description=description, contexts=contexts)
+        except StillblockError:
+            view.close()
+            raise
+        self._offered[name] = _Offered(contexts=contexts, epoch=epoch, view=view)
+
+    def _set_contexts(self, volume: OpenVolume, instants: tuple[Instant, ...]) -> None:
+        for name in self._names_of(volume):
+            offered = self._offered[name]
+            if offered.epoch is None:
+                contexts = contexts_of_volume(instants)
+            else:
+                contexts = contexts_of_snapshot(offered.epoch, instants)
+            if contexts != offered.contexts:
+                self._server.set_contexts(name, contexts)
+                offered.contexts = contexts
+
+    def _remove(self, name: str, *, force: bool) -> None:
+        self._server.remove(name, force=force)
+        offered = self._offered.pop(name)
+        if offered.view is not None:
+            offered.view.close()
+
+    def _names_of(self, volume: OpenVolume) -> list[str]:
+        prefix = f"{volume.name}@"
+        return [n for n in self._offered if n == volume.name or n.startswith(prefix)]
+
+
+def _changed_since(instant: Instant) -> tuple[native.ContextSpec, native.ContextSpec]:
+    return (
+        (CHANGED_CONTEXT + instant.name, "changed", instant.epoch),
+        (DIRTY_CONTEXT + instant.name, "changed", instant.epoch),
+    )

@@ -1,0 +1,217 @@
+"""A session is a volume to work with, wherever it is open: here or in the process serving it."""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
+from stillblock.operations.restore import RestorePlan, RestoreRequest, WaitRequest
+from stillblock.operations.snapshots import (
+    ChangesRequest,
+    Deleted,
+    DeletePlan,
+    DeleteRequest,
+    ProtectRequest,
+    RenameRequest,
+    SnapshotList,
+    SnapshotPlan,
+    SnapshotRequest,
+    SnapshotTarget,
+)
+from stillblock.operations.volume import EngineOptions, OpenVolume
+from stillblock.service import verbs
+from stillblock.service.verbs import NoRequest, Verb
+
+if TYPE_CHECKING:
+    from stillblock.config import Config
+    from stillblock.model import (
+        BookmarkInfo,
+        Changes,
+        Receipt,
+        RestoreProgress,
+        SnapshotInfo,
+        VolumeInfo,
+    )
+    from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
+    from stillblock.operations.statistics import ExportList, Statistics
+    from stillblock.operations.volumes import Released, Resized
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class Session(abc.ABC):
+    """The verbs on one volume; `call` is all that differs between the two kinds."""
+
+    volume: str
+
+    @abc.abstractmethod
+    def call(self, verb: Verb[Q, R], request: Q) -> R:
+        """Run a verb where the volume is open."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the session; what the volume needs to be complete happens first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    @abc.abstractmethod
+    def is_remote(self) -> bool:
+        """Whether another process serves the volume."""
+
+    # Volume
+
+    def show_volume(self) -> VolumeInfo:
+        """Return origin, store, size, rules and counts."""
+        return self.call(verbs.SHOW_VOLUME, NoRequest())
+
+    def statistics(self) -> Statistics:
+        """Return the counters since the volume was opened."""
+        return self.call(verbs.STATISTICS, NoRequest())
+
+    def exports(self) -> ExportList:
+        """Return what NBD clients can ask for."""
+        return self.call(verbs.EXPORTS, NoRequest())
+
+    def resize(self) -> Resized:
+        """Take over the origin's present length."""
+        return self.call(verbs.RESIZE, NoRequest())
+
+    def release(self) -> Released:
+        """Stop cleanly, whoever serves the volume."""
+        return self.call(verbs.RELEASE, NoRequest())
+
+    # Rules
+
+    def show_rules(self) -> StandingRules:
+        """Return the standing rules."""
+        return self.call(verbs.SHOW_RULES, NoRequest())
+
+    def set_rules(self, request: RulesRequest) -> StandingRules:
+        """Replace the standing rules."""
+        return self.call(verbs.SET_RULES, request)
+
+    def add_rules(self, request: RulesRequest) -> StandingRules:
+        """Append to the standing rules."""
+        return self.call(verbs.ADD_RULES, request)
+
+    def explain(self, request: RulesRequest) -> Explanation:
+        """Return what rules come to on the disk now."""
+        return self.call(verbs.EXPLAIN, request)
+
+    # Snapshots
+
+    def list_snapshots(self) -> SnapshotList:
+        """Return every snapshot, oldest first."""
+        return self.call(verbs.LIST_SNAPSHOTS, NoRequest())
+
+    def plan_snapshot(self, request: SnapshotRequest) -> SnapshotPlan:
+        """Return what a snapshot would hold if it were taken now."""
+        return self.call(verbs.PLAN_SNAPSHOT, request)
+
+    def create_snapshot(self, request: SnapshotRequest) -> Receipt:
+        """Take a snapshot."""
+        return self.call(verbs.CREATE_SNAPSHOT, request)
+
+    def show_snapshot(self, snapshot: str) -> SnapshotInfo:
+        """Return one snapshot."""
+        return self.call(verbs.SHOW_SNAPSHOT, SnapshotTarget(snapshot=snapshot))
+
+    def receipt(self, snapshot: str) -> Receipt:
+        """Return the record of a snapshot."""
+        return self.call(verbs.RECEIPT, SnapshotTarget(snapshot=snapshot))
+
+    def rename_snapshot(self, snapshot: str, *, name: str) -> SnapshotInfo:
+        """Give a snapshot another name."""
+        return self.call(verbs.RENAME_SNAPSHOT, RenameRequest(snapshot=snapshot, name=name))
+
+    def protect_snapshot(self, snapshot: str, *, is_protected: bool = True) -> SnapshotInfo:
+        """Refuse deletion, or allow it again."""
+        return self.call(
+            verbs.PROTECT_SNAPSHOT, ProtectRequest(snapshot=snapshot, is_protected=is_protected)
+        )
+
+    def plan_delete(self, snapshot: str) -> DeletePlan:
+        """Return what deleting a snapshot would free."""
+        return self.call(verbs.PLAN_DELETE, SnapshotTarget(snapshot=snapshot))
+
+    def delete_snapshot(self, snapshot: str, *, force: bool = False) -> Deleted:
+        """Delete a snapshot."""
+        return self.call(verbs.DELETE_SNAPSHOT, DeleteRequest(snapshot=snapshot, force=force))
+
+    def changes(self, *, since: str, until: str | None = None) -> Changes:
+        """Return what changed since one instant until another, or until now."""
+        return self.call(verbs.CHANGES, ChangesRequest(since=since, until=until))
+
+    # Bookmarks
+
+    def list_bookmarks(self) -> BookmarkList:
+        """Return every bookmark, oldest first."""
+        return self.call(verbs.LIST_BOOKMARKS, NoRequest())
+
+    def create_bookmark(self, snapshot: str, *, name: str | None = None) -> BookmarkInfo:
+        """Track what changes after a snapshot, also once it is deleted."""
+        return self.call(verbs.CREATE_BOOKMARK, BookmarkRequest(snapshot=snapshot, name=name))
+
+    def show_bookmark(self, bookmark: str) -> BookmarkInfo:
+        """Return one bookmark."""
+        return self.call(verbs.SHOW_BOOKMARK, BookmarkTarget(bookmark=bookmark))
+
+    def delete_bookmark(self, bookmark: str) -> BookmarkInfo:
+        """Stop tracking since a bookmark."""
+        return self.call(verbs.DELETE_BOOKMARK, BookmarkTarget(bookmark=bookmark))
+
+    # Restore
+
+    def plan_restore(self, request: RestoreRequest) -> RestorePlan:
+        """Return what a restore would write now, by partition."""
+        return self.call(verbs.PLAN_RESTORE, request)
+
+    def start_restore(self, request: RestoreRequest) -> RestoreProgress:
+        """Start a restore; the disk reads as restored at once."""
+        return self.call(verbs.START_RESTORE, request)
+
+    def restore_status(self) -> RestoreProgress:
+        """Return how far a restore is."""
+        return self.call(verbs.RESTORE_STATUS, NoRequest())
+
+    def wait_restore(self, *, timeout_ms: int) -> RestoreProgress:
+        """Wait, some seconds at most, until no restore runs."""
+        return self.call(verbs.WAIT_RESTORE, WaitRequest(timeout_ms=timeout_ms))
+
+
+class LocalSession(Session):
+    """A volume that nobody serves, open in this process for as long as the session lasts."""
+
+    def __init__(self, opened: OpenVolume) -> None:
+        self.volume = opened.name
+        self._opened = opened
+
+    def call(self, verb: Verb[Q, R], request: Q) -> R:
+        """Run a verb here."""
+        return verb.run(self._opened, request)
+
+    def close(self) -> None:
+        """Stop the volume cleanly."""
+        self._opened.close()
+
+    @property
+    def is_remote(self) -> bool:
+        """False: it is here."""
+        return False
+
+
+def open_session(config: Config, name: str, options: EngineOptions | None = None) -> Session:
+    """Return a session on the volume: with the process that serves it, else in this one."""
+    from stillblock.service.client import RemoteSession, find_server  # noqa: PLC0415 - a cycle
+
+    socket_path = find_server(config, name)
+    if socket_path is not None:
+        return RemoteSession(socket_path, name)
+    return LocalSession(OpenVolume.open(config, name, options))

@@ -42,8 +42,8 @@ PURE_RUST = re.compile(r"^crates/core/src/(extent|bitmap|nbd/(wire|session))\b.*
 IMPURE_RUST = re.compile(
     r"\bstd::(fs|net|os|thread|process|env)\b|\b(Instant|SystemTime)::now\b|\brustix::"
 )
-# io.RawIOBase and its kin decide these signatures.
-POSITIONAL_BY_CONTRACT = {"seek", "lseek"}
+OFFSETS = {"offset", "offset_bytes"}
+LENGTHS = {"length", "length_bytes", "size_bytes"}
 
 
 @cache
@@ -206,10 +206,9 @@ def test_an_offset_and_a_length_are_passed_by_name():
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             positional = {arg.arg for arg in (*node.args.posonlyargs, *node.args.args)}
-            mixed = positional & {"offset", "length", "offset_bytes", "length_bytes"}
-            if mixed and node.name not in POSITIONAL_BY_CONTRACT:
-                names = ", ".join(sorted(mixed))
-                breaches.append(f"{name}:{node.lineno}: {node.name}({names})")
+            every = positional | {arg.arg for arg in node.args.kwonlyargs}
+            if every & OFFSETS and every & LENGTHS and positional & (OFFSETS | LENGTHS):
+                breaches.append(f"{name}:{node.lineno}: {node.name}")
     report(breaches, "Offset and length never mix: they are keyword-only.")
 
 

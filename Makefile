@@ -134,18 +134,20 @@ build: $(STAMPS)/native
 
 .venv/bin/python:
 	@tools/bootstrap demo
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 
 $(STAMPS)/run: requirements/run.txt requirements/constraints.txt .venv/bin/python
 	@mkdir -p $(@D)
-	$(BIN)/python -m pip install --quiet -r requirements/run.txt
+	@echo "installing Python packages into .venv" >&2
+	@$(BIN)/python -m pip install --quiet -r requirements/run.txt
 	@touch $@
 
 $(STAMPS)/dev: requirements/dev.txt $(STAMPS)/run
-	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet -r requirements/dev.txt
 	@touch $@
 
 # In release mode always: what is tested and shown is what users get.
 $(STAMPS)/native: $(RUST_SOURCES) pyproject.toml $(STAMPS)/run
-	PIP_QUIET=1 $(BIN)/maturin develop --release --locked --quiet
+	@echo "building the Rust core, in release mode" >&2
+	@PIP_QUIET=1 CARGO_TERM_QUIET=true $(BIN)/maturin develop --release --locked --quiet
 	@touch $@

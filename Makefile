@@ -64,7 +64,7 @@ bench: setup-test build ## Compare with the peers on this machine; prints one ta
 	$(BIN)/python -m bench
 
 .PHONY: docs
-docs: setup-test build ## Write docs/cli.md and the other generated pages anew
+docs: setup-test build ## Write docs/cli.md anew from the program
 	$(BIN)/python tools/docs.py
 
 .PHONY: wheel
@@ -88,7 +88,7 @@ clean: ## Remove everything that was built or installed here
 # --- Gates ------------------------------------------------------------------------------------------------------
 
 .PHONY: gates
-gates: fmt lint types border layers
+gates: fmt lint types border layers docs-check
 
 .PHONY: fmt
 fmt: setup-test
@@ -111,6 +111,10 @@ border: setup-test build
 .PHONY: layers
 layers: setup-test
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo
+
+.PHONY: docs-check
+docs-check: setup-test build
+	$(BIN)/python tools/docs.py --check
 
 .PHONY: test-rust
 test-rust: setup-test

@@ -4,6 +4,7 @@ Each test lists every breach it finds as `file:line: what`, so that one run show
 """
 
 import ast
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -34,6 +35,18 @@ FORBIDDEN_TEXT = {
     re.compile(r"pypi\." + r"org|pythonhosted\." + "org"): "a registry's host",
     re.compile(r"crates\." + r"io|deb\." + r"debian\." + "org"): "a registry's host",
 }
+# A crate may be linked into what we ship under Apache-2.0 if one of these is offered.
+LICENCES = {
+    "Apache-2.0",
+    "MIT",
+    "MIT-0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "ISC",
+    "Zlib",
+    "Unlicense",
+}
+LICENCES |= {"Unicode-3.0", "0BSD", "CC0-1.0", "Apache-2.0 WITH LLVM-exception", "BSL-1.0"}
 # Written by tools, or by others.
 NOT_OURS = {"Cargo.lock", "LICENSE"}
 
@@ -249,3 +262,26 @@ def test_the_architecture_names_every_format():
     architecture = text_of("ARCHITECTURE.md") if formats else ""
     breaches = [name for name in formats if name not in architecture]
     report(breaches, "ARCHITECTURE.md points at every page of docs/formats.")
+
+
+@pytest.mark.needs("cargo")
+def test_every_crate_has_a_licence_that_lets_us_ship_it():
+    shown = subprocess.run(
+        ["cargo", "metadata", "--locked", "--offline", "--format-version", "1"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    breaches = [
+        f"{crate['name']} {crate['version']}: {crate['license']}"
+        for crate in json.loads(shown.stdout)["packages"]
+        if not licence_is_fine(crate["license"] or "")
+    ]
+    report(breaches, "Only permissive licences; ask before adding another.")
+
+
+def licence_is_fine(expression: str) -> bool:
+    """Judge an SPDX expression of ANDs of ORs, and the old form with a slash."""
+    parts = re.sub(r"[()]", "", expression).replace("/", " OR ").split(" AND ")
+    return all(LICENCES & {choice.strip() for choice in part.split(" OR ")} for part in parts)

@@ -97,9 +97,11 @@ def finish(running: subprocess.Popen[str], *, limit_s: float = MARGIN_S) -> dict
     try:
         out, err = running.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired as error:
-        running.kill()
-        running.communicate()
         raise PeerError(f"fio: no end within {limit_s:.0f} s") from error
+    finally:
+        if running.poll() is None:
+            running.kill()
+            running.wait()
     if running.returncode:
         raise PeerError(f"fio: exit {running.returncode}: {(err or out)[-300:]}")
     return parse(out)

@@ -2,20 +2,22 @@
 
 import array
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from bench import machine, registry
 from bench.errors import BenchError, PeerError
 from bench.estimate import rank
+from bench.probe import REPOSITORY, run_probe
 from bench.process import tail
 from bench.results import Session
 from bench.rounds import interleave
+from bench.stillblock_target import TERMS_MAX
 from bench.targets import Place, Role, Target
 from bench.units import BLOCK_BYTES, GIB, KIB, MIB, format_size
 
@@ -23,9 +25,9 @@ WRITER_REGION_BYTES = 256 * MIB
 WRITER_DEPTH = 8
 WRITER_LEAD_S = 0.5
 AFTER_SNAPSHOT_S = 0.1
+PSS_REST_S = 0.3
 WRITER_LIMIT_S = 120.0
 SNAPSHOT_DISKS_BYTES = (1 * GIB, 16 * GIB, 256 * GIB)
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def measure_stalls(
@@ -167,7 +169,11 @@ def measure_memory(
     plans: Sequence[tuple[int, int]],
     round_count: int,
 ) -> Iterator[Session]:
-    """PSS per further snapshot; plans are (extents in each selection, further snapshots)."""
+    """PSS per further snapshot; plans are (extents in each selection, further snapshots).
+
+    Of the server, or, where a selection has more extents than one request may name, of a process
+    that takes the snapshots through the library.
+    """
     if not place.image.exists():
         machine.fill_sparse(place.image, size_bytes=size_bytes, used_bytes=MIB)
 
@@ -176,19 +182,14 @@ def measure_memory(
         failures: dict[str, str] = {}
         meter = machine.OthersMeter()
         for extent_count, further in plans:
-            for is_same in (False, True):
-                row = f"mem_{extent_count}_{'same' if is_same else 'different'}"
-                target = registry.make(name, place=place)
+            measure = _kib_of_server if extent_count <= TERMS_MAX else _kib_of_library
+            for sameness in ("different", "same"):
+                row = f"mem_{extent_count}_{sameness}"
                 try:
-                    target.start()
-                    kib = _kib_per_snapshot(
-                        target, extent_count=extent_count, further=further, is_same=is_same
-                    )
+                    kib = measure(name, place, extent_count, further, sameness)
                     rows[row] = {"kib_per_snapshot": kib}
                 except (BenchError, OSError) as error:
                     failures[row] = str(error)
-                finally:
-                    target.stop()
         return Session(
             target=name,
             round_index=round_index,
@@ -201,19 +202,35 @@ def measure_memory(
     yield from interleave(wanted, round_count=round_count, label="mem", visit=visit)
 
 
-def _kib_per_snapshot(target: Target, *, extent_count: int, further: int, is_same: bool) -> float:
-    # The first two are not counted: they warm up what is allocated once.
-    before_kib = 0.0
-    for number in range(1, further + 3):
-        extents = scattered_extents(
-            target.place.size_bytes, count=extent_count, seed=0 if is_same else number
-        )
-        target.take_snapshot(number, extents=extents)
-        if number == 2:
-            time.sleep(0.3)
-            before_kib = target.process.pss_kib()
-    time.sleep(0.3)
-    return (target.process.pss_kib() - before_kib) / further
+def _kib_of_server(
+    name: str, place: Place, extent_count: int, further: int, sameness: str
+) -> float:
+    target = registry.make(name, place=place)
+    try:
+        target.start()
+        # The first two are not counted: they warm up what is allocated once.
+        before_kib = 0.0
+        for number in range(1, further + 3):
+            seed = 0 if sameness == "same" else number
+            extents = scattered_extents(place.size_bytes, count=extent_count, seed=seed)
+            target.take_snapshot(number, extents=extents)
+            if number == 2:
+                time.sleep(PSS_REST_S)
+                before_kib = target.process.pss_kib()
+        time.sleep(PSS_REST_S)
+        return (target.process.pss_kib() - before_kib) / further
+    finally:
+        target.stop()
+
+
+def _kib_of_library(_: str, place: Place, extent_count: int, further: int, sameness: str) -> float:
+    store = place.scratch / "store"
+    try:
+        run_probe("create", store, str(place.image))
+        figures = run_probe("select", store, str(extent_count), str(further), sameness)
+        return figures["kib_per_snapshot"]
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
 
 
 # -- time to take a snapshot

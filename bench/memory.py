@@ -8,7 +8,6 @@ empty; what is left is what the state costs.
 
 import array
 import enum
-import json
 import os
 import random
 import sys
@@ -16,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import fields, machine
+from bench import machine
 from bench.errors import UsageError
-from bench.process import run_tool
+from bench.probe import run_probe
 from bench.tables import Table, as_text
 from bench.units import BLOCK_BYTES, MIB, format_size
 
@@ -28,7 +27,6 @@ BYTES_PER_PRESERVED_BLOCK_MAX = 24.0
 BITS_PER_BLOCK_MAX = 2
 PLACE_SEED = 11
 SCRATCH_SPARE_BYTES = 512 * MIB
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Placement(enum.Enum):
@@ -159,15 +157,15 @@ def _observe(plan: Plan, places: "array.array[int]", scratch: Path) -> Observed:
     list_path.write_bytes(places.tobytes())
     _say(f"writing {plan.preserved_count} blocks to a sparse origin")
     _write_originals(origin, places, size_bytes=plan.size_bytes)
-    _step("create", store, str(origin))
-    empty = _step("open", store)
+    run_probe("create", store, str(origin))
+    empty = run_probe("open", store)
     _say("preserving them")
-    preserved = _step("preserve", store, str(list_path))
+    preserved = run_probe("preserve", store, str(list_path))
     _say("opening again")
     _evict_all(scratch)
-    cold = _step("open", store)
-    warm = _step("open", store)
-    paused = _step("pause", store, str(plan.snapshot_count))
+    cold = run_probe("open", store)
+    warm = run_probe("open", store)
+    paused = run_probe("pause", store, str(plan.snapshot_count))
     return Observed(
         empty_bytes=empty["open_pss_bytes"],
         bits_bytes=preserved["bits_bytes"],
@@ -188,13 +186,6 @@ def _write_originals(origin: Path, places: Sequence[int], *, size_bytes: int) ->
         for offset in sorted(places):
             os.pwrite(file.fileno(), data, offset)
         os.fdatasync(file.fileno())
-
-
-def _step(name: str, store: Path, *rest: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.memory_probe", name, str(store), *rest]
-    printed = run_tool(command, timeout_s=1800, directory=REPOSITORY)
-    body = fields.mapping(json.loads(printed), "memory probe")
-    return {key: fields.number(value, key) for key, value in body.items()}
 
 
 def _evict_all(directory: Path) -> None:

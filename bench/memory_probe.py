@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench.instants import scattered_extents
 from bench.process import pss_kib
 from bench.units import BLOCK_BYTES, KIB
 from stillblock import native
@@ -63,8 +64,27 @@ def pause(volume: native.Volume, count: int) -> dict[str, float]:
     return {"pause_ms_max": max(pauses_ms), "snapshot_ms_max": max(took_ms)}
 
 
+def select(
+    volume: native.Volume, *, extent_count: int, further: int, is_same: bool
+) -> dict[str, float]:
+    """Take snapshots of scattered extents; return the memory of each after the second.
+
+    The first two are not counted: they warm up what is allocated once.
+    """
+    before_kib = 0.0
+    for number in range(further + 2):
+        seed = 0 if is_same else number
+        extents = scattered_extents(volume.size_bytes, count=extent_count, seed=seed)
+        volume.snapshot(selection=tuple(extents), meta=b"", pause_limit_ms=PAUSE_LIMIT_MS)
+        del extents
+        if number == 1:
+            before_kib = pss_kib(os.getpid())
+    return {"kib_per_snapshot": (pss_kib(os.getpid()) - before_kib) / further}
+
+
 def main(arguments: list[str]) -> None:
-    """Do one step: `create ORIGIN`, `open`, `preserve OFFSETS`, or `pause COUNT`."""
+    """Do one step: `create ORIGIN`, `open`, `preserve OFFSETS`, `pause COUNT`, or
+    `select EXTENTS SNAPSHOTS same|different`."""
     step, store, *rest = arguments
     if step == "create":
         native.create_volume(
@@ -79,6 +99,13 @@ def main(arguments: list[str]) -> None:
         figures |= preserve(volume, offsets)
     elif step == "pause":
         figures |= pause(volume, int(rest[0]))
+    elif step == "select":
+        figures |= select(
+            volume,
+            extent_count=int(rest[0]),
+            further=int(rest[1]),
+            is_same=rest[2] == "same",
+        )
     volume.close()
     print(json.dumps(figures))
 

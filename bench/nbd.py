@@ -36,7 +36,7 @@ def request(command: int, *, cookie: int = 1, offset: int = 0, length: int = 0) 
 
 def unix_uri(socket_path: object, export: str = "") -> str:
     """The URI of an export on a Unix socket."""
-    return f"nbd+unix:///{urllib.parse.quote(export)}?socket={socket_path}"
+    return f"nbd+unix:///{urllib.parse.quote(export, safe='@')}?socket={socket_path}"
 
 
 class NbdClient:

@@ -23,6 +23,8 @@ from bench.targets import Place, Role, Target, TargetName
 VOLUME = "web"
 REQUEST_TIMEOUT_S = 120.0
 COMMAND_TIMEOUT_S = 120.0
+TERMS_MAX = 1000
+"""Rules are lines that people write; a request with more terms is refused."""
 
 
 class Stillblock(Target):
@@ -51,13 +53,14 @@ class Stillblock(Target):
 
     def launch(self) -> ServerProcess:
         self.uri = nbd.unix_uri(self.socket_path, VOLUME)
-        stillblock = [*self.command_prefix(), "--state-dir", str(self._state_dir)]
-        added = ("--origin", str(self.place.image), "--store", str(self.directory / "store"))
-        run_tool([*stillblock, "volume", "add", VOLUME, *added], timeout_s=COMMAND_TIMEOUT_S)
+        stillblock = self.command_prefix()
+        state = ("--state-dir", str(self._state_dir))
+        disk = ("--origin", str(self.place.image), "--store", str(self.directory / "store"))
+        add = [*stillblock, "volume", "add", VOLUME, *disk, *state]
+        run_tool(add, timeout_s=COMMAND_TIMEOUT_S)
+        serve = [*stillblock, "serve", VOLUME, "--listen", str(self.socket_path), *state]
         direct = ["--direct"] if self.place.is_direct else []
-        return ServerProcess(
-            [*stillblock, "serve", VOLUME, "--socket", str(self.socket_path), *direct], log=self.log
-        )
+        return ServerProcess([*serve, *direct], log=self.log)
 
     def start(self) -> None:
         super().start()

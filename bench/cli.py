@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,7 +161,7 @@ def _run_kind(kind: str, asked: Request) -> Iterator[Run]:
         parent = machine.memory_scratch()
     is_direct = asked.is_direct or kind == "direct"
     needed = SPARSE_SCRATCH_BYTES if kind in SPARSE_DISK else int(asked.size_bytes * 2.25)
-    load_before = os.getloadavg()[0]
+    others_cores = machine.others_now_cores()
     with machine.scratch_directory(parent, needed_bytes=needed) as scratch:
         place = Place(
             scratch=scratch,
@@ -177,13 +176,19 @@ def _run_kind(kind: str, asked: Request) -> Iterator[Run]:
         cost = rounds.sync_cost(place) if kind == "sync" else None
         seen: list[Session] = []
         for session in _sessions(kind, asked, place):
-            seen.append(session)
-            found = _conditions(place, asked, kind=kind, load_before=load_before, cost=cost)
+            seen.append(_without_path(session, scratch))
+            found = _conditions(place, asked, kind=kind, others_cores=others_cores, cost=cost)
             yield Run(kind=kind, conditions=found, sessions=tuple(seen))
         if cost is not None:
             cost = rounds.mean_cost(cost, rounds.sync_cost(place))
-            found = _conditions(place, asked, kind=kind, load_before=load_before, cost=cost)
+            found = _conditions(place, asked, kind=kind, others_cores=others_cores, cost=cost)
             yield Run(kind=kind, conditions=found, sessions=tuple(seen))
+
+
+def _without_path(session: Session, scratch: Path) -> Session:
+    """The session with no trace of where its scratch directory was: results are published."""
+    told = {row: why.replace(str(scratch), "SCRATCH") for row, why in session.failures.items()}
+    return dataclasses.replace(session, failures=told)
 
 
 def _sessions(kind: str, asked: Request, place: Place) -> Iterator[Session]:
@@ -218,14 +223,14 @@ def _conditions(
     asked: Request,
     *,
     kind: str,
-    load_before: float,
+    others_cores: float,
     cost: Mapping[str, float] | None,
 ) -> Conditions:
     return Conditions(
         filesystem=machine.filesystem_of(place.scratch),
         is_direct=place.is_direct,
         qemu_aio=place.qemu_aio,
-        load_before=load_before,
+        others_before_cores=others_cores,
         size_bytes=asked.sparse_bytes if kind in SPARSE_DISK else asked.size_bytes,
         seconds=asked.options.seconds,
         scale=asked.options.scale,

@@ -18,6 +18,7 @@ from bench.units import BLOCK_BYTES, GIB, MIB
 
 MEMORY_SCRATCH = Path("/dev/shm")  # noqa: S108 - memory is the point; directories in it are private
 FILL_SEED = 1
+OTHERS_SAMPLE_S = 2.0
 _VERSION_PATTERNS = ("fio", "qemu-nbd", "nbdkit", "nbdcopy")
 
 
@@ -103,12 +104,21 @@ def disk_usage_bytes(path: Path) -> int:
     return sum(entry.stat().st_blocks * 512 for entry in every if entry.is_file())
 
 
+def others_now_cores() -> float:
+    """Cores that other processes use at this moment.
+
+    Not the load average: after a build, or after our own last run, it tells of the past.
+    """
+    meter = OthersMeter()
+    time.sleep(OTHERS_SAMPLE_S)
+    return meter.cores()
+
+
 class OthersMeter:
     """How many cores other processes used since it was made.
 
-    The load average cannot tell: during a run it is mostly our own. So: what the machine was busy
-    with, less what this process and its ended children used. Interrupts and time stolen by a
-    hypervisor are left out.
+    What the machine was busy with, less what this process and its ended children used. Interrupts
+    and time stolen by a hypervisor are left out.
     """
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ class Conditions:
     filesystem: str
     is_direct: bool
     qemu_aio: str
-    load_before: float
+    others_before_cores: float
     size_bytes: int
     seconds: float
     scale: float
@@ -173,7 +173,7 @@ def _run(body: Mapping[str, object]) -> Run:
             filesystem=fields.text(c.get("filesystem"), "filesystem"),
             is_direct=bool(c.get("is_direct")),
             qemu_aio=fields.text(c.get("qemu_aio"), "qemu_aio"),
-            load_before=fields.number(c.get("load_before"), "load_before"),
+            others_before_cores=fields.number(c.get("others_before_cores"), "others_before_cores"),
             size_bytes=fields.integer(c.get("size_bytes"), "size_bytes"),
             seconds=fields.number(c.get("seconds"), "seconds"),
             scale=fields.number(c.get("scale"), "scale"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bench.estimate import Estimate, estimate, median
 from bench.goals import Outcome, Verdict, count
-from bench.registry import QSD_RAW, raw_name_of
+from bench.registry import NBDKIT, QEMU_NBD, QSD_RAW, raw_name_of
 from bench.results import Cell, Machine, Results, Run, ratios, values
 from bench.validity import describe_conditions, failures, void_by_kind
 from bench.workloads import ROW_NAMES
@@ -124,8 +124,11 @@ def interval_text(measured: Estimate | None, *, digits: int = 2) -> str:
     return f"{measured.median:.{digits}f} ({low}-{high})"
 
 
-def _base_of(names: Sequence[str]) -> str:
-    return QSD_RAW if QSD_RAW in names else names[0]
+def _base_of(run: Run) -> str:
+    """What the others are compared with: a peer without snapshots if one was measured."""
+    measured = list(dict.fromkeys(s.target for s in run.sessions if s.rows))
+    preferred = [name for name in (QSD_RAW, QEMU_NBD, NBDKIT) if name in measured]
+    return next(iter([*preferred, *measured, *run.targets()]))
 
 
 def _rows_in_order(run: Run) -> list[str]:
@@ -135,7 +138,7 @@ def _rows_in_order(run: Run) -> list[str]:
 
 def _overview(run: Run) -> Table:
     names = run.targets()
-    base = _base_of(names)
+    base = _base_of(run)
 
     def show(seen: Run, cell: Cell) -> str:
         cpu = _plain("cpu_us_per_request", 1)(seen, cell)
@@ -149,7 +152,7 @@ def _overview(run: Run) -> Table:
 
 def _request_tables(run: Run) -> list[Table]:
     names = run.targets()
-    base = _base_of(names)
+    base = _base_of(run)
     rows = _rows_in_order(run)
     shown: list[tuple[str, Show]] = [
         ("throughput, requests/s or MB/s, and its spread", _throughput),

@@ -7,10 +7,9 @@ from bench.results import Results, Run
 from bench.units import format_size
 
 ROUNDS_MIN = 5
-LOAD_BEFORE_MAX = 0.5
-"""One-minute load average before the run: above it something else was still going on."""
 OTHERS_CORES_MAX = 0.15
-"""Cores used by other processes, median of the sessions; kernel threads count as others."""
+"""Cores used by other processes just before the run, and during it as the median of its sessions;
+kernel threads count as others."""
 OTHERS_CORES_MAX_ON_DISK = 0.5
 """On a disk the kernel's own threads write back what the servers wrote."""
 SYNC_US_MIN = 30.0
@@ -25,12 +24,15 @@ def void_reasons(run: Run) -> list[str]:
     reasons = []
     if seen.round_count < ROUNDS_MIN:
         reasons.append(f"{seen.round_count} rounds, fewer than {ROUNDS_MIN}")
-    if seen.load_before > LOAD_BEFORE_MAX:
-        reasons.append(f"load {seen.load_before:.2f} before the run, more than {LOAD_BEFORE_MAX}")
+    before = seen.others_before_cores
+    if before > OTHERS_CORES_MAX:
+        reasons.append(
+            f"other processes used {before:.2f} cores before it, more than {OTHERS_CORES_MAX}"
+        )
     others = median(session.figures.get("others_cores") for session in run.sessions)
     limit = OTHERS_CORES_MAX_ON_DISK if run.kind in ON_DISK else OTHERS_CORES_MAX
     if others is not None and others > limit:
-        reasons.append(f"other processes used {others:.2f} cores, more than {limit}")
+        reasons.append(f"other processes used {others:.2f} cores during it, more than {limit}")
     if run.kind in ON_DISK and seen.filesystem == "tmpfs":
         reasons.append("the scratch directory is in memory, not on a disk")
     if run.kind == "sync" and is_sync_free(run):

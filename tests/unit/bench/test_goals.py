@@ -15,7 +15,7 @@ QUIET = Conditions(
     filesystem="tmpfs",
     is_direct=False,
     qemu_aio="threads",
-    load_before=0.0,
+    others_before_cores=0.0,
     size_bytes=1 << 30,
     seconds=1.0,
     scale=1.0,
@@ -163,7 +163,7 @@ def test_a_synced_server_that_beats_the_limit_is_asked_whether_it_syncs():
 
 
 def test_a_figure_of_a_void_run_is_marked():
-    noisy = dataclasses.replace(QUIET, load_before=3.0)
+    noisy = dataclasses.replace(QUIET, others_before_cores=3.0)
     found = results(
         run(
             "io",

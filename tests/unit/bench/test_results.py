@@ -28,7 +28,7 @@ def results(kind="io", *, iops=100.0):
         filesystem="tmpfs",
         is_direct=False,
         qemu_aio="threads",
-        load_before=0.0,
+        others_before_cores=0.0,
         size_bytes=1 << 30,
         seconds=1.0,
         scale=1.0,
@@ -135,6 +135,14 @@ def test_the_overview_holds_ratio_spread_and_cpu_in_one_cell():
     assert cells["row"] == "rr4k_q32"
     assert cells["qsd-raw"] == "100 ~0%"
     assert cells["nbdkit"] == "2.50 (2.50-2.50), 7.0 us"
+
+
+def test_others_are_compared_with_a_target_that_was_measured():
+    run = results().runs["io"]
+    failed = Session(target="stillblock", round_index=0, failures={"session": "did not start"})
+    both = dataclasses.replace(run, sessions=(failed, *run.sessions))
+    (table,) = overview_tables(Results(machine=MACHINE, runs={"io": both}))
+    assert "against qsd-raw" in table.title
 
 
 def test_a_brief_table_of_goals_leaves_out_what_was_not_measured():

@@ -11,7 +11,7 @@ QUIET = Conditions(
     filesystem="ext2/ext3",
     is_direct=False,
     qemu_aio="threads",
-    load_before=0.1,
+    others_before_cores=0.1,
     size_bytes=1 << 30,
     seconds=1.0,
     scale=1.0,
@@ -38,13 +38,13 @@ def test_fewer_than_five_rounds_are_void():
     assert "4 rounds" in void_reasons(run(round_count=4))[0]
 
 
-def test_load_before_the_run_is_void():
-    assert "load 1.20" in void_reasons(run(load_before=1.2))[0]
+def test_other_processes_before_the_run_are_void():
+    assert "1.20 cores before it" in void_reasons(run(others_before_cores=1.2))[0]
 
 
 def test_other_processes_during_most_sessions_are_void():
     busy = [session(others=0.6), session(others=0.6), session(others=0.0)]
-    assert "0.60 cores" in void_reasons(run(sessions=busy))[0]
+    assert "0.60 cores during it" in void_reasons(run(sessions=busy))[0]
 
 
 def test_other_processes_during_one_session_of_three_are_not_void():

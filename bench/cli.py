@@ -153,8 +153,7 @@ def _print(
 
 
 def _run_kind(kind: str, asked: Request) -> Iterator[Run]:
-    """The run as it grows: after every session, so that an interrupted benchmark leaves what it
-    has."""
+    """The run after every session, so that an interrupted benchmark leaves what it has."""
     is_on_disk = kind in ON_DISK
     parent = asked.disk or asked.directory if is_on_disk else asked.directory
     if parent is None and not asked.is_direct:

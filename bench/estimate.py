@@ -21,8 +21,7 @@ class Estimate:
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """The median and its interval; None without a single value. One round gives an interval of no
-    width."""
+    """The median and its interval, of no width for one round; None without a single value."""
     present = [value for value in values if value is not None]
     if not present:
         return None

@@ -29,8 +29,7 @@ DIRTY = 1
 def measure_increments(
     names: Sequence[str], *, place: Place, round_count: int
 ) -> Iterator[Session]:
-    """Seconds and bytes out of an incremental copy after a change of one percent in 4 KiB
-    blocks."""
+    """Seconds and bytes out of an incremental copy after one percent changed in 4 KiB blocks."""
 
     def visit(name: str, round_index: int) -> Session:
         rows: dict[str, dict[str, float]] = {}

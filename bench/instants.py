@@ -33,8 +33,7 @@ SNAPSHOT_DISKS_BYTES = (1 * GIB, 16 * GIB, 256 * GIB)
 def measure_stalls(
     names: Sequence[str], *, place: Place, size_bytes: int, snapshot_count: int, round_count: int
 ) -> Iterator[Session]:
-    """The longest gap that a deep writer sees while a snapshot of a sparse disk is taken every
-    second."""
+    """The longest gap a deep writer sees while a sparse disk is snapshot every second."""
     if not place.image.exists():
         machine.fill_sparse(place.image, size_bytes=size_bytes, used_bytes=WRITER_REGION_BYTES)
 
@@ -149,8 +148,7 @@ def _sleep_until(moment_s: float) -> None:
 
 
 def scattered_extents(size_bytes: int, *, count: int, seed: int) -> list[tuple[int, int]]:
-    """That many extents, one at a random place and of random length in each equal part of the
-    disk."""
+    """That many extents, each at a random place and of random length in its part of the disk."""
     draw = random.Random(seed)
     step = size_bytes // count
     half = step // BLOCK_BYTES // 2
@@ -239,8 +237,7 @@ def _kib_of_library(_: str, place: Place, extent_count: int, further: int, samen
 def measure_snapshot_times(
     names: Sequence[str], *, place: Place, round_count: int
 ) -> Iterator[Session]:
-    """How long a snapshot of a sparse, idle disk takes until it is in force and until it can be
-    read."""
+    """How long a snapshot of a sparse, idle disk takes until it is in force and readable."""
 
     def visit(name: str, round_index: int) -> Session:
         rows: dict[str, dict[str, float]] = {}

@@ -54,8 +54,7 @@ def memory_scratch() -> Path | None:
 
 @contextlib.contextmanager
 def scratch_directory(parent: Path | None, *, needed_bytes: int) -> Iterator[Path]:
-    """A directory that goes away afterwards; raise UsageError if there is too little room for the
-    run."""
+    """A directory that goes away afterwards; raise UsageError if it has too little room."""
     root = parent or Path(tempfile.gettempdir())
     free_bytes = shutil.disk_usage(root).free
     if free_bytes < needed_bytes:

@@ -83,8 +83,7 @@ class NbdClient:
     def pread_many(
         self, ranges: Sequence[tuple[int, int]], *, depth: int
     ) -> Iterator[tuple[int, bytes]]:
-        """Read ranges `(start, end)` with `depth` requests in flight; yield (start, data) as they
-        come."""
+        """Read ranges `(start, end)` with `depth` requests in flight; yield (start, data)."""
         sent = received = 0
         while received < len(ranges):
             while sent < len(ranges) and sent - received < depth:
@@ -146,8 +145,7 @@ class NbdClient:
 def wait_until_served(
     uri: str, *, process: ServerProcess, timeout_s: float = READY_TIMEOUT_S
 ) -> None:
-    """Return when the export answers; raise PeerError with the server's last words if it does
-    not."""
+    """Return when the export answers; else raise PeerError with the server's last words."""
     deadline = time.monotonic() + timeout_s
     reason: Exception | None = None
     while time.monotonic() < deadline:

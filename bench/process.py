@@ -98,8 +98,7 @@ class ServerProcess:
         return total_s
 
     def pss_kib(self) -> float:
-        """Proportional set size. Memory not mapped by the processes (a closed memfd) is not
-        seen."""
+        """Proportional set size; what the processes do not map (a closed memfd) is not seen."""
         return sum(pss_kib(pid) for pid in self.members())
 
     def peak_rss_kib(self) -> float:
@@ -143,6 +142,5 @@ def _process_clock(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat after the command's name, which may itself hold blanks and
-    brackets."""
+    """Fields of /proc/PID/stat after the command's name, which may hold blanks and brackets."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()

@@ -46,8 +46,7 @@ def make(name: str, *, place: Place) -> Target:
 
 
 def raw_name_of(name: str, present: Iterable[str]) -> str | None:
-    """The same server without a snapshot, if it is among those present and not the target
-    itself."""
+    """The same server without a snapshot, if present and not the target itself."""
     server = name.partition("@")[0]
     own = QSD_RAW if server == QSD_CBW else f"{server}@raw"
     return own if own != name and own in set(present) else None

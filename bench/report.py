@@ -24,8 +24,7 @@ def as_document(results: Results, outcomes: Sequence[Outcome]) -> str:
 
 
 def replace_block(document: str, block: str) -> str:
-    """The document with the text between the two markers replaced; raise UsageError without
-    them."""
+    """The document with a new block between its markers; raise UsageError without them."""
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench import fields
-from bench.errors import UsageError
+from bench.errors import BenchError, UsageError
 
 FORMAT = "stillblock-bench"
 VERSION = 1
@@ -132,8 +132,7 @@ def merge(parts: Iterable[Results]) -> Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write the file whole or not at all: a run may be interrupted while an earlier file is
-    there."""
+    """Write the file whole or not at all: an interrupted run leaves the earlier one."""
     body = {"format": FORMAT, "version": VERSION, **asdict(results)}
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
@@ -146,9 +145,15 @@ def load(path: Path) -> Results:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as results: {error}") from error
-    body = fields.mapping(parsed, str(path))
+    try:
+        return _results(fields.mapping(parsed, "results"))
+    except BenchError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _results(body: Mapping[str, object]) -> Results:
     if body.get("format") != FORMAT or body.get("version") != VERSION:
-        raise UsageError(f"{path}: not a {FORMAT} file of version {VERSION}")
+        raise UsageError(f"not a {FORMAT} file of version {VERSION}")
     machine = fields.mapping(body.get("machine"), "machine")
     return Results(
         machine=Machine(

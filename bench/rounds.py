@@ -1,5 +1,4 @@
-"""Rounds: A B C ... A B C ..., one server alive at a time, so that a slow minute hits all of them
-alike."""
+"""Rounds: A B C ... A B C ..., one server alive at a time: a slow minute hits all alike."""
 
 import os
 import random

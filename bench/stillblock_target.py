@@ -28,8 +28,7 @@ TERMS_MAX = 1000
 
 
 class Stillblock(Target):
-    """`stillblock serve` on a volume made for this life, with state and store in the scratch
-    directory."""
+    """`stillblock serve` on a volume made for this life; state and store lie in scratch."""
 
     plain_role: ClassVar[Role] = Role.SNAPSHOT
 

@@ -1,5 +1,4 @@
-"""What every block server under test has in common: a name with a role, a life, an address,
-snapshots."""
+"""What every server under test has in common: a name with a role, a life, snapshots."""
 
 import enum
 import shutil
@@ -143,8 +142,7 @@ class Target(ABC):
         raise PeerError(f"{self.name.server}: no snapshot {number} to delete: it takes none")
 
     def store_bytes(self) -> int | None:
-        """Bytes kept for snapshots now, without preallocated space; None if the server cannot
-        tell."""
+        """Bytes kept for snapshots now, preallocated space left out; None if it cannot tell."""
         return None
 
     def settle(self) -> None:

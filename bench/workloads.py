@@ -36,8 +36,7 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bursts:
-    """Short bursts that a write buffer may absorb, each on fresh blocks, with a flush and a rest
-    between."""
+    """Bursts that a write buffer may absorb, on fresh blocks, a flush and a rest between."""
 
 
 Amount = ForSeconds | OneIn | Whole | Bursts
@@ -69,8 +68,7 @@ class Row:
 
     @property
     def is_first_write(self) -> bool:
-        """Whether it writes blocks nobody wrote before in this session; these rows include the
-        flush."""
+        """Whether its blocks are fresh in this session; such rows include the flush."""
         return self.name.startswith(("fw", "burst", "uw"))
 
     def region(self, size_bytes: int) -> tuple[int, int]:

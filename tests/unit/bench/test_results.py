@@ -68,7 +68,7 @@ def test_saving_leaves_no_draft_behind(tmp_path):
 def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, content):
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(Exception, match=r"other\.json"):
+    with pytest.raises(UsageError, match=r"other\.json"):
         load(path)
 
 

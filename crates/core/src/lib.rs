@@ -9,6 +9,7 @@ pub mod codec;
 pub mod epochs;
 pub mod error;
 pub mod export;
+pub mod exports;
 pub mod extent;
 pub mod index;
 pub mod journal;

@@ -99,6 +99,19 @@ impl View {
         self.excluded_part(Extent::new(at, all.end), offset, buffer)
     }
 
+    /// As [`View::read`] if no device must be waited for; false if one must.
+    pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
+        self.check(offset, to_u64(buffer.len()))?;
+        let blocks = round_out(offset, to_u64(buffer.len()), self.volume.block_size());
+        let mut parts = self.selection.within(blocks);
+        let is_all_selected = parts.next() == Some(blocks);
+        if !is_all_selected || blocks.len() > PIECE_BLOCKS {
+            return Ok(false);
+        }
+        self.volume.check_snapshot_live(self.epoch)?;
+        self.volume.try_read_unchanged(self.epoch, blocks, offset, buffer)
+    }
+
     /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
     fn bytes_in(&self, blocks: Extent, offset: u64, length: usize) -> (usize, usize) {
         let (start, bytes) = blocks.to_bytes(self.volume.block_size());
@@ -161,6 +174,11 @@ impl View {
         }
         found.truncate(extents_max);
         Ok(found)
+    }
+
+    /// Selected blocks whose content could not be kept.
+    pub fn lost(&self) -> ExtentSet {
+        self.volume.lost_of(self.epoch).intersection(&self.selection)
     }
 
     /// Which parts the snapshot selects: flags 1 selected, 0 not.

@@ -74,10 +74,11 @@ impl Volume {
         epochs.0.into_iter().map(info).collect()
     }
 
-    /// What a snapshot selects, else what its bookmark tracks.
-    pub fn selection(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+    /// What a snapshot selects, else what its bookmark tracks; and the size at its instant.
+    pub fn selection(&self, epoch: u32) -> Result<(Arc<ExtentSet>, u64)> {
         let epochs = self.epochs.read();
-        let found = epochs.0.get(&epoch).and_then(|e| e.tracked().next().map(Arc::clone));
+        let found = epochs.0.get(&epoch);
+        let found = found.and_then(|e| Some((Arc::clone(e.tracked().next()?), e.origin_bytes)));
         found.ok_or_else(|| unknown(epoch, "snapshot or bookmark"))
     }
 
@@ -282,6 +283,11 @@ impl Volume {
             total += file.allocated_bytes().map_err(Error::store("log segment"))?;
         }
         Ok(total)
+    }
+
+    /// Blocks whose content since an instant is lost.
+    pub(crate) fn lost_of(&self, epoch: u32) -> ExtentSet {
+        self.index.read().lost_since(epoch)
     }
 
     /// Hold a snapshot for a reader; tells its selection and size.

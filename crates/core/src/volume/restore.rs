@@ -330,6 +330,34 @@ impl Volume {
         Ok(())
     }
 
+    /// Read blocks that have not changed since the instant of `epoch`, from the origin's cache; false if they have,
+    /// or if the cache does not have them.
+    pub(crate) fn try_read_unchanged(
+        &self,
+        epoch: u32,
+        blocks: Extent,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<bool> {
+        let mut found = Vec::new();
+        let version = {
+            let index = self.index.read();
+            index.contents(blocks, epoch, &mut found);
+            self.index_version.load(std::sync::atomic::Ordering::Acquire)
+        };
+        if !found.is_empty() {
+            return Ok(false);
+        }
+        if !self.origin.try_read_at(offset, buffer).map_err(Error::origin("read"))? {
+            return Ok(false);
+        }
+        if self.index_version.load(std::sync::atomic::Ordering::Acquire) == version {
+            return Ok(true);
+        }
+        self.index.read().contents(blocks, epoch, &mut found);
+        Ok(found.is_empty())
+    }
+
     fn read_origin_blocks(&self, run: Extent, all: Extent, buffer: &mut [u8]) -> Result<()> {
         let (offset, length) = run.to_bytes(self.block_size);
         let from = to_usize((run.start - all.start) * self.block_size);

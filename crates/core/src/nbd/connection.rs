@@ -146,13 +146,12 @@ fn run_request(
         return Ok(());
     }
     let bytes = memory_bytes(request);
-    let charge = match link.try_admit(bytes) {
-        Some(charge) => charge,
-        None => {
-            link.send(out.written())?;
-            out.clear();
-            link.admit(bytes)
-        }
+    let charge = if let Some(charge) = link.try_admit(bytes) {
+        charge
+    } else {
+        link.send(out.written())?;
+        out.clear();
+        link.admit(bytes)
     };
     let request = OwnedRequest::new(request);
     pool.submit(Job { agreed: Arc::clone(agreed), request, link: Arc::clone(link), charge });

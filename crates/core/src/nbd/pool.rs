@@ -31,7 +31,8 @@ pub struct Job {
 
 impl Job {
     fn run(self, out: &mut Output) {
-        let Self { agreed, request, link, charge } = self;
+        // In this order, so that a panic too drops the charge last.
+        let Self { charge, link, request, agreed } = self;
         execute(&agreed, &request.request(), Patience::AsNeeded, out);
         drop(agreed);
         link.deliver(out, charge);

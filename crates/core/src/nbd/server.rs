@@ -233,7 +233,9 @@ impl Server {
         if registry.default_name.as_deref() == Some(name) {
             registry.default_name = None;
         }
-        registry.users(found.serial).for_each(|entry| entry.socket.cut());
+        for entry in registry.users(found.serial) {
+            entry.socket.cut();
+        }
         let waited = self.shared.limits.stop_timeout;
         let is_used = |registry: &mut Registry| registry.users(found.serial).next().is_some();
         if self.shared.ended.wait_while_for(&mut registry, is_used, waited).timed_out() {
@@ -277,16 +279,24 @@ impl Server {
             join(thread);
         }
         let mut registry = shared.registry.lock();
-        registry.connections.values().for_each(|entry| entry.socket.stop_receiving());
+        for entry in registry.connections.values() {
+            entry.socket.stop_receiving();
+        }
         let is_connected = |registry: &mut Registry| !registry.connections.is_empty();
         shared.ended.wait_while_for(&mut registry, is_connected, shared.limits.stop_timeout);
-        registry.connections.values().for_each(|entry| entry.socket.cut());
+        for entry in registry.connections.values() {
+            entry.socket.cut();
+        }
         let threads = std::mem::take(&mut registry.threads);
         let exports = std::mem::take(&mut registry.exports);
         registry.default_name = None;
         drop(registry);
-        threads.into_iter().for_each(join);
-        exports.values().for_each(|registered| registered.pool.close());
+        for thread in threads {
+            join(thread);
+        }
+        for registered in exports.values() {
+            registered.pool.close();
+        }
     }
 }
 
@@ -335,7 +345,7 @@ impl Shared {
         // Starts with the registry locked, so that the thread's end finds its handle in the list.
         let thread = std::thread::Builder::new()
             .name("nbd-connection".to_owned())
-            .spawn(move || shared.converse(id, socket));
+            .spawn(move || shared.converse(id, &socket));
         match thread {
             Ok(thread) => {
                 registry.threads.retain(|thread| !thread.is_finished());
@@ -348,10 +358,10 @@ impl Shared {
     }
 
     /// A connection from its first byte to its last; whatever happens in it stays in it.
-    fn converse(self: Arc<Self>, id: u64, socket: Arc<Socket>) {
-        let link = Link::new(Arc::clone(&socket));
+    fn converse(self: &Arc<Self>, id: u64, socket: &Arc<Socket>) {
+        let link = Link::new(Arc::clone(socket));
         let timeout = self.limits.handshake_timeout;
-        let host = Host { shared: Arc::clone(&self), id, attached: OnceLock::new() };
+        let host = Host { shared: Arc::clone(self), id, attached: OnceLock::new() };
         let result = catch_unwind(AssertUnwindSafe(|| connection::serve(&link, &host, timeout)));
         socket.cut();
         if result.is_err() {

@@ -90,26 +90,27 @@ pub fn header_bytes(style: ReplyStyle) -> usize {
 
 /// Decode a header at the front of `input`.
 pub fn decode(style: ReplyStyle, input: &[u8]) -> Decoded {
-    match decode_checked(style, input) {
-        Some(Some(header)) => Decoded::Header(header),
-        Some(None) => Decoded::Breach,
-        None => Decoded::Incomplete,
+    let magic = match style {
+        ReplyStyle::Simple | ReplyStyle::Structured => wire::MAGIC_REQUEST,
+        ReplyStyle::Extended => wire::MAGIC_REQUEST_EXTENDED,
+    };
+    let mut cursor = Cursor(input);
+    if cursor.u32().is_some_and(|found| found != magic) {
+        return Decoded::Breach;
     }
+    decode_fields(style, cursor).map_or(Decoded::Incomplete, Decoded::Header)
 }
 
-fn decode_checked(style: ReplyStyle, input: &[u8]) -> Option<Option<Header>> {
-    let mut cursor = Cursor(input);
-    let is_extended = style == ReplyStyle::Extended;
-    let magic = if is_extended { wire::MAGIC_REQUEST_EXTENDED } else { wire::MAGIC_REQUEST };
-    if cursor.u32()? != magic {
-        return Some(None);
-    }
+fn decode_fields(style: ReplyStyle, mut cursor: Cursor) -> Option<Header> {
     let flags = cursor.u16()?;
     let kind = cursor.u16()?;
     let cookie = cursor.u64()?;
     let offset = cursor.u64()?;
-    let length_bytes = if is_extended { cursor.u64()? } else { u64::from(cursor.u32()?) };
-    Some(Some(Header { flags, kind, head: ReplyHead { cookie, offset }, length_bytes }))
+    let length_bytes = match style {
+        ReplyStyle::Simple | ReplyStyle::Structured => u64::from(cursor.u32()?),
+        ReplyStyle::Extended => cursor.u64()?,
+    };
+    Some(Header { flags, kind, head: ReplyHead { cookie, offset }, length_bytes })
 }
 
 impl Header {
@@ -170,9 +171,8 @@ impl Header {
         use command_flag::{DF, FAST_ZERO, FUA, NO_HOLE, PAYLOAD_LEN, REQ_ONE};
         let allowed = match self.kind {
             command::READ if terms.style.is_chunked() => DF,
-            command::READ | command::FLUSH | command::TRIM | command::CACHE => 0,
             command::WRITE if terms.style == ReplyStyle::Extended => PAYLOAD_LEN,
-            command::WRITE => 0,
+            command::READ | command::WRITE | command::FLUSH | command::TRIM | command::CACHE => 0,
             command::WRITE_ZEROES => NO_HOLE | FAST_ZERO,
             command::BLOCK_STATUS => REQ_ONE,
             _ => return Err(invalid("unknown command")),

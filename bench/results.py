@@ -135,6 +135,7 @@ def save(results: Results, path: Path) -> None:
     """Write the file whole or not at all: an interrupted run leaves the earlier one."""
     body = {"format": FORMAT, "version": VERSION, **asdict(results)}
     draft = path.with_name(path.name + ".part")
+    draft.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
 

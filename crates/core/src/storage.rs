@@ -57,9 +57,15 @@ pub trait Storage: Send + Sync {
     /// Return when every completed write is on stable storage.
     fn sync(&self) -> io::Result<()>;
 
-    /// The first range at or after `offset` and before `end` that may hold something else than zeroes.
-    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
-        Ok((offset < end).then_some((offset, end)))
+    /// The first byte at or after `offset` and before `end` that may be something else than zero; `end` if none.
+    fn next_data(&self, offset: u64, _end: u64) -> io::Result<u64> {
+        Ok(offset)
+    }
+
+    /// The first byte after `offset`, which is in data, where a hole begins, at most `end`. Some filesystems look
+    /// through all the data between: not for the path of a write.
+    fn next_hole(&self, _offset: u64, end: u64) -> io::Result<u64> {
+        Ok(end)
     }
 
     /// Start reading a range into the cache; a hint.
@@ -344,21 +350,27 @@ impl Storage for FileStorage {
         self.file.sync_data()
     }
 
-    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<u64> {
         use rustix::fs::SeekFrom;
-        if offset >= end {
-            return Ok(None);
-        }
-        if self.is_block_device {
-            return Ok(Some((offset, end)));
+        if self.is_block_device || offset >= end {
+            return Ok(offset.min(end));
         }
         match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) if start < end => {
-                let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(start)).unwrap_or(end);
-                Ok(Some((start, hole.min(end))))
-            }
-            Ok(_) | Err(Errno::NXIO) => Ok(None),
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some((offset, end))),
+            Ok(start) => Ok(start.min(end)),
+            Err(Errno::NXIO) => Ok(end),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn next_hole(&self, offset: u64, end: u64) -> io::Result<u64> {
+        use rustix::fs::SeekFrom;
+        if self.is_block_device {
+            return Ok(end);
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+            Ok(hole) => Ok(hole.min(end)),
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NXIO) => Ok(end),
             Err(error) => Err(error.into()),
         }
     }

@@ -146,9 +146,7 @@ impl Volume {
         let mut found = Vec::new();
         let mut at = offset;
         while at < end && found.len() < extents_max {
-            let data =
-                self.origin.next_data(at, end).map_err(Error::origin("looking for holes"))?;
-            let (data_start, data_end) = data.unwrap_or((end, end));
+            let (data_start, data_end) = self.data_run(at, end)?;
             if at < data_start {
                 self.allocation_of_hole(at, data_start, &mut found);
             }
@@ -157,6 +155,14 @@ impl Volume {
         }
         found.truncate(extents_max);
         Ok(found)
+    }
+
+    /// The next data of the origin, as far as it goes; empty, at `end`, if there is none.
+    fn data_run(&self, at: u64, end: u64) -> Result<(u64, u64)> {
+        let looking = || Error::origin("looking for holes");
+        let start = self.origin.next_data(at, end).map_err(looking())?;
+        let stop = if start < end { self.origin.next_hole(start, end) } else { Ok(end) };
+        Ok((start, stop.map_err(looking())?))
     }
 
     fn allocation_of_hole(&self, start: u64, end: u64, found: &mut Vec<StatusExtent>) {
@@ -232,9 +238,7 @@ impl Volume {
     ) -> Result<()> {
         let mut at = start;
         while at < end {
-            let data =
-                self.origin.next_data(at, end).map_err(Error::origin("looking for holes"))?;
-            let (data_start, data_end) = data.unwrap_or((end, end));
+            let (data_start, data_end) = self.data_run(at, end)?;
             push_status(found, at, data_start, STATE_HOLE | STATE_ZERO);
             push_status(found, data_start, data_end, 0);
             at = data_end;

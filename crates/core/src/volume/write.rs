@@ -22,6 +22,9 @@ const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
 /// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
 const HOLE_BLOCKS_MAX: u64 = 1 << 18;
 
+/// Old content is read in runs of this many blocks.
+const RUN_BLOCKS: u64 = 64;
+
 /// How a run of blocks is treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
@@ -333,7 +336,8 @@ impl Volume {
         committer.batch.begin(committer.epoch, descriptors_max);
         let mut end = piece.end;
         if !matches!(content, Content::Discard) {
-            end = self.keep_extents(committer, &pending, piece.end, size_bytes)?;
+            let looks_for_holes = matches!(content, Content::Zeroes { .. });
+            end = self.keep_extents(committer, &pending, end, size_bytes, looks_for_holes)?;
         }
         let room = BATCH_BLOCKS_MAX;
         for (count, extent) in changed.iter().filter(|e| e.start < end).enumerate() {
@@ -348,14 +352,24 @@ impl Volume {
         Ok(Extent::new(piece.start, end))
     }
 
+    /// The end of the hole of the origin that begins at block `at`; `at` if there is data.
+    fn hole_end(&self, at: u64, end: u64, size_bytes: u64) -> Result<u64> {
+        let (offset, length) = Extent::new(at, end).to_bytes(self.block_size);
+        let limit = (offset + length).min(size_bytes);
+        let data = self.origin.next_data(offset, limit);
+        let data = data.map_err(Error::origin("looking for holes"))?;
+        Ok(if data >= limit { end } else { data / self.block_size })
+    }
+
     /// Keep the old content of pending extents up to what one batch takes; tells where it stopped. Holes of the
-    /// origin are known to be zero without reading them.
+    /// origin are known to be zero without reading them, which pays where whole ranges are zeroed.
     fn keep_extents(
         &self,
         committer: &mut Committer,
         pending: &[Extent],
         end: u64,
         size_bytes: u64,
+        looks_for_holes: bool,
     ) -> Result<u64> {
         let mut room = to_u64(BATCH_BLOCKS_MAX);
         let mut notes = BATCH_BLOCKS_MAX;
@@ -365,20 +379,15 @@ impl Volume {
                 if room == 0 || notes == 0 {
                     return Ok(at);
                 }
-                let (offset, length) = Extent::new(at, extent.end).to_bytes(self.block_size);
-                let limit = (offset + length).min(size_bytes);
-                let data = self.origin.next_data(offset, limit);
-                let data = data.map_err(Error::origin("looking for holes"))?;
-                let data_start = data.map_or(extent.end, |(start, _)| start / self.block_size);
-                if data_start > at {
-                    let hole = Extent::new(at, data_start.min(extent.end));
-                    committer.batch.note(Kind::PreserveZero, hole);
+                let hole_end =
+                    if looks_for_holes { self.hole_end(at, extent.end, size_bytes)? } else { at };
+                if hole_end > at {
+                    committer.batch.note(Kind::PreserveZero, Extent::new(at, hole_end));
                     notes -= 1;
-                    at = hole.end;
+                    at = hole_end;
                     continue;
                 }
-                let data_end = data.map_or(at + 1, |(_, stop)| stop.div_ceil(self.block_size));
-                let count = (data_end.min(extent.end) - at).clamp(1, 64).min(room);
+                let count = (extent.end - at).min(RUN_BLOCKS).min(room);
                 let run = Extent::new(at, at + count);
                 self.keep_old_content(committer, std::iter::once(run), size_bytes);
                 room -= count;

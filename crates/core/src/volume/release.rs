@@ -290,13 +290,19 @@ impl Volume {
         self.index.read().lost_since(epoch)
     }
 
-    /// Hold a snapshot for a reader; tells its selection and size.
-    pub(crate) fn pin(&self, epoch: u32) -> Result<(Arc<ExtentSet>, u64)> {
+    fn check_held(&self) -> Result<()> {
+        let is_released = self.is_released.load(std::sync::atomic::Ordering::Acquire);
+        if is_released { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Hold a snapshot for a reader; tells its size.
+    pub(crate) fn pin(&self, epoch: u32) -> Result<u64> {
+        self.check_held()?;
         let mut epochs = self.epochs.write();
-        let found = epochs.0.get_mut(&epoch).ok_or_else(|| unknown(epoch, "snapshot"))?;
-        let selection = found.selection.clone().ok_or_else(|| unknown(epoch, "snapshot"))?;
+        let found = epochs.0.get_mut(&epoch).filter(|e| e.selection.is_some());
+        let found = found.ok_or_else(|| unknown(epoch, "snapshot"))?;
         found.pins += 1;
-        Ok((selection, found.origin_bytes))
+        Ok(found.origin_bytes)
     }
 
     /// A reader is gone.
@@ -306,9 +312,12 @@ impl Volume {
         }
     }
 
-    /// A snapshot that was deleted under its readers gives errors, never other bytes (P2).
-    pub(crate) fn check_snapshot_live(&self, epoch: u32) -> Result<()> {
-        self.check_snapshot(epoch)
+    /// What a live snapshot selects now: less than at its instant once it was narrowed.
+    pub(crate) fn snapshot_selection(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+        self.check_held()?;
+        let epochs = self.epochs.read();
+        let found = epochs.0.get(&epoch).and_then(|e| e.selection.as_ref());
+        found.map(Arc::clone).ok_or_else(|| unknown(epoch, "snapshot"))
     }
 
     /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To now it is advisory:

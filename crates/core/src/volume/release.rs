@@ -3,12 +3,13 @@
 //! In this order: the decision is durable in the journal; the index forgets; readers of the older index are
 //! gone; the space is punched; the journal says so. Interrupted, it is done again when the volume is opened.
 
-use super::{Committer, Volume};
+use super::{Committer, State, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::journal::Entry;
+use parking_lot::MutexGuard;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -384,7 +385,7 @@ impl Volume {
         let epoch = committer.epoch;
         committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
         let blocks = self.block_count(new);
-        let mut state = self.state.lock();
+        let mut state = self.lock_without_slots(&mut committer, old / self.block_size)?;
         state.size_bytes = new;
         state.unsettled.grow(blocks);
         state.pending.grow(blocks);
@@ -392,6 +393,23 @@ impl Volume {
             restoring.blocks.grow(blocks);
         }
         Ok(new)
+    }
+
+    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it brought home
+    /// after the disk grew, its last sector would go over what the origin has there now (P1).
+    fn lock_without_slots(
+        &self,
+        committer: &mut Committer,
+        block: u64,
+    ) -> Result<MutexGuard<'_, State>> {
+        loop {
+            let state = self.state.lock();
+            if !state.buffer.has(block) {
+                return Ok(state);
+            }
+            drop(state);
+            self.commit_slots_of(committer, Extent::single(block))?;
+        }
     }
 }
 

@@ -341,7 +341,10 @@ impl Volume {
             };
             (tracked, from.origin_bytes, to_bytes)
         };
-        let mut found = {
+        // What is on its way first, then what is recorded: a slot is dropped only once its record can be found
+        // (P5). The other way round a change that is committed meanwhile would be in neither.
+        let under_way = if until.is_none() { self.changes_under_way() } else { ExtentSet::new() };
+        let recorded = {
             let index = self.index.read();
             if index.is_damaged_since(since) {
                 tracked.clone()
@@ -349,14 +352,7 @@ impl Volume {
                 index.changed(since, until.unwrap_or(u32::MAX))
             }
         };
-        if until.is_none() {
-            let state = self.state.lock();
-            let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
-            found = found.union(&slots);
-            if let Some(restoring) = &state.restoring {
-                found = found.union(&restoring.blocks.to_set());
-            }
-        }
+        let found = recorded.union(&under_way);
         let mut changed = found.intersection(&tracked);
         if to_bytes > from_bytes {
             // What did not exist then is new, the rest of a partial last block included.
@@ -364,6 +360,16 @@ impl Volume {
             changed = changed.union(&ExtentSet::from_extent(grown));
         }
         Ok(changed)
+    }
+
+    /// Blocks with slots, and those that a restore is still to copy.
+    fn changes_under_way(&self) -> ExtentSet {
+        let state = self.state.lock();
+        let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
+        match &state.restoring {
+            Some(restoring) => slots.union(&restoring.blocks.to_set()),
+            None => slots,
+        }
     }
 
     /// Take over the origin's present length, which may have grown; tells it.

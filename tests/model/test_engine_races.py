@@ -234,9 +234,9 @@ def test_a_change_is_in_the_changed_set_at_every_moment_after_it_was_acknowledge
         volume.close()
 
 
-# Cause: block status of a snapshot looked for records first and at the origin after. Effect: a block
-# that was zeroed in between was told to be a hole of the snapshot, and a copy skips holes (P2). Fix:
-# the origin first.
+# Cause: block status of a snapshot looked for records first and at the origin after. Effect: a
+# block that was zeroed in between was told to be a hole of the snapshot, and a copy skips holes
+# (P2). Fix: the origin first.
 def test_zeroing_the_disk_makes_no_holes_in_a_snapshot():
     blocks, rounds = 512, 12
     with scratch() as folder:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
+from stillblock.config import Config
 from stillblock.demo.nbd_client import NbdClient
+from stillblock.service.session import Session, open_session
 
 BLOCK: Final = 4096
 MIB: Final = 1 << 20
@@ -62,7 +64,14 @@ class Served:
 
     @property
     def socket(self) -> str:
-        return str(self.folder / "s" / "run" / f"{self.name}.nbd")
+        """The socket it said, when it was started last, that NBD clients can use."""
+        return str(self.ready["serve"]["nbd_sockets"][0])
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """What the commands use, without a process for each."""
+        with open_session(Config.load(state_dir=self.folder / "s"), self.name) as session:
+            yield session
 
     def uri(self, snapshot: str | None = None) -> str:
         export = self.name if snapshot is None else f"{self.name}@{snapshot}"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -146,23 +145,30 @@ class Served:
 
 
 @contextmanager
-def volume(content: bytes, *words: str, name: str = "web") -> Iterator[Served]:
+def volume(
+    content: bytes, *words: str, name: str = "web", parent: Path | None = None
+) -> Iterator[Served]:
     """A volume with this content; whatever serves it at the end is killed."""
     # Not pytest's directory: a Unix socket's path has room for 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="sb-"))
-    try:
-        origin = folder / "disk.img"
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-"))
+        beside = stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-", dir=parent))
+        origin = Path(beside) / "disk.img"
         origin.write_bytes(content)
-        served = Served(folder=folder, origin=origin, name=name)
-        store = str(served.store)
-        served.cli("volume", "add", name, "--origin", str(origin), "--store", store, *words)
-        try:
-            yield served
-        finally:
-            if served.process is not None:
-                served.kill()
+        yield stack.enter_context(volume_of(origin, folder, *words, name=name))
+
+
+@contextmanager
+def volume_of(origin: Path, folder: str, *words: str, name: str = "web") -> Iterator[Served]:
+    """A volume of a disk that is there."""
+    made = Served(folder=Path(folder), origin=origin, name=name)
+    store = str(made.store)
+    made.cli("volume", "add", name, "--origin", str(origin), "--store", store, *words)
+    try:
+        yield made
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if made.process is not None:
+            made.kill()
 
 
 def run(*words: str, timeout: float = COMMAND_S) -> Ran:

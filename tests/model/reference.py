@@ -38,7 +38,8 @@ class Reference:
     live: bytearray
     epoch: int = 0
     instants: dict[int, Instant] = field(default_factory=dict)
-    must: dict[int, Blocks] = field(default_factory=dict)
+    must: dict[tuple[int, int], Blocks] = field(default_factory=dict)
+    """By the first and the last epoch in which the change can have happened; mostly the same."""
     may: dict[int, Blocks] = field(default_factory=dict)
     pending: Blocks = field(default_factory=set)
     """Blocks whose next write preserves."""
@@ -86,8 +87,8 @@ class Reference:
 
     # What clients do
 
-    def change(self, blocks: Blocks, *, epoch: int | None = None) -> None:
-        self.must.setdefault(self.epoch if epoch is None else epoch, set()).update(blocks)
+    def change(self, blocks: Blocks) -> None:
+        self.must.setdefault((self.epoch, self.epoch), set()).update(blocks)
         self.copies += len(self.pending & blocks)
         self.pending -= blocks
 
@@ -108,6 +109,7 @@ class Reference:
             assert block in whole, f"a discard of {offset}+{length} changed block {block}"
             assert not any(after), f"a discard left block {block} neither as it was nor zero"
             assert block not in self.pending, f"a discard changed block {block}, not preserved"
+            self.change({block})
         self.may.setdefault(self.epoch, set()).update(whole - self.pending)
         self.live[:] = now
 
@@ -121,16 +123,26 @@ class Reference:
         self.pending |= selection
         return instant
 
-    def restored(self, source: Instant, request: Blocks) -> Blocks:
-        """Blocks that a restore would write now."""
+    def restored(self, source: Instant, request: Blocks) -> tuple[Blocks, Blocks]:
+        """Blocks that a restore would write now for certain, and those that it may write.
+
+        The difference still is what it was at the instant, so that writing it changes nothing.
+        """
         assert source.selection is not None
-        return self.must_between(source.epoch, None) & source.selection & request
+        wanted = source.selection & request
+        return (
+            self.must_between(source.epoch, None) & wanted,
+            self.may_between(source.epoch, None) & wanted,
+        )
 
     def restore(self, epoch: int, source: Instant, request: Blocks, safety: Blocks) -> None:
         assert source.selection is not None
-        blocks = self.restored(source, request)
+        blocks, possible = self.restored(source, request)
         self.snapshot(epoch, safety | (source.selection & request))
         self.change(blocks)
+        self.may.setdefault(epoch, set()).update(possible)
+        self.copies += len(possible & self.pending)
+        self.pending -= possible
         for start, end in self.extents(blocks, size=source.size):
             self.live[start:end] = source.content[start:end]
 
@@ -157,18 +169,45 @@ class Reference:
             waiting |= instant.selection - self.must_between(instant.epoch, None)
         self.pending &= waiting
 
+    def instant_amid(
+        self, epoch: int, selection: Blocks, seen: bytes, blocks: Blocks, after: bytes
+    ) -> None:
+        """Take over an instant that fell amid writes to `blocks`: what it holds tells where."""
+        old, before = self.epoch, bytes(self.live)
+        content, early, late = bytearray(before), set(), set()
+        for start, end in self.extents(selection):
+            content[start:end] = seen[start:end]
+        for block in blocks:
+            start, end = block * self.block_size, (block + 1) * self.block_size
+            for at in range(start, min(end, len(content))):
+                assert content[at] in (before[at], after[at]), f"byte {at} of the instant"
+            if content[start:end] != before[start:end]:
+                early.add(block)
+            if block in selection and content[start:end] != after[start:end]:
+                late.add(block)
+        self.copies += len(blocks & self.pending) + len(blocks & selection)
+        self.snapshot(epoch, selection, bytes(content))
+        self.pending -= blocks
+        for epochs, changed in (
+            ((old, old), early),
+            ((epoch, epoch), late),
+            ((old, epoch), blocks),
+        ):
+            self.must.setdefault(epochs, set()).update(changed)
+        for number in (old, epoch):
+            self.may.setdefault(number, set()).update(blocks)
+        self.live[:] = after
+
     # Changed sets
 
     def must_between(self, since: int, until: int | None) -> Blocks:
-        return self._between(self.must, since, until)
+        changes = self.must.items()
+        inside = (s for (a, b), s in changes if a >= since and (until is None or b < until))
+        return set().union(*inside)
 
     def may_between(self, since: int, until: int | None) -> Blocks:
-        return self._between(self.may, since, until) | self.must_between(since, until)
-
-    @staticmethod
-    def _between(changes: dict[int, Blocks], since: int, until: int | None) -> Blocks:
-        inside = (s for e, s in changes.items() if e >= since and (until is None or e < until))
-        return set().union(*inside)
+        maybe = (s for e, s in self.may.items() if e >= since and (until is None or e < until))
+        return set().union(*maybe) | self.must_between(since, until)
 
     def changed(self, since: Instant, until: Instant | None) -> tuple[Blocks, Blocks]:
         """(what must be in the changed set, what may be)."""

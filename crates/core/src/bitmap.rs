@@ -313,7 +313,9 @@ impl SparseBitmap {
         self.full.insert(joined.start, joined.end);
         let covered: Vec<u64> =
             self.leaves.range(leaves.start..leaves.end).map(|(&leaf, _)| leaf).collect();
-        covered.iter().for_each(|leaf| drop(self.leaves.remove(leaf)));
+        for leaf in covered {
+            self.leaves.remove(&leaf);
+        }
     }
 
     /// True if no block is set.

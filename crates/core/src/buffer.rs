@@ -28,6 +28,8 @@ const FILE_VERSION: u32 = 1;
 const FILE_HEADER_BYTES: usize = 256;
 /// Where the time lies at which the process was last known to live, outside the checksum.
 const ALIVE_AT: usize = 192;
+/// Bytes of the file's header that its checksum covers.
+const COVERED: usize = 8 + 4 + 16 + 8 + 16 + 4 * 8 + 4 + 8;
 const SLOT_HEADER_BYTES: usize = 64;
 const SLOT_LIVE: u32 = u32::from_le_bytes(*b"LIVE");
 
@@ -144,8 +146,11 @@ impl Arena {
 
     fn state_of(&self, slot: u32) -> &AtomicU32 {
         let at = Self::header_at(slot);
-        // SAFETY: inside the mapping, aligned to 64 bytes, and only ever accessed through this atomic.
-        unsafe { AtomicU32::from_ptr(self.memory.as_mut_ptr().add(at).cast::<u32>()) }
+        // The mapping starts at a page, and slot headers at multiples of 64 bytes.
+        #[allow(clippy::cast_ptr_alignment)]
+        let state = self.memory.as_mut_ptr().wrapping_add(at).cast::<u32>();
+        // SAFETY: inside the mapping, aligned, and only ever accessed through this atomic.
+        unsafe { AtomicU32::from_ptr(state) }
     }
 
     fn publish(&self, slot: u32, info: &SlotInfo) {
@@ -239,7 +244,6 @@ fn parse_left(bytes: &[u8]) -> Option<LeftBuffer> {
     };
     let slot_count = input.u32().ok()?;
     let block_size = input.u64().ok()?;
-    const COVERED: usize = 8 + 4 + 16 + 8 + 16 + 4 * 8 + 4 + 8;
     if input.u32().ok()? != crc32c::crc32c(&bytes[..COVERED]) {
         return None;
     }

@@ -37,6 +37,7 @@ impl Extent {
     }
 
     /// The common part, empty if there is none.
+    #[must_use]
     pub fn intersection(self, other: Self) -> Self {
         let start = self.start.max(other.start);
         Self { start, end: self.end.min(other.end).max(start) }

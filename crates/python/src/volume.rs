@@ -22,7 +22,7 @@ const NOT_SELECTED: u32 = 4;
 const LOST: u32 = 8;
 
 fn hex(uuid: [u8; 16]) -> String {
-    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(uuid))
 }
 
 /// One of a few words.

@@ -7,6 +7,8 @@ use crate::codec::{Malformed, Reader, Writer};
 use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 
+/// Bytes of a segment header that its checksum covers.
+const COVERED: usize = 8 + 4 + 16 + 5 * 4 + 8 + 2 * 4;
 /// The unit of layout; everything starts at a multiple of it.
 pub const PAGE: u64 = 4096;
 /// First bytes of a segment file.
@@ -120,7 +122,6 @@ impl SegmentHeader {
             epoch_header_bytes: input.u32()?,
             epoch_header_crc: input.u32()?,
         };
-        const COVERED: usize = 8 + 4 + 16 + 5 * 4 + 8 + 2 * 4;
         let is_intact = input.u32()? == crc32c::crc32c(&page[..COVERED]);
         if is_intact && header.epoch_header_bytes <= EPOCH_HEADER_BYTES_MAX {
             Ok(header)

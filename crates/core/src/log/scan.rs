@@ -107,7 +107,7 @@ pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan
         }
     }
     scan_batches(segments, uuid, &mut found)?;
-    cut_torn_payload(segments, block_size, &mut found)?;
+    cut_torn_payload(segments, block_size, &mut found);
     Ok(found)
 }
 
@@ -155,16 +155,12 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
 
 /// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its payload
 /// is intact.
-fn cut_torn_payload(
-    segments: &Segments,
-    block_size: u64,
-    found: &mut Scan,
-) -> Result<(), ScanError> {
-    let Some(last) = found.batches.last() else { return Ok(()) };
+fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
+    let Some(last) = found.batches.last() else { return };
     let is_at_end = last.segment == found.end.segment
         && last.page + last.header.total_pages() == found.end.page;
     if !is_at_end {
-        return Ok(());
+        return;
     }
     let mut content = vec![0; to_usize(block_size)];
     let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
@@ -176,7 +172,6 @@ fn cut_torn_payload(
         found.end.next_sequence = last.header.sequence;
         found.batches.pop();
     }
-    Ok(())
 }
 
 /// True if a segment file without a header holds no record: an instant that never came.

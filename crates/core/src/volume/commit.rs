@@ -375,7 +375,7 @@ impl Volume {
     pub(super) fn run_background(&self) {
         loop {
             let mut state = self.state.lock();
-            while !(state.is_stopping || state.is_kicked || self.has_work(&state)) {
+            while !(state.is_stopping || state.is_kicked || has_work(&state)) {
                 let timed_out = self.work.wait_for(&mut state, std::time::Duration::from_secs(1));
                 if timed_out.timed_out() {
                     break;
@@ -414,10 +414,6 @@ impl Volume {
         }
     }
 
-    fn has_work(&self, state: &State) -> bool {
-        !state.buffer.is_empty() || state.restoring.is_some()
-    }
-
     fn background_step(&self, committer: &mut Committer, is_empty: bool, is_restoring: bool) {
         // Errors are latched where they occur and reported to the next flush; here nobody waits for them.
         if !is_empty {
@@ -428,6 +424,10 @@ impl Volume {
             let _ = self.restore_step(committer);
         }
     }
+}
+
+fn has_work(state: &State) -> bool {
+    !state.buffer.is_empty() || state.restoring.is_some()
 }
 
 impl Committer {

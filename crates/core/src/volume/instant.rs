@@ -152,7 +152,7 @@ impl Volume {
         state.unsettled = unsettled;
         // The words of a fresh bitmap were made above; with few snapshots this is a swap of regions.
         state.pending.merge(&selected);
-        for (&block, _) in &frozen {
+        for &block in frozen.keys() {
             let value = selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
         }

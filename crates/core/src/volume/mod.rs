@@ -55,6 +55,7 @@ const DRAIN_TIME: Duration = Duration::from_millis(500);
 const ADMIT_BYTES_MIN: u64 = 4 << 20;
 
 /// What requests see and change; every access is short and in memory.
+#[allow(clippy::struct_excessive_bools)] // five questions, each with its own answer
 struct State {
     /// Writes admitted now belong to it.
     epoch: u32,

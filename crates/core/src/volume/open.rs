@@ -16,6 +16,7 @@ use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
 use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions};
 use parking_lot::{Condvar, Mutex, RwLock};
+use rustix::fs::FlockOperation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -179,7 +180,6 @@ fn lock_store(store: &Path) -> Result<File> {
     let path = store.join(LOCK_NAME);
     let opened = File::options().create(true).truncate(false).write(true).open(&path);
     let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
-    use rustix::fs::FlockOperation;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(_) => Err(Error::Locked(format!(
@@ -208,7 +208,7 @@ fn is_writable(dir: &Path) -> bool {
 }
 
 fn hex(uuid: [u8; 16]) -> String {
-    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(uuid))
 }
 
 fn random_uuid() -> Result<[u8; 16]> {
@@ -466,10 +466,10 @@ fn index_of(scan: &Scan, decided: &Decided) -> Index {
 
 /// The restore that was running, and how far it was.
 fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring> {
-    let headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
+    let mut headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
     let ended =
         |epoch: u32| decided.restores_ended.contains(&epoch) || decided.aborted.contains(&epoch);
-    let header = headers.filter(|h| h.restore.is_some() && !ended(h.epoch)).next_back()?;
+    let header = headers.rfind(|h| h.restore.is_some() && !ended(h.epoch))?;
     let restore = header.restore.as_ref()?;
     let mut bitmap = Bitmap::from_set(blocks, &restore.blocks);
     let done = scan.batches.iter().filter(|b| b.header.epoch == header.epoch);
@@ -540,7 +540,7 @@ impl Parts {
             )));
         }
         volume.settle_the_past(doubt, owes_space || has_unfinished)?;
-        volume.start(boot, generation, buffer_path, buffer_bytes)?;
+        volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
             let worker = Arc::clone(&volume);
             let thread = std::thread::Builder::new().name("committer".into());
@@ -814,13 +814,13 @@ impl Volume {
         &self,
         boot: [u8; 16],
         generation: u64,
-        buffer_path: Option<PathBuf>,
+        buffer_path: Option<&Path>,
         buffer_bytes: u64,
     ) -> Result<()> {
         let mut committer = self.committer.lock();
         let origin = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
         let identity = BufferIdentity { uuid: self.uuid, generation, boot_id: boot, origin };
-        let arena = match &buffer_path {
+        let arena = match buffer_path {
             Some(path) => {
                 let slots = slots_for(buffer_bytes, self.block_size);
                 let arena = Arena::shared(path, slots, self.block_size, &identity);
@@ -836,7 +836,7 @@ impl Volume {
             boot_id: boot,
             generation,
             origin: bytes_of(&self.origin_path),
-            buffer: buffer_path.as_deref().map(bytes_of).unwrap_or_default(),
+            buffer: buffer_path.map(bytes_of).unwrap_or_default(),
         };
         committer.journal.append(&entry)?;
         let mut state = self.state.lock();

@@ -62,6 +62,10 @@ def _to_size(_: type, tokens: Sequence[Token]) -> int:
         raise ValueError(str(error)) from error
 
 
+VolumeName = Annotated[str, Parameter(help="The volume.")]
+OptionalVolume = Annotated[str | None, Parameter(help="The volume; default: all.")]
+SnapshotRef = Annotated[str, Parameter(help="The snapshot, VOL@SNAP.")]
+BookmarkRef = Annotated[str, Parameter(help="The bookmark, VOL@NAME.")]
 Terms = Annotated[
     tuple[RuleTerm, ...],
     Parameter(

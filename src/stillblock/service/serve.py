@@ -190,8 +190,8 @@ class VolumeHost:
             control_sockets=tuple(str(path) for path, _ in self._control),
         )
 
-    async def run(self) -> None:
-        """Answer the control API until told to stop."""
+    async def run(self, *, handles_signals: bool = True) -> None:
+        """Answer the control API until told to stop, then stop cleanly."""
         settings = uvicorn.Config(
             create_app(self),
             lifespan="off",
@@ -202,7 +202,7 @@ class VolumeHost:
         )
         self._server = _ControlServer(settings)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if handles_signals else ():
             loop.add_signal_handler(number, self.stop)
         await self._server.serve(sockets=[listening for _, listening in self._control])
         # While the loop runs, a further signal only calls `stop`: it breaks nothing off.

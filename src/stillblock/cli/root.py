@@ -192,7 +192,7 @@ def _show_event(output: Output, event: Event) -> None:
         "event",
         event,
         lambda out: out.line(
-            f"{format_instant(event.unix_ns)} {event.volume} {event.kind} {detail}".rstrip()
+            f"{format_instant(event.unix_ns)} {event.volume} {event.action} {detail}".rstrip()
         ),
     )
 

@@ -201,6 +201,7 @@ class VolumeHost:
             timeout_graceful_shutdown=STOP_STREAMS_S,
         )
         self._server = _ControlServer(settings)
+        self._server.should_exit = self._is_stopping  # asked to stop while starting
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM) if handles_signals else ():
             loop.add_signal_handler(number, self.stop)

@@ -60,6 +60,8 @@ def reference() -> str:
     commands = _SHARED.sub("", "\n## stillblock serve\n" + commands)
     commands = re.sub(r"^\*\*Common options\*\*:\n\n?", "", commands, flags=re.MULTILINE)
     commands = commands.replace("RULETERM...", "TERM")
+    # cyclopts names the module that Python was started with, not the program, below the root.
+    commands = re.sub(r"^(stillblock [a-z ]+) -m [\w.]+ ?", r"\1 ", commands, flags=re.MULTILINE)
     commands = re.sub(r" *\n", "\n", commands)
     commands = re.sub(r"\n{3,}", "\n\n", commands)
     return _INTRODUCTION + codes + commands.rstrip() + "\n"

@@ -22,7 +22,7 @@ _COMMON: Final = Common()
 _CHANGE: Final = Change()
 
 
-@app.command(usage="Usage: stillblock volume add [OPTIONS] --origin PATH NAME")
+@app.command
 def add(
     name: str,
     /,

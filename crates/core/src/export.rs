@@ -90,7 +90,12 @@ pub trait Export: Send + Sync {
     fn write(&self, offset_bytes: u64, data: &[u8], fua: bool) -> Result<(), ExportError>;
 
     /// Make the range read as zeroes. The range may be far larger than any buffer.
-    fn write_zeroes(&self, offset_bytes: u64, length_bytes: u64, how: ZeroRequest) -> Result<(), ExportError>;
+    fn write_zeroes(
+        &self,
+        offset_bytes: u64,
+        length_bytes: u64,
+        how: ZeroRequest,
+    ) -> Result<(), ExportError>;
 
     /// The content of the range is no longer needed; a hint.
     fn trim(&self, offset_bytes: u64, length_bytes: u64, fua: bool) -> Result<(), ExportError>;

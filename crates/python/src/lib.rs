@@ -1,1 +1,22 @@
-//! The Python extension module: registration only.
+//! The Python extension module: registration only. What each class does is written in `_native.pyi`.
+// The conversions that PyO3 generates need their arguments by value.
+#![allow(clippy::needless_pass_by_value)]
+
+mod error;
+mod server;
+mod values;
+mod volume;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("NativeError", module.py().get_type::<error::NativeError>())?;
+    module.add_class::<values::Instant>()?;
+    module.add_class::<values::Epoch>()?;
+    module.add_class::<values::RestoreStatus>()?;
+    module.add_class::<values::Statistics>()?;
+    module.add_class::<volume::Volume>()?;
+    module.add_class::<volume::View>()?;
+    module.add_class::<server::Server>()
+}

@@ -1,0 +1,95 @@
+//! The instants a volume knows, and the rule for which copies somebody still needs. Pure.
+
+use crate::extent::ExtentSet;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A bookmark: tracks what its selection was, preserves nothing.
+#[derive(Debug, Clone)]
+pub struct Bookmark {
+    /// What a backup of it held.
+    pub baseline: Arc<ExtentSet>,
+    /// Opaque bytes.
+    pub meta: Vec<u8>,
+}
+
+/// One instant.
+#[derive(Debug, Clone)]
+pub struct Epoch {
+    /// Size of the origin then.
+    pub origin_bytes: u64,
+    /// For people.
+    pub created_unix_ns: u64,
+    /// What the snapshot selects; `None` once it is deleted.
+    pub selection: Option<Arc<ExtentSet>>,
+    /// The bookmark, if there is one.
+    pub bookmark: Option<Bookmark>,
+    /// Opaque bytes of the snapshot.
+    pub meta: Vec<u8>,
+    /// Why the snapshot is in doubt; empty if it is not.
+    pub suspect: String,
+    /// Views, restores and exports that hold it.
+    pub pins: usize,
+}
+
+impl Epoch {
+    /// True if anything still begins here.
+    pub fn is_live(&self) -> bool {
+        self.selection.is_some() || self.bookmark.is_some()
+    }
+
+    /// The blocks whose changes are wanted since here.
+    pub fn tracked(&self) -> impl Iterator<Item = &Arc<ExtentSet>> {
+        self.selection.iter().chain(self.bookmark.iter().map(|b| &b.baseline))
+    }
+}
+
+/// All instants that are live.
+#[derive(Debug, Clone, Default)]
+pub struct Epochs(pub BTreeMap<u32, Epoch>);
+
+impl Epochs {
+    /// Live snapshots with what they select, ascending.
+    pub fn snapshots(&self) -> impl Iterator<Item = (u32, &Arc<ExtentSet>)> {
+        self.0.iter().filter_map(|(&epoch, e)| Some((epoch, e.selection.as_ref()?)))
+    }
+
+    /// True if a copy of `block` made in `epoch` is the one that some live snapshot reads, given that the copy
+    /// before it was made in `previous` (0 if there was none).
+    pub fn needs(&self, block: u64, epoch: u32, previous: u32) -> bool {
+        let between = self.0.range(previous + 1..=epoch);
+        between.filter_map(|(_, e)| e.selection.as_ref()).any(|set| set.contains(block))
+    }
+
+    /// The blocks that some snapshot up to `epoch` selects.
+    pub fn selected_until(&self, epoch: u32) -> ExtentSet {
+        let sets = self.0.range(..=epoch).filter_map(|(_, e)| e.selection.as_ref());
+        sets.fold(ExtentSet::new(), |sum, set| sum.union(set))
+    }
+
+    /// Blocks that anything live tracks.
+    pub fn tracked(&self) -> ExtentSet {
+        let sets = self.0.values().flat_map(Epoch::tracked);
+        let mut last: Option<&Arc<ExtentSet>> = None;
+        let mut sum = ExtentSet::new();
+        for set in sets {
+            // Snapshots of one rule set share theirs.
+            if last.is_some_and(|seen| Arc::ptr_eq(seen, set)) {
+                continue;
+            }
+            sum = sum.union(set);
+            last = Some(set);
+        }
+        sum
+    }
+
+    /// The first live instant.
+    pub fn first(&self) -> Option<u32> {
+        self.0.keys().next().copied()
+    }
+
+    /// Forget instants at which nothing begins any more.
+    pub fn drop_dead(&mut self) {
+        self.0.retain(|_, epoch| epoch.is_live());
+    }
+}

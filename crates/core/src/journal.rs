@@ -1,0 +1,439 @@
+//! The volume journal: every decision that is not the commit of an instant, in order, durable before it acts.
+//!
+//! Records start at multiples of 512 bytes; see `docs/formats/journal.md`. A record that is not intact ends the
+//! journal if nothing valid follows it; with something valid after it the journal is damaged, and the store is
+//! refused rather than guessed at.
+
+use crate::codec::{Malformed, Reader, Writer};
+use crate::extent::ExtentSet;
+use crate::number::{to_u64, to_usize};
+use crate::storage::{Directory, Storage};
+use std::io;
+use std::sync::Arc;
+
+/// The journal's file name in the store.
+pub const JOURNAL_NAME: &str = "journal";
+const UNIT: u64 = 512;
+const MAGIC: [u8; 4] = *b"SBJR";
+const HEADER_BYTES: usize = 28;
+/// The version this code writes and the highest it reads.
+pub const JOURNAL_VERSION: u32 = 1;
+/// Space kept allocated beyond the end, so that marks can be written when the store is full.
+const RESERVE_BYTES: u64 = 1 << 20;
+/// No record of ours is longer: a selection of 16 million extents.
+const RECORD_BYTES_MAX: u32 = 256 << 20;
+
+/// What tells the origin from any other disk, and whether somebody else wrote to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OriginIdentity {
+    /// Device of the filesystem that holds the file, or of the block device.
+    pub device: u64,
+    /// Inode, 0 for a block device.
+    pub inode: u64,
+    /// Length.
+    pub bytes: u64,
+    /// Last change of the content, 0 for a block device.
+    pub modified_unix_ns: u64,
+}
+
+/// One decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entry {
+    /// The first record: the volume exists.
+    Created {
+        /// Its identity.
+        uuid: [u8; 16],
+        /// Bytes a block.
+        block_size: u32,
+        /// Where the origin was.
+        origin: Vec<u8>,
+        /// What it was.
+        identity: OriginIdentity,
+        /// Name, rules, policy: not looked into here.
+        meta: Vec<u8>,
+    },
+    /// The volume was opened by a process of this boot; it is in use until `Closed`.
+    Opened {
+        /// The kernel's boot id.
+        boot_id: [u8; 16],
+        /// Grows by one an opening.
+        generation: u64,
+        /// Where the origin is now.
+        origin: Vec<u8>,
+        /// The write buffer's file, empty if it dies with the process.
+        buffer: Vec<u8>,
+    },
+    /// The origin is complete.
+    Closed {
+        /// What it is now.
+        identity: OriginIdentity,
+    },
+    /// The volume's opaque bytes.
+    VolumeMeta(Vec<u8>),
+    /// A snapshot's opaque bytes.
+    EpochMeta {
+        /// Which.
+        epoch: u32,
+        /// The bytes.
+        meta: Vec<u8>,
+    },
+    /// A snapshot selects less.
+    Narrowed {
+        /// Which.
+        epoch: u32,
+        /// What it selects now.
+        selection: ExtentSet,
+    },
+    /// A snapshot is gone.
+    Deleted {
+        /// Which.
+        epoch: u32,
+    },
+    /// What only deleted or narrowed snapshots needed, up to this record, has been given back.
+    Freed,
+    /// A bookmark with the selection that the snapshot has now.
+    Bookmarked {
+        /// Of which instant.
+        epoch: u32,
+        /// Opaque bytes.
+        meta: Vec<u8>,
+    },
+    /// A bookmark is gone.
+    BookmarkDeleted {
+        /// Of which instant.
+        epoch: u32,
+    },
+    /// The origin has another size.
+    Resized {
+        /// Since which epoch.
+        epoch: u32,
+        /// In bytes.
+        bytes: u64,
+    },
+    /// An instant failed after its header may have become durable; it never was.
+    Aborted {
+        /// Which.
+        epoch: u32,
+    },
+    /// Old content that could not be kept.
+    Lost {
+        /// In which epoch it changed.
+        epoch: u32,
+        /// Which blocks.
+        blocks: ExtentSet,
+    },
+    /// The origin was written outside; snapshots up to this epoch are in doubt.
+    Suspect {
+        /// The last of them.
+        epoch: u32,
+        /// For people.
+        reason: Vec<u8>,
+    },
+    /// A restore ended.
+    RestoreEnded {
+        /// Its safety snapshot.
+        epoch: u32,
+    },
+    /// The origin failed to make writes durable: what was flushed before may be lost.
+    OriginFailed {
+        /// For people.
+        reason: Vec<u8>,
+    },
+    /// Somebody looked at a failed or doubtful origin and accepts it as it is.
+    Recovered,
+}
+
+impl Entry {
+    fn encode(&self) -> (u8, Vec<u8>) {
+        let mut out = Writer::default();
+        let kind = match self {
+            Self::Created { uuid, block_size, origin, identity, meta } => {
+                out.raw(uuid).u32(*block_size).bytes(origin);
+                put_identity(&mut out, identity);
+                out.bytes(meta);
+                1
+            }
+            Self::Opened { boot_id, generation, origin, buffer } => {
+                out.raw(boot_id).u64(*generation).bytes(origin).bytes(buffer);
+                2
+            }
+            Self::Closed { identity } => {
+                put_identity(&mut out, identity);
+                3
+            }
+            Self::VolumeMeta(meta) => {
+                out.bytes(meta);
+                4
+            }
+            Self::EpochMeta { epoch, meta } => {
+                out.u32(*epoch).bytes(meta);
+                5
+            }
+            Self::Narrowed { epoch, selection } => {
+                out.u32(*epoch).extents(selection);
+                6
+            }
+            Self::Deleted { epoch } => {
+                out.u32(*epoch);
+                7
+            }
+            Self::Freed => 8,
+            Self::Bookmarked { epoch, meta } => {
+                out.u32(*epoch).bytes(meta);
+                9
+            }
+            Self::BookmarkDeleted { epoch } => {
+                out.u32(*epoch);
+                10
+            }
+            Self::Resized { epoch, bytes } => {
+                out.u32(*epoch).u64(*bytes);
+                11
+            }
+            Self::Aborted { epoch } => {
+                out.u32(*epoch);
+                12
+            }
+            Self::Lost { epoch, blocks } => {
+                out.u32(*epoch).extents(blocks);
+                13
+            }
+            Self::Suspect { epoch, reason } => {
+                out.u32(*epoch).bytes(reason);
+                14
+            }
+            Self::RestoreEnded { epoch } => {
+                out.u32(*epoch);
+                15
+            }
+            Self::OriginFailed { reason } => {
+                out.bytes(reason);
+                16
+            }
+            Self::Recovered => 17,
+        };
+        (kind, out.0)
+    }
+
+    fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
+        let mut input = Reader::new(payload);
+        Ok(match kind {
+            1 => Self::Created {
+                uuid: input.array()?,
+                block_size: input.u32()?,
+                origin: input.bytes()?.to_vec(),
+                identity: take_identity(&mut input)?,
+                meta: input.bytes()?.to_vec(),
+            },
+            2 => Self::Opened {
+                boot_id: input.array()?,
+                generation: input.u64()?,
+                origin: input.bytes()?.to_vec(),
+                buffer: input.bytes()?.to_vec(),
+            },
+            3 => Self::Closed { identity: take_identity(&mut input)? },
+            4 => Self::VolumeMeta(input.bytes()?.to_vec()),
+            5 => Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
+            6 => Self::Narrowed { epoch: input.u32()?, selection: input.extents()? },
+            7 => Self::Deleted { epoch: input.u32()? },
+            8 => Self::Freed,
+            9 => Self::Bookmarked { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
+            10 => Self::BookmarkDeleted { epoch: input.u32()? },
+            11 => Self::Resized { epoch: input.u32()?, bytes: input.u64()? },
+            12 => Self::Aborted { epoch: input.u32()? },
+            13 => Self::Lost { epoch: input.u32()?, blocks: input.extents()? },
+            14 => Self::Suspect { epoch: input.u32()?, reason: input.bytes()?.to_vec() },
+            15 => Self::RestoreEnded { epoch: input.u32()? },
+            16 => Self::OriginFailed { reason: input.bytes()?.to_vec() },
+            17 => Self::Recovered,
+            _ => return Err(Malformed { at: 0 }),
+        })
+    }
+}
+
+fn put_identity(out: &mut Writer, identity: &OriginIdentity) {
+    out.u64(identity.device).u64(identity.inode).u64(identity.bytes).u64(identity.modified_unix_ns);
+}
+
+fn take_identity(input: &mut Reader<'_>) -> Result<OriginIdentity, Malformed> {
+    Ok(OriginIdentity {
+        device: input.u64()?,
+        inode: input.u64()?,
+        bytes: input.u64()?,
+        modified_unix_ns: input.u64()?,
+    })
+}
+
+/// Why a journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The store's disk failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// Not intact, with valid records after it.
+    #[error("the journal is damaged at byte {at}")]
+    Damaged {
+        /// Where.
+        at: u64,
+    },
+    /// Written by a newer version of the program.
+    #[error("journal version {0} is newer than this program's {JOURNAL_VERSION}")]
+    Version(u32),
+    /// An earlier write failed: nothing more is decided until the volume is opened anew.
+    #[error("an earlier journal write failed; open the volume anew")]
+    Broken,
+}
+
+/// The open journal.
+pub struct Journal {
+    file: Arc<dyn Storage>,
+    end: u64,
+    next_sequence: u64,
+    allocated: u64,
+    is_broken: bool,
+}
+
+impl Journal {
+    /// Make the journal of a new store; `first` is durable when this returns.
+    pub fn create(directory: &dyn Directory, first: &Entry) -> Result<Self, JournalError> {
+        let file = directory.create(JOURNAL_NAME)?;
+        let mut journal = Self { file, end: 0, next_sequence: 1, allocated: 0, is_broken: false };
+        journal.append(first)?;
+        directory.sync()?;
+        Ok(journal)
+    }
+
+    /// Read it all. Writes nothing.
+    pub fn open(directory: &dyn Directory) -> Result<(Self, Vec<Entry>), JournalError> {
+        let file = directory.open(JOURNAL_NAME)?;
+        let length = file.len()?;
+        let mut entries = Vec::new();
+        let (mut at, mut sequence) = (0, 1);
+        while let Some((entry, next)) = read_record(&*file, at, length, sequence)? {
+            entries.push(entry);
+            at = next;
+            sequence += 1;
+        }
+        let mut probe = at + UNIT;
+        while probe < length {
+            if any_record(&*file, probe, length)?.is_some_and(|found| found >= sequence) {
+                return Err(JournalError::Damaged { at });
+            }
+            probe += UNIT;
+        }
+        let journal =
+            Self { file, end: at, next_sequence: sequence, allocated: at, is_broken: false };
+        Ok((journal, entries))
+    }
+
+    /// Make a decision durable. After an error nothing more is accepted.
+    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
+        if self.is_broken {
+            return Err(JournalError::Broken);
+        }
+        let (kind, payload) = entry.encode();
+        let record = encode_record(self.next_sequence, kind, &payload);
+        let end = self.end + to_u64(record.len());
+        if end + RESERVE_BYTES / 2 > self.allocated {
+            // A full store may refuse; the reserve from before is there for exactly that.
+            if self.file.allocate(self.end, to_u64(record.len()) + RESERVE_BYTES).is_ok() {
+                self.allocated = end + RESERVE_BYTES;
+            }
+        }
+        let written = self.file.write_at(self.end, &record).and_then(|()| self.file.sync());
+        if let Err(error) = written {
+            self.is_broken = true;
+            return Err(error.into());
+        }
+        self.end = end;
+        self.next_sequence += 1;
+        Ok(())
+    }
+}
+
+/// magic, version, sequence, kind, payload length, checksum of all of it, payload, padding.
+fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut out = Writer::default();
+    let length = u32::try_from(payload.len()).expect("a record is bounded");
+    out.raw(&MAGIC).u32(JOURNAL_VERSION).u64(sequence).u32(u32::from(kind)).u32(length);
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
+    out.u32(crc).raw(payload);
+    out.0.resize(out.0.len().next_multiple_of(to_usize(UNIT)), 0);
+    out.0
+}
+
+struct RecordHeader {
+    version: u32,
+    sequence: u64,
+    kind: u32,
+    length: u32,
+    crc: u32,
+    covered_crc: u32,
+}
+
+fn read_header(file: &dyn Storage, at: u64, length: u64) -> io::Result<Option<RecordHeader>> {
+    if at + to_u64(HEADER_BYTES) > length {
+        return Ok(None);
+    }
+    let mut bytes = [0; HEADER_BYTES];
+    file.read_at(at, &mut bytes)?;
+    Ok(parse_header(&bytes).ok())
+}
+
+fn parse_header(bytes: &[u8; HEADER_BYTES]) -> Result<RecordHeader, Malformed> {
+    let mut input = Reader::new(bytes);
+    if input.array::<4>()? != MAGIC {
+        return Err(Malformed { at: 0 });
+    }
+    Ok(RecordHeader {
+        version: input.u32()?,
+        sequence: input.u64()?,
+        kind: input.u32()?,
+        length: input.u32()?,
+        crc: input.u32()?,
+        covered_crc: crc32c::crc32c(&bytes[..HEADER_BYTES - 4]),
+    })
+}
+
+fn read_payload(
+    file: &dyn Storage,
+    at: u64,
+    length: u64,
+    header: &RecordHeader,
+) -> io::Result<Option<Vec<u8>>> {
+    let start = at + to_u64(HEADER_BYTES);
+    if header.length > RECORD_BYTES_MAX || start + u64::from(header.length) > length {
+        return Ok(None);
+    }
+    let mut payload = vec![0; to_usize(u64::from(header.length))];
+    file.read_at(start, &mut payload)?;
+    let crc = crc32c::crc32c_append(header.covered_crc, &payload);
+    Ok((crc == header.crc).then_some(payload))
+}
+
+/// The record with this sequence number at `at`, and where the next one starts.
+fn read_record(
+    file: &dyn Storage,
+    at: u64,
+    length: u64,
+    sequence: u64,
+) -> Result<Option<(Entry, u64)>, JournalError> {
+    let Some(header) = read_header(file, at, length)? else { return Ok(None) };
+    let Some(payload) = read_payload(file, at, length, &header)? else { return Ok(None) };
+    if header.version > JOURNAL_VERSION {
+        return Err(JournalError::Version(header.version));
+    }
+    if header.sequence != sequence {
+        return Ok(None);
+    }
+    let kind = u8::try_from(header.kind).map_err(|_| JournalError::Damaged { at })?;
+    let entry = Entry::decode(kind, &payload).map_err(|_| JournalError::Damaged { at })?;
+    let next = (at + to_u64(HEADER_BYTES) + u64::from(header.length)).next_multiple_of(UNIT);
+    Ok(Some((entry, next)))
+}
+
+/// The sequence number of an intact record at `at`.
+fn any_record(file: &dyn Storage, at: u64, length: u64) -> Result<Option<u64>, JournalError> {
+    let Some(header) = read_header(file, at, length)? else { return Ok(None) };
+    Ok(read_payload(file, at, length, &header)?.map(|_| header.sequence))
+}

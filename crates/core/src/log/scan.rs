@@ -1,0 +1,328 @@
+//! Reading the log back: what was recorded, where it ends, and whether something in it is damaged.
+//!
+//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never returned, so
+//! nothing that depended on it happened. With something valid after it, it is *damage*: its blocks are
+//! unknown, and whoever would read them from the origin gets an error instead (P2).
+
+use super::format::{
+    BATCH_BLOCKS_MAX, BatchHeader, Descriptor, EpochHeader, Kind, PAGE, Position, SegmentError,
+    SegmentHeader, payload_checksum,
+};
+use super::writer::{LogEnd, Segments, segment_number};
+use crate::number::{to_u64, to_usize};
+use crate::storage::Storage;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+/// One intact batch.
+#[derive(Debug, Clone)]
+pub struct FoundBatch {
+    /// Its header.
+    pub header: BatchHeader,
+    /// Its records.
+    pub descriptors: Vec<Descriptor>,
+    /// Segment and page of its first byte.
+    pub segment: u32,
+    /// See `segment`.
+    pub page: u64,
+}
+
+impl FoundBatch {
+    /// Its preserved blocks with the place of their payload.
+    pub fn preserved(&self, block_size: u64) -> impl Iterator<Item = (u64, Position, u32)> + '_ {
+        let payload = self.page + u64::from(self.header.head_pages);
+        let pages_a_block = block_size / PAGE;
+        let kept = self.descriptors.iter().filter(|d| d.kind == Kind::Preserve);
+        kept.enumerate().map(move |(index, descriptor)| {
+            let page = u32::try_from(payload + to_u64(index) * pages_a_block);
+            let position = Position::new(self.segment, page.expect("a segment is bounded"));
+            (descriptor.blocks.start, position, descriptor.checksum)
+        })
+    }
+}
+
+/// A segment with an intact header.
+#[derive(Debug)]
+pub struct FoundSegment {
+    /// Its header.
+    pub header: SegmentHeader,
+    /// The epoch header, in the first segment of an epoch.
+    pub epoch_header: Option<EpochHeader>,
+}
+
+/// All that is in a log.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// Segments by number.
+    pub segments: BTreeMap<u32, FoundSegment>,
+    /// Intact batches in the order they were written.
+    pub batches: Vec<FoundBatch>,
+    /// Segments that lost a batch, with the page where it began.
+    pub damaged: Vec<(u32, u64)>,
+    /// Files without an intact header that hold nothing: instants that never came.
+    pub unfinished: Vec<u32>,
+    /// Files without an intact header that do hold records, with the epoch those are of.
+    pub unreadable: Vec<(u32, u32)>,
+    /// Where to go on.
+    pub end: LogEnd,
+}
+
+/// Why a log cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ScanError {
+    /// The store's disk failed.
+    #[error("cannot read the log: {0}")]
+    Io(#[from] io::Error),
+    /// Written by a newer version of the program.
+    #[error("log segment {segment:08x} has {error}")]
+    Version {
+        /// Which file.
+        segment: u32,
+        /// What it says.
+        error: SegmentError,
+    },
+}
+
+/// Read the whole log. Writes nothing.
+pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan, ScanError> {
+    let mut found = Scan::default();
+    let names = segments.directory().list()?;
+    let mut numbers: Vec<u32> = names.iter().filter_map(|n| segment_number(n)).collect();
+    numbers.sort_unstable();
+    for &segment in &numbers {
+        found.end.segment_max = found.end.segment_max.max(segment);
+        let reader = PageReader::new(segments.get(segment)?)?;
+        match read_header(&reader) {
+            Ok((header, epoch_header)) if header.uuid == uuid && header.segment == segment => {
+                found.segments.insert(segment, FoundSegment { header, epoch_header });
+            }
+            Err(error @ SegmentError::Version(_)) => {
+                return Err(ScanError::Version { segment, error });
+            }
+            Ok(_) | Err(_) => match reader.epoch_of_batches(uuid) {
+                Some(epoch) => found.unreadable.push((segment, epoch)),
+                None => found.unfinished.push(segment),
+            },
+        }
+    }
+    scan_batches(segments, uuid, &mut found)?;
+    cut_torn_payload(segments, block_size, &mut found)?;
+    Ok(found)
+}
+
+fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result<(), ScanError> {
+    // Where each segment was closed, as the one after it tells.
+    let ends: BTreeMap<u32, u64> = found
+        .segments
+        .values()
+        .map(|s| (s.header.previous_segment, u64::from(s.header.previous_end_page)))
+        .collect();
+    for (&segment, info) in &found.segments {
+        let reader = PageReader::new(segments.get(segment)?)?;
+        let end_page = ends.get(&segment).copied();
+        let mut cursor = Cursor {
+            reader: &reader,
+            uuid,
+            epoch: info.header.epoch,
+            expected: info.header.first_batch,
+            page: info.header.data_start_page(),
+            limit: end_page.unwrap_or(reader.pages).min(reader.pages),
+        };
+        while cursor.page < cursor.limit {
+            let start = cursor.page;
+            match cursor.next_batch() {
+                Step::Batch(header, descriptors) => {
+                    found.batches.push(FoundBatch { header, descriptors, segment, page: start });
+                }
+                Step::Damage => found.damaged.push((segment, start)),
+                Step::End => break,
+            }
+        }
+        // A segment that was closed at a page and ends before it lost its last batches.
+        if end_page.is_some_and(|end| cursor.page < end) {
+            found.damaged.push((segment, cursor.page));
+        }
+        let header = info.header;
+        found.end.segment = segment;
+        found.end.epoch = header.epoch;
+        found.end.ordinal = header.ordinal;
+        found.end.page = cursor.page;
+        found.end.next_sequence = found.end.next_sequence.max(cursor.expected);
+    }
+    Ok(())
+}
+
+/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its payload
+/// is intact.
+fn cut_torn_payload(
+    segments: &Segments,
+    block_size: u64,
+    found: &mut Scan,
+) -> Result<(), ScanError> {
+    let Some(last) = found.batches.last() else { return Ok(()) };
+    let is_at_end = last.segment == found.end.segment
+        && last.page + last.header.total_pages() == found.end.page;
+    if !is_at_end {
+        return Ok(());
+    }
+    let mut content = vec![0; to_usize(block_size)];
+    let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
+        let is_read = segments.read(position, &mut content).is_ok();
+        !is_read || payload_checksum(block, last.header.epoch, &content) != checksum
+    });
+    if is_torn {
+        found.end.page = last.page;
+        found.end.next_sequence = last.header.sequence;
+        found.batches.pop();
+    }
+    Ok(())
+}
+
+/// True if a segment file without a header holds no record: an instant that never came.
+pub fn is_without_batches(file: &Arc<dyn Storage>, uuid: [u8; 16]) -> io::Result<bool> {
+    Ok(PageReader::new(Arc::clone(file))?.epoch_of_batches(uuid).is_none())
+}
+
+enum Step {
+    Batch(BatchHeader, Vec<Descriptor>),
+    Damage,
+    End,
+}
+
+struct Cursor<'a> {
+    reader: &'a PageReader,
+    uuid: [u8; 16],
+    epoch: u32,
+    expected: u64,
+    page: u64,
+    limit: u64,
+}
+
+impl Cursor<'_> {
+    /// Take what begins at `page`, and move behind it.
+    fn next_batch(&mut self) -> Step {
+        let at_head = self.intact(false, self.page).map(|found| (self.page, found));
+        let found = at_head.or_else(|| self.search_tail());
+        if let Some((_, (header, descriptors))) = found {
+            self.expected = header.sequence + 1;
+            self.page += header.total_pages();
+            return Step::Batch(header, descriptors);
+        }
+        match self.search_later() {
+            Some(page) => {
+                self.page = page;
+                Step::Damage
+            }
+            None => Step::End,
+        }
+    }
+
+    fn intact(&self, is_tail: bool, page: u64) -> Option<(BatchHeader, Vec<Descriptor>)> {
+        let head = self.reader.page(page).ok()?;
+        let header = BatchHeader::decode(is_tail, &head)?;
+        let is_ours = header.uuid == self.uuid
+            && header.epoch == self.epoch
+            && header.sequence >= self.expected
+            && header.payload_pages <= u32::try_from(BATCH_BLOCKS_MAX * 16).ok()?;
+        if !is_ours {
+            return None;
+        }
+        let head = self.reader.pages(page, u64::from(header.head_pages)).ok()?;
+        let descriptors = header.descriptors(&head)?;
+        Some((header, descriptors))
+    }
+
+    /// The batch at `page` by its tail, its head being unreadable.
+    fn search_tail(&self) -> Option<(u64, (BatchHeader, Vec<Descriptor>))> {
+        let end = self.limit.min(self.page + BATCH_PAGES_MAX);
+        (self.page + 1..end).find_map(|page| {
+            let found = self.intact(true, page)?;
+            let start =
+                (page + u64::from(found.0.head_pages)).checked_sub(found.0.total_pages())?;
+            (start == self.page).then_some((self.page, found))
+        })
+    }
+
+    /// The first page after this one where an intact batch begins.
+    fn search_later(&self) -> Option<u64> {
+        (self.page + 1..self.limit).find(|&page| self.intact(false, page).is_some())
+    }
+}
+
+/// Pages of the largest batch: blocks of 64 KiB, with head and tail.
+const BATCH_PAGES_MAX: u64 = (BATCH_BLOCKS_MAX as u64) * 16 + 32;
+
+struct PageReader {
+    file: Arc<dyn Storage>,
+    pages: u64,
+}
+
+impl PageReader {
+    fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
+        let pages = file.len()? / PAGE;
+        Ok(Self { file, pages })
+    }
+
+    fn page(&self, page: u64) -> io::Result<Vec<u8>> {
+        self.pages(page, 1)
+    }
+
+    fn pages(&self, page: u64, count: u64) -> io::Result<Vec<u8>> {
+        if page + count > self.pages {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut bytes = vec![0; to_usize(count * PAGE)];
+        self.file.read_at(page * PAGE, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The epoch of the first intact batch of the volume on any page.
+    fn epoch_of_batches(&self, uuid: [u8; 16]) -> Option<u32> {
+        (0..self.pages).find_map(|page| {
+            let bytes = self.page(page).ok()?;
+            let mut headers =
+                [false, true].into_iter().filter_map(|tail| BatchHeader::decode(tail, &bytes));
+            headers.find(|header| header.uuid == uuid).map(|header| header.epoch)
+        })
+    }
+}
+
+type Headers = (SegmentHeader, Option<EpochHeader>);
+
+/// The segment's header and epoch header from the first intact copy.
+fn read_header(reader: &PageReader) -> Result<Headers, SegmentError> {
+    let mut last = SegmentError::NotASegment;
+    if reader.pages == 0 {
+        return Err(last);
+    }
+    match read_header_at(reader, 0) {
+        Ok(found) => return Ok(found),
+        Err(error @ SegmentError::Version(_)) => return Err(error),
+        Err(error) => last = error,
+    }
+    // The second copy follows the first, whose length is not known now.
+    for page in 1..reader.pages {
+        match read_header_at(reader, page) {
+            Err(SegmentError::NotASegment) => {}
+            Ok(found) => return Ok(found),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn read_header_at(reader: &PageReader, page: u64) -> Result<Headers, SegmentError> {
+    let bytes = reader.page(page).map_err(|_| SegmentError::Damaged)?;
+    let header = SegmentHeader::decode(&bytes)?;
+    if header.ordinal != 0 {
+        return Ok((header, None));
+    }
+    let length = u64::from(header.epoch_header_bytes);
+    let blob = reader.pages(page + 1, length.div_ceil(PAGE)).map_err(|_| SegmentError::Damaged)?;
+    let blob = &blob[..to_usize(length)];
+    if crc32c::crc32c(blob) != header.epoch_header_crc {
+        return Err(SegmentError::Damaged);
+    }
+    Ok((header, Some(EpochHeader::decode(blob)?)))
+}

@@ -1,0 +1,457 @@
+//! The committer: makes old content durable, then lets the new content go to the origin.
+//!
+//! A batch of slots goes through: read the old content of pending blocks; append the records, one sync; publish
+//! them in the index; clear the bits; only then submit the new content to the origin; drop the slots when that
+//! is done (P2, P6). Nothing here waits for a client.
+
+use super::{
+    ADMIT_BYTES_MIN, COMMIT_AGE, COMMIT_BYTES, Committer, Counters, DRAIN_TIME, State, Volume,
+};
+use crate::buffer::{Arena, SectorMask, overlay_sectors, sector_runs, sectors};
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentSet};
+use crate::index::Record;
+use crate::journal::Entry;
+use crate::log::format::{BATCH_BLOCKS_MAX, Kind, Position};
+use crate::number::{to_u64, to_usize};
+use smallvec::SmallVec;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// What a first change of a block needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Class {
+    /// The old content must be preserved.
+    pub pending: bool,
+    /// The change must be recorded.
+    pub unsettled: bool,
+    /// The old content is not what the block reads as: a restore has not copied it yet.
+    pub restoring: bool,
+}
+
+/// The bits of blocks with slots as they were when an instant was taken.
+pub(super) type FrozenClasses = HashMap<u64, Class, foldhash::fast::FixedState>;
+
+/// Blocks of one run are read and written together up to this many.
+const RUN_BLOCKS_MAX: u64 = 64;
+
+struct Work {
+    block: u64,
+    slots: SmallVec<[u32; 4]>,
+    /// Union of the slots' sectors.
+    mask: SectorMask,
+    class: Class,
+}
+
+impl State {
+    pub(super) fn class(&self, block: u64) -> Class {
+        Class {
+            pending: self.pending.get(block),
+            unsettled: self.unsettled.get(block),
+            restoring: self.is_restoring(block),
+        }
+    }
+
+    pub(super) fn is_restoring(&self, block: u64) -> bool {
+        self.restoring.as_ref().is_some_and(|restoring| restoring.blocks.get(block))
+    }
+}
+
+impl Volume {
+    /// Commit every slot of epochs up to `epoch_max` with a sequence number up to `upto`.
+    pub(super) fn commit_until(
+        &self,
+        committer: &mut Committer,
+        epoch_max: u32,
+        upto: u64,
+        frozen: Option<&FrozenClasses>,
+    ) -> Result<()> {
+        loop {
+            let oldest = self.state.lock().buffer.oldest_sequence();
+            if oldest.is_none_or(|sequence| sequence > upto) {
+                return Ok(());
+            }
+            if !self.commit_batch(committer, epoch_max, frozen)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Commit the oldest slots; false if there were none.
+    fn commit_batch(
+        &self,
+        committer: &mut Committer,
+        epoch_max: u32,
+        frozen: Option<&FrozenClasses>,
+    ) -> Result<bool> {
+        let started = Instant::now();
+        let (taken, arena, size_bytes) = {
+            let mut state = self.state.lock();
+            let taken = state.buffer.take_batch(epoch_max, BATCH_BLOCKS_MAX);
+            (taken, Arc::clone(state.buffer.arena()), state.size_bytes)
+        };
+        if taken.is_empty() {
+            return Ok(false);
+        }
+        let works = self.classify(&taken, frozen);
+        if let Err(error) = self.commit_works(committer, &works, &arena, size_bytes, frozen) {
+            self.state.lock().buffer.put_back(&taken);
+            return Err(error);
+        }
+        let bytes = to_u64(works.len()) * self.block_size;
+        committer.note_drained(bytes, started);
+        let mut state = self.state.lock();
+        state.buffer.drop_batch(&taken);
+        let admitted = committer.drain_bytes_per_second / 1000
+            * u64::try_from(DRAIN_TIME.as_millis()).expect("a constant");
+        let slots = to_usize(admitted.max(ADMIT_BYTES_MIN) / self.block_size);
+        state.admitted_slots = slots.clamp(1, state.buffer.capacity());
+        drop(state);
+        self.room.notify_all();
+        Ok(true)
+    }
+
+    fn classify(
+        &self,
+        taken: &[(u64, SmallVec<[u32; 4]>)],
+        frozen: Option<&FrozenClasses>,
+    ) -> Vec<Work> {
+        let state = self.state.lock();
+        let work = |(block, slots): &(u64, SmallVec<[u32; 4]>)| {
+            let of_block = state.buffer.of_block(*block);
+            let taken = of_block.filter(|(slot, _)| slots.contains(slot));
+            let mask = taken.fold(0, |mask, (_, info)| mask | info.mask);
+            let class = match frozen {
+                Some(frozen) => frozen.get(block).copied().unwrap_or_default(),
+                None => state.class(*block),
+            };
+            Work { block: *block, slots: slots.clone(), mask, class }
+        };
+        taken.iter().map(work).collect()
+    }
+
+    fn commit_works(
+        &self,
+        committer: &mut Committer,
+        works: &[Work],
+        arena: &Arena,
+        size_bytes: u64,
+        frozen: Option<&FrozenClasses>,
+    ) -> Result<()> {
+        committer.batch.begin(committer.epoch, works.len());
+        let pending = works.iter().filter(|w| w.class.pending).map(|w| w.block);
+        self.keep_old_content(committer, runs_of(pending), size_bytes);
+        let changed = works.iter().filter(|w| w.class.unsettled && !w.class.pending);
+        for work in changed {
+            committer.batch.note(Kind::Changed, Extent::single(work.block));
+        }
+        self.record(committer)?;
+        if frozen.is_none() {
+            let recorded = works.iter().filter(|w| w.class.pending || w.class.unsettled);
+            self.settle(runs_of(recorded.map(|w| w.block)));
+        }
+        self.write_slots(works, arena, size_bytes)?;
+        let restored: ExtentSet =
+            runs_of(works.iter().filter(|w| w.class.restoring).map(|w| w.block)).collect();
+        if restored.is_empty() { Ok(()) } else { self.finish_restored(committer, &restored) }
+    }
+
+    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its source: the
+    /// client's write goes on (P1).
+    pub(super) fn keep_old_content(
+        &self,
+        committer: &mut Committer,
+        runs: impl Iterator<Item = Extent> + Clone,
+        size_bytes: u64,
+    ) {
+        let mut is_prefetched = false;
+        let mut rest = runs;
+        while let Some(run) = rest.next() {
+            let (offset, _) = run.to_bytes(self.block_size);
+            let valid = to_usize(run.len() * self.block_size)
+                .min(to_usize(size_bytes.saturating_sub(offset)));
+            let room = committer.batch.room(run.len());
+            room[valid..].fill(0);
+            let room = &mut room[..valid];
+            let is_cached = self.origin.try_read_at(offset, room).unwrap_or(false);
+            if !is_cached && !is_prefetched {
+                is_prefetched = true;
+                // The device works on all of them at once while they are taken one by one.
+                for later in rest.clone() {
+                    let (offset, length) = later.to_bytes(self.block_size);
+                    self.origin.prefetch(offset, length);
+                }
+            }
+            if is_cached || self.origin.read_at(offset, room).is_ok() {
+                committer.batch.keep(run);
+            } else {
+                self.keep_block_by_block(committer, run, size_bytes);
+            }
+        }
+    }
+
+    fn keep_block_by_block(&self, committer: &mut Committer, run: Extent, size_bytes: u64) {
+        for block in run.start..run.end {
+            let valid = to_usize(self.valid_bytes(block, size_bytes));
+            let room = committer.batch.room(1);
+            room[valid..].fill(0);
+            if self.origin.read_at(block * self.block_size, &mut room[..valid]).is_ok() {
+                committer.batch.keep(Extent::single(block));
+            } else {
+                committer.batch.note(Kind::Lost, Extent::single(block));
+            }
+        }
+    }
+
+    /// Make the batch durable and publish what it says. If the store fails twice, the originals are lost, which
+    /// is made durable in the journal's reserve; only if that fails too, the writes cannot go on.
+    pub(super) fn record(&self, committer: &mut Committer) -> Result<()> {
+        if committer.batch.is_empty() {
+            return Ok(());
+        }
+        let epoch = committer.epoch;
+        match committer.log.append(&mut committer.batch) {
+            Ok((segment, page)) => {
+                committer.segments.insert(segment, epoch);
+                self.publish(committer, segment, page);
+                Ok(())
+            }
+            Err(source) => self.record_loss(committer, source),
+        }
+    }
+
+    fn publish(&self, committer: &Committer, segment: u32, page: u32) {
+        let (epoch, counters) = (committer.epoch, &self.counters);
+        let mut index = self.index.write();
+        for kept in committer.batch.preserved() {
+            let position = Position::new(segment, page + kept.page);
+            let (block, checksum) = (kept.block, kept.checksum);
+            index.insert(Record { block, position, epoch, checksum });
+        }
+        for descriptor in committer.batch.descriptors() {
+            let blocks = descriptor.blocks;
+            match descriptor.kind {
+                Kind::Preserve | Kind::Done => {}
+                Kind::PreserveZero => {
+                    index.insert_zero(epoch, blocks);
+                    Counters::add(&counters.preserved_zero_blocks, blocks.len());
+                }
+                Kind::Lost => {
+                    index.insert_lost(epoch, &ExtentSet::from_extent(blocks));
+                    Counters::add(&counters.lost_blocks, blocks.len());
+                }
+                Kind::Changed => index.insert_changed(epoch, blocks),
+            }
+        }
+        self.index_version.fetch_add(1, Ordering::Release);
+        let compaction = index.compaction();
+        drop(index);
+        if let Some(compaction) = compaction {
+            let (first, merged) = compaction.run();
+            self.index.write().finish_compaction(first, merged);
+        }
+        Counters::add(&counters.batches, 1);
+        Counters::add(&counters.preserved_blocks, to_u64(committer.batch.preserved().len()));
+        counters.log_bytes.store(committer.log.appended_bytes(), Ordering::Relaxed);
+    }
+
+    fn record_loss(&self, committer: &mut Committer, source: std::io::Error) -> Result<()> {
+        let epoch = committer.epoch;
+        let descriptors = committer.batch.descriptors();
+        let blocks_of = |wanted: fn(Kind) -> bool| -> ExtentSet {
+            descriptors.iter().filter(|d| wanted(d.kind)).map(|d| d.blocks).collect()
+        };
+        // A change that could not be recorded must not be missed either (P5): lost covers it.
+        let lost = blocks_of(|kind| kind != Kind::Done);
+        let entry = Entry::Lost { epoch, blocks: lost.clone() };
+        let is_done_lost = descriptors.iter().any(|d| d.kind == Kind::Done);
+        if is_done_lost || committer.journal.append(&entry).is_err() {
+            let mut state = self.state.lock();
+            state.store_failure = source.to_string();
+            return Err(Error::store("keeping originals")(source));
+        }
+        let mut index = self.index.write();
+        index.insert_lost(epoch, &lost);
+        self.index_version.fetch_add(1, Ordering::Release);
+        drop(index);
+        Counters::add(&self.counters.lost_blocks, lost.block_count());
+        Ok(())
+    }
+
+    /// The blocks are recorded in this epoch: later writes to them go straight.
+    pub(super) fn settle(&self, runs: impl Iterator<Item = Extent>) {
+        let mut state = self.state.lock();
+        for run in runs {
+            state.pending.assign(run, false);
+            state.unsettled.assign(run, false);
+        }
+    }
+
+    /// Bring the slots' sectors to the origin. Neighbouring whole blocks go in one write.
+    fn write_slots(&self, works: &[Work], arena: &Arena, size_bytes: u64) -> Result<()> {
+        let whole = sectors(0, self.block_size / crate::buffer::SECTOR);
+        let mut composed: Vec<Option<Vec<u8>>> = Vec::with_capacity(works.len());
+        for work in works {
+            let is_plain = work.slots.len() == 1 && work.mask == whole && !work.class.restoring;
+            composed.push(if is_plain { None } else { Some(self.compose(work, arena)?) });
+        }
+        let content = |at: usize| -> &[u8] {
+            let valid = to_usize(self.valid_bytes(works[at].block, size_bytes));
+            match &composed[at] {
+                Some(bytes) => &bytes[..valid],
+                None => &arena.data(works[at].slots[0])[..valid],
+            }
+        };
+        // A restored block is written whole: its other sectors are still those from before the restore.
+        let is_whole = |work: &Work, at: usize| {
+            let valid = to_u64(content(at).len()).div_ceil(crate::buffer::SECTOR);
+            work.class.restoring || work.mask == sectors(0, valid)
+        };
+        let mut at = 0;
+        while at < works.len() {
+            let first = at;
+            if is_whole(&works[at], at) {
+                let mut slices = Vec::new();
+                while at < works.len()
+                    && works[at].block == works[first].block + to_u64(at - first)
+                    && is_whole(&works[at], at)
+                {
+                    slices.push(content(at));
+                    at += 1;
+                }
+                let offset = works[first].block * self.block_size;
+                let written = self.origin.write_slices_at(offset, &slices);
+                written.map_err(|e| self.latch_origin("writing", e))?;
+                continue;
+            }
+            let bytes = content(at);
+            for (start, end) in sector_runs(works[at].mask) {
+                let from = start * crate::buffer::SECTOR;
+                let to = (end * crate::buffer::SECTOR).min(to_u64(bytes.len()));
+                let offset = works[at].block * self.block_size + from;
+                let written = self.origin.write_at(offset, &bytes[to_usize(from)..to_usize(to)]);
+                written.map_err(|e| self.latch_origin("writing", e))?;
+            }
+            at += 1;
+        }
+        Ok(())
+    }
+
+    /// The block's slots over one another; over the snapshot's content if a restore has not copied it.
+    fn compose(&self, work: &Work, arena: &Arena) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; to_usize(self.block_size)];
+        if work.class.restoring {
+            self.read_restoring(work.block, &mut bytes)?;
+        }
+        let state = self.state.lock();
+        for (slot, info) in state.buffer.of_block(work.block) {
+            if work.slots.contains(&slot) {
+                overlay_sectors(arena.data(slot), info.mask, 0, &mut bytes);
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails from now on,
+    /// across restarts, until somebody looked. A later sync that "succeeds" proves nothing.
+    pub(super) fn latch_origin(&self, what: &str, source: std::io::Error) -> Error {
+        let mut state = self.state.lock();
+        if state.origin_failure.is_empty() {
+            state.origin_failure = format!("{what}: {source}");
+        }
+        drop(state);
+        Error::origin(what)(source)
+    }
+
+    /// Make completed writes to the origin durable; needs no role.
+    pub(super) fn sync_origin(&self) -> Result<()> {
+        Self::check_writable(&self.state.lock())?;
+        self.origin.sync().map_err(|e| self.latch_origin("making writes durable", e))
+    }
+
+    /// The background thread: commits by size, by age and when asked, and moves restores on.
+    pub(super) fn run_background(&self) {
+        loop {
+            let mut state = self.state.lock();
+            while !(state.is_stopping || state.is_kicked || self.has_work(&state)) {
+                let timed_out = self.work.wait_for(&mut state, std::time::Duration::from_secs(1));
+                if timed_out.timed_out() {
+                    break;
+                }
+            }
+            if state.is_stopping {
+                return;
+            }
+            let enough = to_usize(COMMIT_BYTES / self.block_size);
+            let deadline = Instant::now() + COMMIT_AGE;
+            while !state.buffer.is_empty()
+                && state.buffer.used() < enough
+                && !(state.is_kicked || state.is_stopping)
+            {
+                if self.work.wait_until(&mut state, deadline).timed_out() {
+                    break;
+                }
+            }
+            state.is_kicked = false;
+            let (is_empty, is_restoring) = (state.buffer.is_empty(), state.restoring.is_some());
+            let is_failed = !state.origin_failure.is_empty() || !state.store_failure.is_empty();
+            let arena = Arc::clone(state.buffer.arena());
+            drop(state);
+            arena.note_alive(super::open::now_unix_ns());
+            if is_failed {
+                // Nothing to be done until the volume is opened anew; do not spin on it.
+                let mut state = self.state.lock();
+                if !state.is_stopping {
+                    self.work.wait_for(&mut state, std::time::Duration::from_secs(1));
+                }
+                continue;
+            }
+            if let Ok(mut committer) = self.role() {
+                self.background_step(&mut committer, is_empty, is_restoring);
+            }
+        }
+    }
+
+    fn has_work(&self, state: &State) -> bool {
+        !state.buffer.is_empty() || state.restoring.is_some()
+    }
+
+    fn background_step(&self, committer: &mut Committer, is_empty: bool, is_restoring: bool) {
+        // Errors are latched where they occur and reported to the next flush; here nobody waits for them.
+        if !is_empty {
+            let epoch = committer.epoch;
+            let _ = self.commit_batch(committer, epoch, None);
+        }
+        if is_restoring {
+            let _ = self.restore_step(committer);
+        }
+    }
+}
+
+impl Committer {
+    fn note_drained(&mut self, bytes: u64, started: Instant) {
+        let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
+        let rate = bytes.saturating_mul(1_000_000) / micros;
+        // Small batches are mostly latency: they say little of the rate.
+        if bytes >= COMMIT_BYTES / 4 || self.drain_bytes_per_second == 0 {
+            self.drain_bytes_per_second = (self.drain_bytes_per_second * 3 + rate) / 4;
+        }
+    }
+}
+
+/// Ascending blocks as runs that are short enough to be read at once.
+pub(super) fn runs_of(
+    blocks: impl Iterator<Item = u64> + Clone,
+) -> impl Iterator<Item = Extent> + Clone {
+    let mut blocks = blocks.peekable();
+    std::iter::from_fn(move || {
+        let start = blocks.next()?;
+        let mut end = start + 1;
+        while end - start < RUN_BLOCKS_MAX && blocks.next_if_eq(&end).is_some() {
+            end += 1;
+        }
+        Some(Extent::new(start, end))
+    })
+}

@@ -1,0 +1,325 @@
+//! Taking a snapshot: a flip with no I/O inside, then a commit behind it.
+//!
+//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the origin is made
+//! durable (unchanged blocks will be read from it), and the header of the new epoch is written: that header is
+//! the commit. Only then may newer slots be committed, and only then is the snapshot acknowledged.
+
+use super::commit::FrozenClasses;
+use super::restore::PreparedRestore;
+use super::{Committer, Restoring, State, Volume};
+use crate::bitmap::Bitmap;
+use crate::epochs::Epoch;
+use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
+use crate::journal::Entry;
+use crate::log::format::EpochHeader;
+use crate::log::writer::Prepared;
+use parking_lot::MutexGuard;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant as Clock};
+
+/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is left after.
+const DRAIN_ROUNDS: u32 = 2;
+
+/// What to keep, and how long writers may be held.
+pub struct SnapshotRequest {
+    /// The blocks that matter.
+    pub selection: ExtentSet,
+    /// Name, rules, receipt: kept, not looked into.
+    pub meta: Vec<u8>,
+    /// Beyond it the snapshot fails and writes go on.
+    pub pause_limit: Duration,
+}
+
+/// A snapshot that is durable.
+#[derive(Debug, Clone, Copy)]
+pub struct Instant {
+    /// Its number.
+    pub epoch: u32,
+    /// Size of the origin at the instant.
+    pub size_bytes: u64,
+    /// When, for people.
+    pub created_unix_ns: u64,
+    /// From the gate's closing to its opening.
+    pub pause: Duration,
+    /// Writes in flight when the gate closed; all of them are in the snapshot.
+    pub in_flight: u64,
+    /// From the opening of the gate until the snapshot was durable.
+    pub commit: Duration,
+}
+
+/// The moment itself: what the flip saw.
+struct Flip {
+    /// Bits of the blocks that had slots.
+    frozen: FrozenClasses,
+    /// The last write before the instant.
+    upto: u64,
+    size_bytes: u64,
+    created_unix_ns: u64,
+    pause: Duration,
+    in_flight: u64,
+}
+
+impl Volume {
+    /// Take a snapshot of the selected blocks as they are at one instant during this call.
+    pub fn snapshot(&self, request: SnapshotRequest) -> Result<Instant> {
+        let mut committer = self.role()?;
+        self.finish_restore_first(&mut committer)?;
+        self.take_instant(&mut committer, request, None)
+    }
+
+    /// The instant, of a snapshot or of the safety snapshot of a restore.
+    pub(super) fn take_instant(
+        &self,
+        committer: &mut Committer,
+        request: SnapshotRequest,
+        restore: Option<&PreparedRestore>,
+    ) -> Result<Instant> {
+        let selection = self.share_selection(request.selection);
+        let epoch = committer.epoch_max + 1;
+        let prepared = committer.log.prepare_epoch();
+        let prepared = prepared.map_err(Error::store("making the epoch's segment"))?;
+        let drained = self.drain_before_instant(committer);
+        let flipped = drained.and_then(|()| self.flip(epoch, &selection, request.pause_limit));
+        let flip = match flipped {
+            Ok(flip) => flip,
+            Err(error) => {
+                self.forget_prepared(committer, &prepared);
+                return Err(error);
+            }
+        };
+        committer.epoch_max = epoch;
+        let opened = Clock::now();
+        let committed = self.commit_instant(
+            committer,
+            &prepared,
+            epoch,
+            &flip,
+            &selection,
+            &request.meta,
+            restore,
+        );
+        if let Err(error) = committed {
+            return Err(self.abort_instant(committer, &prepared, epoch, error));
+        }
+        Ok(Instant {
+            epoch,
+            size_bytes: flip.size_bytes,
+            created_unix_ns: flip.created_unix_ns,
+            pause: flip.pause,
+            in_flight: flip.in_flight,
+            commit: opened.elapsed(),
+        })
+    }
+
+    /// Snapshots with equal selections share one copy in memory.
+    fn share_selection(&self, selection: ExtentSet) -> Arc<ExtentSet> {
+        let epochs = self.epochs.read();
+        let mut known = epochs.0.values().rev().filter_map(|e| e.selection.as_ref());
+        known.find(|set| ***set == selection).map_or_else(|| Arc::new(selection), Arc::clone)
+    }
+
+    /// Writes go on while most of what an instant has to wait for is done.
+    fn drain_before_instant(&self, committer: &mut Committer) -> Result<()> {
+        for _ in 0..DRAIN_ROUNDS {
+            let sequence = self.state.lock().buffer.last_sequence();
+            let epoch = committer.epoch;
+            self.commit_until(committer, epoch, sequence, None)?;
+            self.sync_origin()?;
+        }
+        Ok(())
+    }
+
+    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight already.
+    fn flip(&self, epoch: u32, selection: &Arc<ExtentSet>, limit: Duration) -> Result<Flip> {
+        let blocks = self.block_count(self.size_bytes());
+        let tracked = self.epochs.read().tracked().union(selection);
+        let unsettled = Bitmap::from_set(blocks, &tracked);
+        let selected = Bitmap::from_set(blocks, selection);
+
+        let mut state = self.state.lock();
+        let closed = Clock::now();
+        state.is_gate_closed = true;
+        let in_flight = state.straight_in_flight;
+        if let Err(error) = self.wait_drained(&mut state, closed, limit) {
+            state.is_gate_closed = false;
+            drop(state);
+            self.gate_opened.notify_all();
+            return Err(error);
+        }
+        let frozen = state.freeze_classes();
+        state.unsettled = unsettled;
+        // The words of a fresh bitmap were made above; with few snapshots this is a swap of regions.
+        state.pending.merge(&selected);
+        for (&block, _) in &frozen {
+            let value = selection.contains(block);
+            state.pending.assign(crate::extent::Extent::single(block), value);
+        }
+        state.epoch = epoch;
+        let upto = state.buffer.last_sequence();
+        let size_bytes = state.size_bytes;
+        let created_unix_ns = super::open::now_unix_ns();
+        state.is_gate_closed = false;
+        let pause = closed.elapsed();
+        drop(state);
+        self.gate_opened.notify_all();
+        self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
+        Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
+    }
+
+    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the instant.
+    fn wait_drained(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        closed: Clock,
+        limit: Duration,
+    ) -> Result<()> {
+        while state.straight_in_flight > 0 {
+            let waited = self.drained.wait_until(state, closed + limit);
+            if waited.timed_out() && state.straight_in_flight > 0 {
+                return Err(Error::PauseTimeout(format!(
+                    "{} writes did not finish within the pause limit of {} ms; no snapshot was taken, \
+                     writes go on; try again or raise --pause-limit",
+                    state.straight_in_flight,
+                    limit.as_millis()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)] // the parts of one commit, gathered by its only caller
+    fn commit_instant(
+        &self,
+        committer: &mut Committer,
+        prepared: &Prepared,
+        epoch: u32,
+        flip: &Flip,
+        selection: &Arc<ExtentSet>,
+        meta: &[u8],
+        restore: Option<&PreparedRestore>,
+    ) -> Result<()> {
+        let before = committer.epoch;
+        self.commit_until(committer, before, flip.upto, Some(&flip.frozen))?;
+        self.sync_origin()?;
+        let restore = restore.map(|prepared| self.restore_header(prepared));
+        let header = EpochHeader {
+            epoch,
+            predecessor: before,
+            created_unix_ns: flip.created_unix_ns,
+            origin_bytes: flip.size_bytes,
+            selection: (**selection).clone(),
+            restore: restore.clone(),
+            meta: meta.to_vec(),
+        };
+        let committed = committer.log.commit_epoch(prepared, epoch, &header.encode());
+        committed.map_err(Error::store("writing the epoch header"))?;
+
+        committer.segments.insert(prepared.segment(), epoch);
+        committer.epoch = epoch;
+        let info = Epoch {
+            origin_bytes: flip.size_bytes,
+            created_unix_ns: flip.created_unix_ns,
+            selection: Some(Arc::clone(selection)),
+            bookmark: None,
+            meta: meta.to_vec(),
+            suspect: String::new(),
+            pins: 0,
+        };
+        let mut epochs = self.epochs.write();
+        epochs.0.insert(epoch, info);
+        if let Some(restore) = restore {
+            if let Some(source) = epochs.0.get_mut(&restore.source_epoch) {
+                source.pins += 1;
+            }
+            if let Some(safety) = epochs.0.get_mut(&epoch) {
+                safety.pins += 1;
+            }
+            drop(epochs);
+            let mut state = self.state.lock();
+            let blocks = Bitmap::from_set(self.block_count(state.size_bytes), &restore.blocks);
+            let count = restore.blocks.block_count();
+            state.restored += 1;
+            state.restoring = Some(Restoring {
+                source_epoch: restore.source_epoch,
+                safety_epoch: epoch,
+                blocks,
+                total_blocks: count,
+                remaining_blocks: count,
+            });
+            self.kick(&mut state);
+        }
+        Ok(())
+    }
+
+    fn forget_prepared(&self, committer: &mut Committer, prepared: &Prepared) {
+        if let Err(error) = committer.log.discard_epoch(prepared) {
+            // An empty file without a header: a scan knows it for what it is, and removes it.
+            let mut state = self.state.lock();
+            if state.store_failure.is_empty() {
+                state.store_failure = error.to_string();
+            }
+        }
+    }
+
+    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be durable in
+    /// spite of the error; if it can neither be removed nor denied, nothing more may be recorded.
+    fn abort_instant(
+        &self,
+        committer: &mut Committer,
+        prepared: &Prepared,
+        epoch: u32,
+        error: Error,
+    ) -> Error {
+        let is_denied = committer.journal.append(&Entry::Aborted { epoch }).is_ok();
+        let is_removed = committer.log.discard_epoch(prepared).is_ok();
+        let before = committer.epoch;
+        let mut state = self.state.lock();
+        if !is_denied && !is_removed {
+            state.store_failure = format!("a failed snapshot could not be undone: {error}");
+        }
+        state.epoch = before;
+        state.buffer.merge_epochs(before);
+        let blocks = self.block_count(state.size_bytes);
+        let (unsettled, pending) = self.bits(before, blocks);
+        (state.unsettled, state.pending) = (unsettled, pending);
+        error
+    }
+
+    /// What both bitmaps are, from what is recorded and who is live.
+    pub(super) fn bits(&self, current: u32, block_count: u64) -> (Bitmap, Bitmap) {
+        let epochs = self.epochs.read();
+        let recorded = self.index.read().changed_by_epoch();
+        let mut pending = Bitmap::new(block_count);
+        let numbers = epochs.0.keys().chain(recorded.keys());
+        let mut numbers: Vec<u32> = numbers.copied().collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        for number in numbers {
+            if let Some(selection) = epochs.0.get(&number).and_then(|e| e.selection.as_ref()) {
+                pending.set_all(selection);
+            }
+            if let Some(changed) = recorded.get(&number) {
+                pending.clear_all(changed);
+            }
+        }
+        let mut unsettled = Bitmap::from_set(block_count, &epochs.tracked());
+        if let Some(changed) = recorded.get(&current) {
+            unsettled.clear_all(changed);
+        }
+        (unsettled, pending)
+    }
+}
+
+impl State {
+    /// What the slots' blocks need in the epoch that ends now.
+    fn freeze_classes(&self) -> FrozenClasses {
+        self.buffer.blocks().map(|block| (block, self.class(block))).collect()
+    }
+}
+
+/// For the receipt: how long in whole nanoseconds.
+pub fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

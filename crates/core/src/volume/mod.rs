@@ -1,0 +1,308 @@
+//! One origin with its store: the state that every request meets, and who may change it.
+//!
+//! - [`open`] makes, opens and closes volumes, and rebuilds all state from the store.
+//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes behind it.
+//! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
+//!
+//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the log, to decide in
+//! the journal, to change bits downwards and to begin epochs. Any thread may take the role: the background
+//! thread, a flush, a snapshot. Clients never need it for reads, straight writes and writes that find a slot.
+//!
+//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held across I/O.
+//! `punching` is taken by readers of preserved content, last, and across their read of the store.
+
+mod commit;
+mod instant;
+pub mod open;
+mod read;
+mod release;
+mod restore;
+mod write;
+
+pub use instant::{Instant, SnapshotRequest, nanoseconds};
+pub(crate) use read::push_status;
+pub use release::EpochInfo;
+pub use restore::{RestoreRequest, RestoreStatus};
+
+use crate::bitmap::Bitmap;
+use crate::buffer::WriteBuffer;
+use crate::epochs::Epochs;
+use crate::error::{Error, Result};
+use crate::extent::{Extent, round_out};
+use crate::index::Index;
+use crate::journal::Journal;
+use crate::log::batch::BatchBuilder;
+use crate::log::writer::{LogWriter, Segments};
+use crate::number::to_u64;
+use crate::storage::Storage;
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Requests run in pieces of at most this, so that an instant never waits for a long one.
+const PIECE_BYTES: u64 = 1 << 20;
+/// The committer runs when this much waits,
+const COMMIT_BYTES: u64 = 1 << 20;
+/// or when the oldest slot is this old.
+const COMMIT_AGE: Duration = Duration::from_millis(50);
+/// The buffer admits what the measured drain rate settles in this time.
+const DRAIN_TIME: Duration = Duration::from_millis(500);
+/// It always admits this much, or the rate could never be measured.
+const ADMIT_BYTES_MIN: u64 = 4 << 20;
+
+/// What requests see and change; every access is short and in memory.
+struct State {
+    /// Writes admitted now belong to it.
+    epoch: u32,
+    /// No write may be admitted: an instant is being taken.
+    is_gate_closed: bool,
+    /// Writes on their way to the origin without a slot.
+    straight_in_flight: u64,
+    /// The next write is a first change of the epoch and must be recorded.
+    unsettled: Bitmap,
+    /// Its old content must be preserved too.
+    pending: Bitmap,
+    /// Blocks that read as in a snapshot until a restore has copied them.
+    restoring: Option<Restoring>,
+    /// Grows whenever a block's base moves from a snapshot to the origin.
+    restored: u64,
+    buffer: WriteBuffer,
+    /// Slots that may be in use, from the measured drain rate.
+    admitted_slots: usize,
+    size_bytes: u64,
+    /// Why the origin cannot be trusted to keep what it is given; empty if it can.
+    origin_failure: String,
+    /// Why first changes cannot be recorded; empty if they can.
+    store_failure: String,
+    is_closed: bool,
+    /// Somebody waits for the committer to run now.
+    is_kicked: bool,
+    is_stopping: bool,
+}
+
+struct Restoring {
+    source_epoch: u32,
+    safety_epoch: u32,
+    blocks: Bitmap,
+    total_blocks: u64,
+    remaining_blocks: u64,
+}
+
+/// What only the holder of the role touches.
+struct Committer {
+    log: LogWriter,
+    batch: BatchBuilder,
+    journal: Journal,
+    /// The epoch whose header is durable, 0 before the first.
+    epoch: u32,
+    /// Highest epoch number ever given out.
+    epoch_max: u32,
+    /// Segment files and the epoch each belongs to.
+    segments: BTreeMap<u32, u32>,
+    drain_bytes_per_second: u64,
+}
+
+/// Counters since the volume was opened.
+#[derive(Default)]
+pub struct Counters {
+    /// Writes that went straight to the origin.
+    pub straight_writes: AtomicU64,
+    /// Writes that took slots.
+    pub buffered_writes: AtomicU64,
+    /// Large pieces that were preserved without slots.
+    pub bypass_writes: AtomicU64,
+    /// Times a write waited for room in the buffer.
+    pub buffer_waits: AtomicU64,
+    /// Blocks preserved with content.
+    pub preserved_blocks: AtomicU64,
+    /// Blocks whose old content was zero.
+    pub preserved_zero_blocks: AtomicU64,
+    /// Blocks whose old content was lost.
+    pub lost_blocks: AtomicU64,
+    /// Batches made durable.
+    pub batches: AtomicU64,
+    /// Bytes appended to the log.
+    pub log_bytes: AtomicU64,
+    /// Longest time the gate was closed.
+    pub pause_ns_max: AtomicU64,
+}
+
+impl Counters {
+    fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+
+    /// Name and value of each.
+    pub fn list(&self) -> Vec<(&'static str, u64)> {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("straight_writes", of(&self.straight_writes)),
+            ("buffered_writes", of(&self.buffered_writes)),
+            ("bypass_writes", of(&self.bypass_writes)),
+            ("buffer_waits", of(&self.buffer_waits)),
+            ("preserved_blocks", of(&self.preserved_blocks)),
+            ("preserved_zero_blocks", of(&self.preserved_zero_blocks)),
+            ("lost_blocks", of(&self.lost_blocks)),
+            ("batches", of(&self.batches)),
+            ("log_bytes", of(&self.log_bytes)),
+            ("pause_ns_max", of(&self.pause_ns_max)),
+        ]
+    }
+}
+
+/// An open volume. All methods may be called from many threads.
+pub struct Volume {
+    uuid: [u8; 16],
+    block_size: u64,
+    store_path: PathBuf,
+    origin_path: PathBuf,
+    origin: Arc<dyn Storage>,
+    origin_identity: Box<dyn Fn() -> std::io::Result<crate::journal::OriginIdentity> + Send + Sync>,
+    segments: Arc<Segments>,
+    meta: Mutex<Vec<u8>>,
+    committer: Mutex<Committer>,
+    epochs: RwLock<Epochs>,
+    state: Mutex<State>,
+    index: RwLock<Index>,
+    /// Grows with every publication in the index: whoever read the origin looks whether it did.
+    index_version: AtomicU64,
+    punching: RwLock<()>,
+    gate_opened: Condvar,
+    drained: Condvar,
+    room: Condvar,
+    work: Condvar,
+    restore_ended: Condvar,
+    /// First changes are committed before they are acknowledged.
+    is_write_through: bool,
+    has_background: bool,
+    background: Mutex<Option<JoinHandle<()>>>,
+    /// Held for as long as the volume is open: store and origin belong to this process.
+    locks: Mutex<Vec<std::fs::File>>,
+    /// Gives the origin's lock back, though views may keep it open.
+    release_origin: Box<dyn Fn() + Send + Sync>,
+    /// What happened since the volume was opened.
+    pub counters: Counters,
+}
+
+impl Volume {
+    /// The volume's identity.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.uuid
+    }
+
+    /// Bytes a block.
+    pub fn block_size(&self) -> u64 {
+        self.block_size
+    }
+
+    /// Size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.state.lock().size_bytes
+    }
+
+    /// The store directory.
+    pub fn store_path(&self) -> &std::path::Path {
+        &self.store_path
+    }
+
+    /// The origin's path.
+    pub fn origin_path(&self) -> &std::path::Path {
+        &self.origin_path
+    }
+
+    /// The latest instant, 0 if there never was one.
+    pub fn current_epoch(&self) -> u32 {
+        self.state.lock().epoch
+    }
+
+    fn block_count(&self, size_bytes: u64) -> u64 {
+        size_bytes.div_ceil(self.block_size)
+    }
+
+    /// Bytes of `block` that exist on a disk of `size_bytes`.
+    fn valid_bytes(&self, block: u64, size_bytes: u64) -> u64 {
+        size_bytes.saturating_sub(block * self.block_size).min(self.block_size)
+    }
+
+    fn check_range(state: &State, offset: u64, length: u64) -> Result<()> {
+        if state.is_closed {
+            return Err(Error::Closed);
+        }
+        match offset.checked_add(length) {
+            Some(end) if end <= state.size_bytes => Ok(()),
+            _ => Err(Error::Usage(format!(
+                "bytes {offset}+{length} reach past the end of the disk at {}",
+                state.size_bytes
+            ))),
+        }
+    }
+
+    fn check_writable(state: &State) -> Result<()> {
+        if state.origin_failure.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Origin {
+            what: "writes are refused since the origin failed".into(),
+            source: std::io::Error::other(state.origin_failure.clone()),
+        })
+    }
+
+    fn extent_of(&self, offset: u64, length: u64) -> Extent {
+        round_out(offset, length, self.block_size)
+    }
+
+    /// Take the role, unless the volume is closed.
+    fn role(&self) -> Result<MutexGuard<'_, Committer>> {
+        let committer = self.committer.lock();
+        if self.state.lock().is_closed { Err(Error::Closed) } else { Ok(committer) }
+    }
+
+    /// Wake the background thread.
+    fn kick(&self, state: &mut State) {
+        state.is_kicked = true;
+        self.work.notify_one();
+    }
+
+    /// The volume's opaque bytes.
+    pub fn meta(&self) -> Vec<u8> {
+        self.meta.lock().clone()
+    }
+
+    /// Replace the volume's opaque bytes; durable when this returns.
+    pub fn set_meta(&self, meta: Vec<u8>) -> Result<()> {
+        let mut committer = self.role()?;
+        committer.journal.append(&crate::journal::Entry::VolumeMeta(meta.clone()))?;
+        *self.meta.lock() = meta;
+        Ok(())
+    }
+
+    /// Bytes the store takes for what it keeps.
+    pub fn store_bytes(&self) -> Result<u64> {
+        let committer = self.role()?;
+        let mut total = 0;
+        for &segment in committer.segments.keys() {
+            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
+            total += file.allocated_bytes().map_err(Error::store("log segment"))?;
+        }
+        Ok(total)
+    }
+
+    /// Gauges beside the counters.
+    pub fn gauges(&self) -> Vec<(&'static str, u64)> {
+        let index_records = to_u64(self.index.read().record_count());
+        let state = self.state.lock();
+        vec![
+            ("buffer_slots_used", to_u64(state.buffer.used())),
+            ("buffer_slots", to_u64(state.buffer.capacity())),
+            ("buffer_slots_admitted", to_u64(state.admitted_slots)),
+            ("bitmap_bytes", state.unsettled.memory_bytes() + state.pending.memory_bytes()),
+            ("index_records", index_records),
+            ("size_bytes", state.size_bytes),
+            ("epoch", u64::from(state.epoch)),
+        ]
+    }
+}

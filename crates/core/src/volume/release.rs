@@ -1,0 +1,406 @@
+//! Letting go: deleting and narrowing snapshots, bookmarks, and giving back the space nobody needs.
+//!
+//! In this order: the decision is durable in the journal; the index forgets; readers of the older index are
+//! gone; the space is punched; the journal says so. Interrupted, it is done again when the volume is opened.
+
+use super::{Committer, Volume};
+use crate::epochs::{Bookmark, Epoch};
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentSet};
+use crate::index::Record;
+use crate::journal::Entry;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// One instant, for people.
+#[derive(Debug, Clone)]
+pub struct EpochInfo {
+    /// Its number.
+    pub epoch: u32,
+    /// Everything the engine knows of it.
+    pub state: Epoch,
+    /// Blocks the snapshot selects, or the bookmark tracks.
+    pub selected_blocks: u64,
+    /// Blocks with content the snapshot reads from the store, shared ones included.
+    pub preserved_blocks: u64,
+    /// Those that no other snapshot reads.
+    pub exclusive_blocks: u64,
+    /// Blocks whose content is lost.
+    pub lost: ExtentSet,
+}
+
+fn unknown(epoch: u32, what: &str) -> Error {
+    Error::NotFound(format!("epoch {epoch} has no {what}"))
+}
+
+impl Volume {
+    /// Every live instant, ascending.
+    pub fn epochs(&self) -> Vec<EpochInfo> {
+        let epochs = self.epochs.read().clone();
+        let (records, others, lost): (Vec<Record>, _, BTreeMap<u32, ExtentSet>) = {
+            let index = self.index.read();
+            let lost = epochs.snapshots().map(|(e, set)| {
+                let lost = index.lost_since(e).intersection(set);
+                (e, lost)
+            });
+            (index.sorted_records(), index.contentless_extents(), lost.collect())
+        };
+        let mut preserved: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+        for_each_copy(&records, &others, |record, previous| {
+            let users = epochs.0.range(previous + 1..=record.epoch);
+            let users: Vec<u32> = users
+                .filter(|(_, e)| e.selection.as_ref().is_some_and(|s| s.contains(record.block)))
+                .map(|(&epoch, _)| epoch)
+                .collect();
+            for user in &users {
+                let entry = preserved.entry(*user).or_default();
+                entry.0 += 1;
+                entry.1 += u64::from(users.len() == 1);
+            }
+        });
+        let info = |(epoch, state): (u32, Epoch)| {
+            let (preserved_blocks, exclusive_blocks) =
+                preserved.get(&epoch).copied().unwrap_or_default();
+            let selected = state.tracked().next().map_or(0, |set| set.block_count());
+            EpochInfo {
+                epoch,
+                selected_blocks: selected,
+                preserved_blocks,
+                exclusive_blocks,
+                lost: lost.get(&epoch).cloned().unwrap_or_default(),
+                state,
+            }
+        };
+        epochs.0.into_iter().map(info).collect()
+    }
+
+    /// What a snapshot selects, else what its bookmark tracks; and the size at its instant.
+    pub fn selection(&self, epoch: u32) -> Result<(Arc<ExtentSet>, u64)> {
+        let epochs = self.epochs.read();
+        let found = epochs.0.get(&epoch);
+        let found = found.and_then(|e| Some((Arc::clone(e.tracked().next()?), e.origin_bytes)));
+        found.ok_or_else(|| unknown(epoch, "snapshot or bookmark"))
+    }
+
+    /// Replace a snapshot's opaque bytes; durable when this returns.
+    pub fn set_epoch_meta(&self, epoch: u32, meta: Vec<u8>) -> Result<()> {
+        let mut committer = self.role()?;
+        self.check_snapshot(epoch)?;
+        committer.journal.append(&Entry::EpochMeta { epoch, meta: meta.clone() })?;
+        if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
+            found.meta = meta;
+        }
+        Ok(())
+    }
+
+    fn check_snapshot(&self, epoch: u32) -> Result<()> {
+        let epochs = self.epochs.read();
+        let is_there = epochs.0.get(&epoch).is_some_and(|e| e.selection.is_some());
+        if is_there { Ok(()) } else { Err(unknown(epoch, "snapshot")) }
+    }
+
+    /// Select less from now on; tells the bytes freed.
+    pub fn narrow(&self, epoch: u32, selection: &ExtentSet) -> Result<u64> {
+        let mut committer = self.role()?;
+        let old = {
+            let epochs = self.epochs.read();
+            let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
+            found.ok_or_else(|| unknown(epoch, "snapshot"))?
+        };
+        self.check_not_restoring_from(epoch)?;
+        let narrowed = Arc::new(old.intersection(selection));
+        let entry = Entry::Narrowed { epoch, selection: (*narrowed).clone() };
+        committer.journal.append(&entry)?;
+        if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
+            found.selection = Some(narrowed);
+        }
+        self.let_go(&mut committer)
+    }
+
+    fn check_not_restoring_from(&self, epoch: u32) -> Result<()> {
+        let state = self.state.lock();
+        let is_held = |r: &super::Restoring| r.source_epoch == epoch || r.safety_epoch == epoch;
+        if state.restoring.as_ref().is_some_and(is_held) {
+            return Err(Error::RestoreRunning(format!(
+                "snapshot {epoch} takes part in a running restore; wait for it or cancel it"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views then fail.
+    pub fn delete_snapshot(&self, epoch: u32, force: bool) -> Result<u64> {
+        let mut committer = self.role()?;
+        self.check_snapshot(epoch)?;
+        self.check_not_restoring_from(epoch)?;
+        let pins = self.epochs.read().0.get(&epoch).map_or(0, |e| e.pins);
+        if pins > 0 && !force {
+            return Err(Error::InUse(format!(
+                "snapshot {epoch} is in use by {pins} readers; close them, or delete it with --force"
+            )));
+        }
+        committer.journal.append(&Entry::Deleted { epoch })?;
+        {
+            let mut epochs = self.epochs.write();
+            if let Some(found) = epochs.0.get_mut(&epoch) {
+                found.selection = None;
+            }
+            epochs.drop_dead();
+        }
+        self.let_go(&mut committer)
+    }
+
+    /// Keep what a snapshot selects as the baseline of a later increment.
+    pub fn bookmark(&self, epoch: u32, meta: Vec<u8>) -> Result<()> {
+        let mut committer = self.role()?;
+        self.check_snapshot(epoch)?;
+        committer.journal.append(&Entry::Bookmarked { epoch, meta: meta.clone() })?;
+        if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
+            let baseline = found.selection.clone().unwrap_or_default();
+            found.bookmark = Some(Bookmark { baseline, meta });
+        }
+        Ok(())
+    }
+
+    /// Forget a bookmark.
+    pub fn delete_bookmark(&self, epoch: u32) -> Result<()> {
+        let mut committer = self.role()?;
+        let has_one = self.epochs.read().0.get(&epoch).is_some_and(|e| e.bookmark.is_some());
+        if !has_one {
+            return Err(unknown(epoch, "bookmark"));
+        }
+        committer.journal.append(&Entry::BookmarkDeleted { epoch })?;
+        {
+            let mut epochs = self.epochs.write();
+            if let Some(found) = epochs.0.get_mut(&epoch) {
+                found.bookmark = None;
+            }
+            epochs.drop_dead();
+        }
+        self.let_go(&mut committer).map(|_| ())
+    }
+
+    /// The bits and the index follow the registry; then the space goes back. Holds the role: no batch is under
+    /// way, and only requests that set nothing run beside it.
+    fn let_go(&self, committer: &mut Committer) -> Result<u64> {
+        let gone = self.forget_unneeded(committer.epoch);
+        self.rebuild_bits(committer.epoch);
+        // Whoever found a copy in the older index has read it once this lock was had.
+        drop(self.punching.write());
+        let freed = self.give_back(committer, &gone)?;
+        committer.journal.append(&Entry::Freed)?;
+        Ok(freed)
+    }
+
+    /// Bits only go down here, and no slot, batch or instant can set or clear one meanwhile.
+    fn rebuild_bits(&self, current: u32) {
+        let blocks = self.block_count(self.size_bytes());
+        let (unsettled, pending) = self.bits(current, blocks);
+        let mut state = self.state.lock();
+        if unsettled.block_count() == state.unsettled.block_count() {
+            (state.unsettled, state.pending) = (unsettled, pending);
+        }
+    }
+
+    /// Drop from the index what no live snapshot reads; tells what was dropped.
+    pub(super) fn forget_unneeded(&self, current: u32) -> Vec<Record> {
+        let epochs = self.epochs.read();
+        let (records, others, zero) = {
+            let index = self.index.read();
+            (index.sorted_records(), index.contentless_extents(), index.zero_extents())
+        };
+        let (mut kept, mut gone) = (Vec::with_capacity(records.len()), Vec::new());
+        for_each_copy(&records, &others, |record, previous| {
+            let is_needed = epochs.needs(record.block, record.epoch, previous);
+            if is_needed { kept.push(*record) } else { gone.push(*record) }
+        });
+        kept.shrink_to_fit();
+        let needed_zero = |(epoch, set): (u32, ExtentSet)| {
+            let needed = set.intersection(&epochs.selected_until(epoch));
+            (epoch, needed)
+        };
+        let zero = zero.into_iter().map(needed_zero).collect();
+        let first = epochs.first().unwrap_or(current + 1).min(current + 1);
+        drop(epochs);
+        let mut index = self.index.write();
+        index.release(kept, &gone, zero);
+        index.forget_before(first);
+        gone
+    }
+
+    /// Remove whole segments that nobody needs and punch the payloads of the rest.
+    pub(super) fn give_back(&self, committer: &mut Committer, gone: &[Record]) -> Result<u64> {
+        let before = self.allocated(committer)?;
+        let first = self.epochs.read().first();
+        let unneeded: Vec<u32> = committer
+            .segments
+            .iter()
+            .filter(|&(_, &epoch)| first.is_none_or(|first| epoch < first))
+            .map(|(&segment, _)| segment)
+            .collect();
+        committer.log.close_if(&unneeded);
+        for segment in &unneeded {
+            self.segments.remove(*segment).map_err(Error::store("removing a log segment"))?;
+            committer.segments.remove(segment);
+        }
+        let pages_a_block = self.block_size / crate::log::format::PAGE;
+        let mut places: Vec<u64> = gone
+            .iter()
+            .filter(|r| committer.segments.contains_key(&r.position.segment()))
+            .map(|r| r.position.0)
+            .collect();
+        places.sort_unstable();
+        if !places.is_empty() {
+            let Committer { log, batch, .. } = committer;
+            log.seal(batch).map_err(Error::store("sealing the log"))?;
+        }
+        let mut at = 0;
+        while at < places.len() {
+            let start = places[at];
+            let mut length = pages_a_block;
+            at += 1;
+            while at < places.len() && places[at] == start + length {
+                length += pages_a_block;
+                at += 1;
+            }
+            let position = crate::log::format::Position(start);
+            let file =
+                self.segments.get(position.segment()).map_err(Error::store("log segment"))?;
+            let bytes = length * crate::log::format::PAGE;
+            let punched = file.discard_at(position.offset_bytes(), bytes);
+            punched.map_err(Error::store("giving space back"))?;
+        }
+        if !unneeded.is_empty() {
+            self.segments.directory().sync().map_err(Error::store("store directory"))?;
+        }
+        Ok(before.saturating_sub(self.allocated(committer)?))
+    }
+
+    fn allocated(&self, committer: &Committer) -> Result<u64> {
+        let mut total = 0;
+        for &segment in committer.segments.keys() {
+            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
+            total += file.allocated_bytes().map_err(Error::store("log segment"))?;
+        }
+        Ok(total)
+    }
+
+    /// Blocks whose content since an instant is lost.
+    pub(crate) fn lost_of(&self, epoch: u32) -> ExtentSet {
+        self.index.read().lost_since(epoch)
+    }
+
+    /// Hold a snapshot for a reader; tells its selection and size.
+    pub(crate) fn pin(&self, epoch: u32) -> Result<(Arc<ExtentSet>, u64)> {
+        let mut epochs = self.epochs.write();
+        let found = epochs.0.get_mut(&epoch).ok_or_else(|| unknown(epoch, "snapshot"))?;
+        let selection = found.selection.clone().ok_or_else(|| unknown(epoch, "snapshot"))?;
+        found.pins += 1;
+        Ok((selection, found.origin_bytes))
+    }
+
+    /// A reader is gone.
+    pub(crate) fn unpin(&self, epoch: u32) {
+        if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
+            found.pins = found.pins.saturating_sub(1);
+        }
+    }
+
+    /// A snapshot that was deleted under its readers gives errors, never other bytes (P2).
+    pub(crate) fn check_snapshot_live(&self, epoch: u32) -> Result<()> {
+        self.check_snapshot(epoch)
+    }
+
+    /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To now it is advisory:
+    /// it includes writes that are still on their way, and what a restore is still to copy.
+    pub fn changed(&self, since: u32, until: Option<u32>) -> Result<ExtentSet> {
+        let (tracked, from_bytes, to_bytes) = {
+            let epochs = self.epochs.read();
+            let from = epochs.0.get(&since).filter(|e| e.is_live());
+            let from = from.ok_or_else(|| unknown(since, "snapshot or bookmark"))?;
+            let mut tracked = ExtentSet::new();
+            for set in from.tracked() {
+                tracked = tracked.union(set);
+            }
+            let to_bytes = match until {
+                None => self.size_bytes(),
+                Some(epoch) => {
+                    let to = epochs.0.get(&epoch).filter(|_| epoch >= since);
+                    to.ok_or_else(|| unknown(epoch, "snapshot at or after the first"))?.origin_bytes
+                }
+            };
+            (tracked, from.origin_bytes, to_bytes)
+        };
+        let mut found = {
+            let index = self.index.read();
+            if index.is_damaged_since(since) {
+                tracked.clone()
+            } else {
+                index.changed(since, until.unwrap_or(u32::MAX))
+            }
+        };
+        if until.is_none() {
+            let state = self.state.lock();
+            let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
+            found = found.union(&slots);
+            if let Some(restoring) = &state.restoring {
+                found = found.union(&restoring.blocks.to_set());
+            }
+        }
+        let mut changed = found.intersection(&tracked);
+        if to_bytes > from_bytes {
+            // What did not exist then is new, the rest of a partial last block included.
+            let grown = Extent::new(from_bytes / self.block_size, self.block_count(to_bytes));
+            changed = changed.union(&ExtentSet::from_extent(grown));
+        }
+        Ok(changed)
+    }
+
+    /// Take over the origin's present length, which may have grown; tells it.
+    pub fn resize(&self) -> Result<u64> {
+        let mut committer = self.role()?;
+        let new = self.origin.len().map_err(Error::origin("looking at its length"))?;
+        let old = self.size_bytes();
+        if new < old {
+            let has_live = self.epochs.read().first().is_some();
+            return Err(Error::OriginChanged(format!(
+                "{} shrank from {old} to {new} bytes{}; restore its length",
+                self.origin_path.display(),
+                if has_live { " and snapshots need what it lost" } else { "" },
+            )));
+        }
+        if new == old {
+            return Ok(new);
+        }
+        let epoch = committer.epoch;
+        committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
+        let blocks = self.block_count(new);
+        let mut state = self.state.lock();
+        state.size_bytes = new;
+        state.unsettled.grow(blocks);
+        state.pending.grow(blocks);
+        if let Some(restoring) = &mut state.restoring {
+            restoring.blocks.grow(blocks);
+        }
+        Ok(new)
+    }
+}
+
+/// Call for every preserved block with the epoch of the copy before it, 0 if there is none. `records` are ordered
+/// by block, then epoch; `others` are copies that have no content of their own, by epoch.
+fn for_each_copy(
+    records: &[Record],
+    others: &[(u32, ExtentSet)],
+    mut each: impl FnMut(&Record, u32),
+) {
+    let mut last: Option<&Record> = None;
+    for record in records {
+        let previous = last.filter(|l| l.block == record.block).map_or(0, |l| l.epoch);
+        let from = others.partition_point(|(epoch, _)| *epoch <= previous);
+        let upto = others.partition_point(|(epoch, _)| *epoch < record.epoch);
+        let between = others.get(from..upto).unwrap_or_default().iter().rev();
+        let nearest = between.clone().find(|(_, set)| set.contains(record.block));
+        each(record, nearest.map_or(previous, |(epoch, _)| *epoch));
+        last = Some(record);
+    }
+}

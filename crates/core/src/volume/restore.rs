@@ -1,0 +1,404 @@
+//! Restoring in place: from the instant of the restore the live disk *reads* as restored; copying comes behind.
+//!
+//! The restore is part of the commit of its safety snapshot. Each block to be restored is read from the source
+//! snapshot until a DONE record says that the origin holds it. Client writes to such blocks keep their slots
+//! until then. The copier uses no slots: originals to the log, sync, write, sync, DONE.
+
+use super::commit::runs_of;
+use super::{Committer, SnapshotRequest, Volume};
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentSet};
+use crate::index::Content;
+use crate::journal::Entry;
+use crate::log::format::{Kind, RestoreHeader};
+use crate::number::{to_u64, to_usize};
+use std::sync::Arc;
+use std::time::{Duration, Instant as Clock};
+
+/// Blocks the copier moves at once: a client's flush waits no longer than for these.
+const COPY_BLOCKS: usize = 256;
+/// A snapshot asked for during a restore waits for the copier this long.
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(30);
+
+/// What to put back.
+pub struct RestoreRequest {
+    /// The snapshot whose content comes back.
+    pub source_epoch: u32,
+    /// Which blocks may be written.
+    pub request: ExtentSet,
+    /// What the safety snapshot selects, beside everything the restore writes.
+    pub safety_selection: ExtentSet,
+    /// The safety snapshot's opaque bytes.
+    pub meta: Vec<u8>,
+    /// As for any snapshot.
+    pub pause_limit: Duration,
+}
+
+/// How far a restore is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestoreStatus {
+    /// The snapshot whose content comes back.
+    pub source_epoch: u32,
+    /// The snapshot that undoes it.
+    pub safety_epoch: u32,
+    /// Bytes to be restored in all.
+    pub total_bytes: u64,
+    /// Bytes restored or overwritten since.
+    pub done_bytes: u64,
+}
+
+/// A restore whose instant is still to come.
+pub(super) struct PreparedRestore {
+    source_epoch: u32,
+    request: ExtentSet,
+}
+
+impl Volume {
+    /// Start a restore; when this returns the live disk reads as restored, and will after any crash.
+    pub fn restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
+        let mut committer = self.role()?;
+        self.finish_restore_first(&mut committer)?;
+        let source = self.restorable(request.source_epoch)?;
+        let writes = source.intersection(&request.request);
+        let prepared = PreparedRestore { source_epoch: request.source_epoch, request: writes };
+        let safety = SnapshotRequest {
+            selection: request.safety_selection.union(&prepared.request),
+            meta: request.meta,
+            pause_limit: request.pause_limit,
+        };
+        let instant = self.take_instant(&mut committer, safety, Some(&prepared))?;
+        drop(committer);
+        let status = self.restore_status();
+        Ok(status.unwrap_or(RestoreStatus {
+            source_epoch: prepared.source_epoch,
+            safety_epoch: instant.epoch,
+            total_bytes: 0,
+            done_bytes: 0,
+        }))
+    }
+
+    fn restorable(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+        let source = {
+            let epochs = self.epochs.read();
+            let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
+            found.ok_or_else(|| Error::NotFound(format!("epoch {epoch} has no snapshot")))?
+        };
+        if self.index.read().is_damaged_since(epoch) {
+            return Err(Error::Damaged(format!(
+                "the log is damaged since snapshot {epoch}: what changed is not known, nothing was restored; \
+                 copy what can be read out of the snapshot instead"
+            )));
+        }
+        Ok(source)
+    }
+
+    /// What a restore would write now, apart from writes still to come.
+    pub fn restore_plan(&self, epoch: u32, request: &ExtentSet) -> Result<ExtentSet> {
+        let source = self.restorable(epoch)?;
+        let changed = self.changed(epoch, None)?;
+        let lost = self.index.read().lost_since(epoch);
+        Ok(changed.intersection(&source).intersection(request).difference(&lost))
+    }
+
+    /// At the instant: everything before it is recorded, nothing after it is.
+    pub(super) fn restore_header(&self, prepared: &PreparedRestore) -> RestoreHeader {
+        let index = self.index.read();
+        let changed = index.changed(prepared.source_epoch, u32::MAX);
+        let lost = index.lost_since(prepared.source_epoch);
+        let blocks = changed.intersection(&prepared.request).difference(&lost);
+        RestoreHeader { source_epoch: prepared.source_epoch, blocks }
+    }
+
+    /// The running restore, if there is one.
+    pub fn restore_status(&self) -> Option<RestoreStatus> {
+        let state = self.state.lock();
+        state.restoring.as_ref().map(|restoring| RestoreStatus {
+            source_epoch: restoring.source_epoch,
+            safety_epoch: restoring.safety_epoch,
+            total_bytes: restoring.total_blocks * self.block_size,
+            done_bytes: (restoring.total_blocks - restoring.remaining_blocks) * self.block_size,
+        })
+    }
+
+    /// Wait until no restore runs; false if one still does after `timeout`.
+    pub fn wait_restored(&self, timeout: Duration) -> Result<bool> {
+        let deadline = Clock::now() + timeout;
+        loop {
+            {
+                let mut state = self.state.lock();
+                if state.restoring.is_none() {
+                    return Ok(true);
+                }
+                if state.is_closed {
+                    return Err(Error::Closed);
+                }
+                if !state.store_failure.is_empty() || !state.origin_failure.is_empty() {
+                    let why = format!("{}{}", state.store_failure, state.origin_failure);
+                    return Err(Error::origin("restore stopped")(std::io::Error::other(why)));
+                }
+                if Clock::now() >= deadline {
+                    return Ok(false);
+                }
+                if self.has_background {
+                    let step = deadline.min(Clock::now() + Duration::from_millis(100));
+                    self.restore_ended.wait_until(&mut state, step);
+                    continue;
+                }
+            }
+            let mut committer = self.role()?;
+            self.restore_step(&mut committer)?;
+        }
+    }
+
+    /// The origin alone is not the live disk while a restore runs: an instant has to wait for it.
+    pub(super) fn finish_restore_first(&self, committer: &mut Committer) -> Result<()> {
+        let deadline = Clock::now() + SNAPSHOT_WAIT;
+        while self.restore_step(committer)? {
+            if Clock::now() >= deadline {
+                return Err(Error::RestoreRunning(format!(
+                    "a restore is still copying after {} s; take the snapshot when it is done",
+                    SNAPSHOT_WAIT.as_secs()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Copy some blocks back; false if no restore runs any more.
+    pub(super) fn restore_step(&self, committer: &mut Committer) -> Result<bool> {
+        let (blocks, has_more, upto, size_bytes) = {
+            let state = self.state.lock();
+            let Some(restoring) = &state.restoring else { return Ok(false) };
+            let all = Extent::new(0, restoring.blocks.block_count());
+            let wanted = restoring.blocks.set_within(all).flat_map(|e| e.start..e.end);
+            let free = wanted.filter(|&block| !state.buffer.has(block));
+            let blocks: Vec<u64> = free.take(COPY_BLOCKS).collect();
+            (blocks, restoring.remaining_blocks > 0, state.buffer.last_sequence(), state.size_bytes)
+        };
+        if !has_more {
+            return self.end_restore(committer).map(|()| false);
+        }
+        if blocks.is_empty() {
+            // All that is left was written by clients: their slots bring it home.
+            let epoch = committer.epoch;
+            return self.commit_until(committer, epoch, upto, None).map(|()| true);
+        }
+        self.copy_back(committer, &blocks, size_bytes)?;
+        Ok(true)
+    }
+
+    fn copy_back(&self, committer: &mut Committer, blocks: &[u64], size: u64) -> Result<()> {
+        let (pending, changed) = {
+            let state = self.state.lock();
+            let of = |wanted: &dyn Fn(u64) -> bool| -> Vec<u64> {
+                blocks.iter().copied().filter(|&b| wanted(b)).collect()
+            };
+            let pending = of(&|b| state.pending.get(b));
+            (pending, of(&|b| state.unsettled.get(b) && !state.pending.get(b)))
+        };
+        committer.batch.begin(committer.epoch, blocks.len());
+        self.keep_old_content(committer, runs_of(pending.into_iter()), size);
+        for block in changed {
+            committer.batch.note(Kind::Changed, Extent::single(block));
+        }
+        self.record(committer)?;
+        self.settle(runs_of(blocks.iter().copied()));
+        let mut content = Vec::new();
+        for run in runs_of(blocks.iter().copied()) {
+            let (offset, length) = run.to_bytes(self.block_size);
+            content.resize(to_usize(length), 0);
+            for (block, part) in
+                (run.start..run.end).zip(content.chunks_mut(to_usize(self.block_size)))
+            {
+                self.read_restoring(block, part)?;
+            }
+            let valid = to_usize(length.min(size - offset));
+            let written = self.origin.write_at(offset, &content[..valid]);
+            written.map_err(|e| self.latch_origin("restoring", e))?;
+        }
+        let restored: ExtentSet = runs_of(blocks.iter().copied()).collect();
+        self.finish_restored(committer, &restored)
+    }
+
+    /// The origin holds these blocks as they are to be: make that durable, then read them from there.
+    pub(super) fn finish_restored(
+        &self,
+        committer: &mut Committer,
+        blocks: &ExtentSet,
+    ) -> Result<()> {
+        self.sync_origin()?;
+        for group in blocks.as_slice().chunks(crate::log::format::BATCH_BLOCKS_MAX) {
+            committer.batch.begin(committer.epoch, group.len());
+            for &extent in group {
+                committer.batch.note(Kind::Done, extent);
+            }
+            self.record(committer)?;
+            let mut state = self.state.lock();
+            state.restored += 1;
+            if let Some(restoring) = &mut state.restoring {
+                for &extent in group {
+                    let open: u64 = restoring.blocks.set_within(extent).map(Extent::len).sum();
+                    restoring.remaining_blocks -= open;
+                    restoring.blocks.assign(extent, false);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn end_restore(&self, committer: &mut Committer) -> Result<()> {
+        let Some(status) = self.restore_status() else { return Ok(()) };
+        committer.journal.append(&Entry::RestoreEnded { epoch: status.safety_epoch })?;
+        {
+            let mut epochs = self.epochs.write();
+            for epoch in [status.source_epoch, status.safety_epoch] {
+                if let Some(found) = epochs.0.get_mut(&epoch) {
+                    found.pins = found.pins.saturating_sub(1);
+                }
+            }
+        }
+        let mut state = self.state.lock();
+        state.restored += 1;
+        state.restoring = None;
+        drop(state);
+        self.restore_ended.notify_all();
+        Ok(())
+    }
+
+    /// What a block that is still to be restored reads as, its slots apart. What the disk has beyond its size at
+    /// the source's instant stays.
+    pub(super) fn read_restoring(&self, block: u64, content: &mut [u8]) -> Result<()> {
+        let source = {
+            let state = self.state.lock();
+            state.restoring.as_ref().map(|restoring| restoring.source_epoch)
+        };
+        let size_bytes = self.size_bytes();
+        let valid = to_usize(self.valid_bytes(block, size_bytes));
+        content.fill(0);
+        let Some(source) = source else {
+            // It ended a moment ago: the origin has everything.
+            let read = self.origin.read_at(block * self.block_size, &mut content[..valid]);
+            return read.map_err(Error::origin("read"));
+        };
+        let origin_bytes = self.epochs.read().0.get(&source).map_or(size_bytes, |e| e.origin_bytes);
+        let then_valid = to_usize(self.valid_bytes(block, origin_bytes.min(size_bytes)));
+        self.read_at_epoch(source, Extent::single(block), content)?;
+        if then_valid < valid {
+            let offset = block * self.block_size + to_u64(then_valid);
+            let read = self.origin.read_at(offset, &mut content[then_valid..valid]);
+            read.map_err(Error::origin("read"))?;
+        }
+        Ok(())
+    }
+
+    /// Fill `buffer`, which holds whole blocks, with what `blocks` were at the instant of `epoch`. Bytes beyond the
+    /// end of the disk are zero. The caller knows that the snapshot selects them.
+    pub(crate) fn read_at_epoch(
+        &self,
+        epoch: u32,
+        blocks: Extent,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        use std::sync::atomic::Ordering;
+        let size = to_usize(self.block_size);
+        let _no_punching = self.punching.read();
+        let mut found = Vec::new();
+        let version = {
+            let index = self.index.read();
+            index.contents(blocks, epoch, &mut found);
+            self.index_version.load(Ordering::Acquire)
+        };
+        self.fill_found(blocks, &found, buffer)?;
+        // The rest is unchanged and read from the origin, then looked for again: a record that was made
+        // meanwhile may have let new content through to where we read (P2).
+        let mut at = blocks.start;
+        let ends = found.iter().map(|(block, _)| *block).chain(std::iter::once(blocks.end));
+        for end in ends {
+            if at < end {
+                self.read_origin_blocks(Extent::new(at, end), blocks, buffer)?;
+            }
+            at = end + 1;
+        }
+        if self.index_version.load(Ordering::Acquire) != version {
+            let known: std::collections::HashSet<u64> = found.iter().map(|(b, _)| *b).collect();
+            let mut again = Vec::new();
+            self.index.read().contents(blocks, epoch, &mut again);
+            again.retain(|(block, _)| !known.contains(block));
+            self.fill_found(blocks, &again, buffer)?;
+        }
+        debug_assert_eq!(buffer.len(), to_usize(blocks.len()) * size);
+        Ok(())
+    }
+
+    /// Read blocks that have not changed since the instant of `epoch`, from the origin's cache; false if they have,
+    /// or if the cache does not have them.
+    pub(crate) fn try_read_unchanged(
+        &self,
+        epoch: u32,
+        blocks: Extent,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<bool> {
+        let mut found = Vec::new();
+        let version = {
+            let index = self.index.read();
+            index.contents(blocks, epoch, &mut found);
+            self.index_version.load(std::sync::atomic::Ordering::Acquire)
+        };
+        if !found.is_empty() {
+            return Ok(false);
+        }
+        if !self.origin.try_read_at(offset, buffer).map_err(Error::origin("read"))? {
+            return Ok(false);
+        }
+        if self.index_version.load(std::sync::atomic::Ordering::Acquire) == version {
+            return Ok(true);
+        }
+        self.index.read().contents(blocks, epoch, &mut found);
+        Ok(found.is_empty())
+    }
+
+    fn read_origin_blocks(&self, run: Extent, all: Extent, buffer: &mut [u8]) -> Result<()> {
+        let (offset, length) = run.to_bytes(self.block_size);
+        let from = to_usize((run.start - all.start) * self.block_size);
+        let part = &mut buffer[from..from + to_usize(length)];
+        let valid = to_usize(length.min(self.size_bytes().saturating_sub(offset)));
+        part[valid..].fill(0);
+        self.origin.read_at(offset, &mut part[..valid]).map_err(Error::origin("read"))
+    }
+
+    fn fill_found(&self, all: Extent, found: &[(u64, Content)], buffer: &mut [u8]) -> Result<()> {
+        let size = to_usize(self.block_size);
+        for &(block, content) in found {
+            let from = to_usize(block - all.start) * size;
+            let part = &mut buffer[from..from + size];
+            match content {
+                Content::Zero => part.fill(0),
+                Content::Lost => {
+                    return Err(Error::Lost {
+                        message: format!(
+                            "block {block} (byte {}) could not be kept for this snapshot; the rest of it is right",
+                            block * self.block_size
+                        ),
+                        blocks: ExtentSet::from_extent(Extent::single(block)),
+                    });
+                }
+                Content::Preserved(record) => {
+                    let read = self.segments.read(record.position, part);
+                    read.map_err(Error::store("reading preserved content"))?;
+                    let checksum = crate::log::format::payload_checksum(block, record.epoch, part);
+                    if checksum != record.checksum {
+                        return Err(Error::Damaged(format!(
+                            "preserved content of block {block} (byte {}) fails its checksum in segment {:08x} \
+                             at byte {}; the rest of the snapshot is right",
+                            block * self.block_size,
+                            record.position.segment(),
+                            record.position.offset_bytes()
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,544 @@
+//! Writes, zeroes, discards and flushes as clients make them.
+//!
+//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if they are settled
+//! and have no slot; into *slots* if not; or, if large and covering whole blocks, *past the buffer*: preserve,
+//! sync, submit.
+
+use super::{COMMIT_BYTES, Committer, Counters, PIECE_BYTES, State, Volume};
+use crate::buffer::SECTOR;
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentSet, round_in};
+use crate::log::batch::DESCRIPTORS_MAX;
+use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
+use crate::number::{to_u64, to_usize};
+use parking_lot::MutexGuard;
+
+/// Runs of first changes of at least this size do not pass through the buffer.
+const BYPASS_BYTES_MIN: u64 = 256 << 10;
+/// Blocks that take slots under one hold of the state lock.
+const SLOTS_AT_ONCE: u64 = 16;
+/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each block.
+const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
+/// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
+const HOLE_BLOCKS_MAX: u64 = 1 << 18;
+
+/// Old content is read in runs of this many blocks.
+const RUN_BLOCKS: u64 = 64;
+
+/// How a run of blocks is treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Straight,
+    Slots,
+}
+
+/// What a large piece puts on the origin.
+#[derive(Clone, Copy)]
+enum Content<'a> {
+    Data(&'a [u8]),
+    Zeroes { may_punch: bool },
+    Discard,
+}
+
+impl State {
+    fn way(&self, block: u64) -> Way {
+        let is_held =
+            self.unsettled.get(block) || self.buffer.has(block) || self.is_restoring(block);
+        if is_held { Way::Slots } else { Way::Straight }
+    }
+
+    /// The way of the first block of `extent`, and the end of the run that goes it.
+    fn way_run(&self, extent: Extent) -> (Way, u64) {
+        let way = self.way(extent.start);
+        if self.buffer.is_empty() && self.restoring.is_none() {
+            return (way, self.unsettled.run(extent.start, extent.end).1);
+        }
+        let end = (extent.start + 1..extent.end).find(|&block| self.way(block) != way);
+        (way, end.unwrap_or(extent.end))
+    }
+}
+
+impl Volume {
+    /// Write `data` at `offset`; with `fua` it is on stable storage when this returns.
+    pub fn write(&self, offset: u64, data: &[u8], fua: bool) -> Result<()> {
+        Self::check_range(&self.state.lock(), offset, to_u64(data.len()))?;
+        let (mut at, mut rest) = (offset, data);
+        while !rest.is_empty() {
+            // Pieces end at multiples of their size, so that large ones cover whole blocks.
+            let room = PIECE_BYTES - at % PIECE_BYTES;
+            let (piece, later) = rest.split_at(to_usize(room.min(to_u64(rest.len()))));
+            self.write_piece(at, piece)?;
+            at += to_u64(piece.len());
+            rest = later;
+        }
+        if fua { self.make_durable(offset, to_u64(data.len())) } else { Ok(()) }
+    }
+
+    fn write_piece(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let (mut at, mut rest) = (offset, data);
+        while !rest.is_empty() {
+            let mut state = self.admit()?;
+            let extent = self.extent_of(at, to_u64(rest.len()));
+            let (way, run_end) = state.way_run(extent);
+            let run_bytes = (run_end * self.block_size - at).min(to_u64(rest.len()));
+            let (run, _) = rest.split_at(to_usize(run_bytes));
+            let done = match way {
+                Way::Straight => {
+                    state.straight_in_flight += 1;
+                    drop(state);
+                    Counters::add(&self.counters.straight_writes, 1);
+                    let written = self.origin.write_at(at, run);
+                    self.land_straight();
+                    written.map_err(Error::origin("write"))?;
+                    run_bytes
+                }
+                Way::Slots => {
+                    let inner = round_in(at, run_bytes, self.block_size, state.size_bytes);
+                    let is_whole = inner == self.extent_of(at, run_bytes);
+                    if is_whole && run_bytes >= BYPASS_BYTES_MIN {
+                        drop(state);
+                        Counters::add(&self.counters.bypass_writes, 1);
+                        self.change_past_buffer(inner, Content::Data(run))?;
+                        run_bytes
+                    } else {
+                        Self::check_store(&state)?;
+                        self.put_slots(state, at, run)?
+                    }
+                }
+            };
+            at += done;
+            rest = &rest[to_usize(done)..];
+        }
+        Ok(())
+    }
+
+    /// The state, once the gate is open and writes are accepted.
+    fn admit(&self) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.state.lock();
+        while state.is_gate_closed {
+            self.gate_opened.wait(&mut state);
+        }
+        if state.is_closed {
+            return Err(Error::Closed);
+        }
+        Self::check_writable(&state)?;
+        Ok(state)
+    }
+
+    fn check_store(state: &State) -> Result<()> {
+        if state.store_failure.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Store {
+            what: "first changes cannot be recorded".into(),
+            source: std::io::Error::other(state.store_failure.clone()),
+        })
+    }
+
+    fn land_straight(&self) {
+        let mut state = self.state.lock();
+        state.straight_in_flight -= 1;
+        if state.is_gate_closed && state.straight_in_flight == 0 {
+            self.drained.notify_all();
+        }
+    }
+
+    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the caller, having
+    /// waited, must look again how the blocks are treated.
+    fn put_slots(&self, mut state: MutexGuard<'_, State>, at: u64, data: &[u8]) -> Result<u64> {
+        let wanted = self.extent_of(at, to_u64(data.len())).len().min(SLOTS_AT_ONCE);
+        let admitted = state.admitted_slots.saturating_sub(state.buffer.used());
+        let room = to_u64(admitted.min(state.buffer.free_count()));
+        if room == 0 {
+            Counters::add(&self.counters.buffer_waits, 1);
+            return self.wait_for_room(state).map(|()| 0);
+        }
+        if let Some(block) = self.first_unaligned(at, data, state.size_bytes) {
+            return self.put_patched(state, block, at, data);
+        }
+        let was_empty = state.buffer.is_empty();
+        let enough = to_usize(COMMIT_BYTES / self.block_size);
+        let was_enough = state.buffer.used() >= enough;
+        let (mut position, mut rest) = (at, data);
+        for _ in 0..wanted.min(room) {
+            let within = position % self.block_size;
+            let length = (self.block_size - within).min(to_u64(rest.len()));
+            let (piece, later) = rest.split_at(to_usize(length));
+            let epoch = state.epoch;
+            state.buffer.put(position / self.block_size, epoch, within, piece);
+            position += length;
+            rest = later;
+            // The next block may have a partial sector and need its own way in.
+            if self.first_unaligned(position, rest, state.size_bytes).is_some() {
+                break;
+            }
+        }
+        if was_empty || (!was_enough && state.buffer.used() >= enough) {
+            self.work.notify_one();
+        }
+        let sequence = state.buffer.last_sequence();
+        drop(state);
+        Counters::add(&self.counters.buffered_writes, 1);
+        if self.is_write_through {
+            self.commit_now(sequence)?;
+        }
+        Ok(position - at)
+    }
+
+    fn wait_for_room(&self, mut state: MutexGuard<'_, State>) -> Result<()> {
+        let sequence = state.buffer.last_sequence();
+        if !self.has_background {
+            drop(state);
+            return self.commit_now(sequence);
+        }
+        self.kick(&mut state);
+        self.room.wait_for(&mut state, super::COMMIT_AGE);
+        Ok(())
+    }
+
+    /// The first block of the range, if the range begins or ends inside a sector of it.
+    fn first_unaligned(&self, at: u64, data: &[u8], size_bytes: u64) -> Option<u64> {
+        if data.is_empty() {
+            return None;
+        }
+        let end = at + to_u64(data.len());
+        let first = at / self.block_size;
+        let end_in_first = end.min((first + 1) * self.block_size);
+        let is_end_partial = end_in_first % SECTOR != 0 && end_in_first != size_bytes;
+        (at % SECTOR != 0 || is_end_partial).then_some(first)
+    }
+
+    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for them, unless the
+    /// block was written meanwhile; then once more.
+    fn put_patched(
+        &self,
+        state: MutexGuard<'_, State>,
+        block: u64,
+        at: u64,
+        data: &[u8],
+    ) -> Result<u64> {
+        let size_bytes = state.size_bytes;
+        let seen = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let block_end = ((block + 1) * self.block_size).min(size_bytes);
+        let end = (at + to_u64(data.len())).min(block_end);
+        let start_out = at / SECTOR * SECTOR;
+        let end_out = end.next_multiple_of(SECTOR).min(block_end);
+        drop(state);
+        let mut patched = vec![0; to_usize(end_out - start_out)];
+        self.read(start_out, &mut patched)?;
+        let length = to_usize(end - at);
+        let skip = to_usize(at - start_out);
+        patched[skip..skip + length].copy_from_slice(&data[..length]);
+        let mut state = self.admit()?;
+        let now = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let has_room = state.buffer.free_count() > 0;
+        if now != seen || state.way(block) != Way::Slots || !has_room {
+            return Ok(0);
+        }
+        let (epoch, was_empty) = (state.epoch, state.buffer.is_empty());
+        state.buffer.put(block, epoch, start_out % self.block_size, &patched);
+        if was_empty {
+            self.work.notify_one();
+        }
+        let sequence = state.buffer.last_sequence();
+        drop(state);
+        if self.is_write_through {
+            self.commit_now(sequence)?;
+        }
+        Ok(end - at)
+    }
+
+    /// Commit the slots up to a sequence number.
+    fn commit_now(&self, sequence: u64) -> Result<()> {
+        let mut committer = self.role()?;
+        let epoch = committer.epoch;
+        self.commit_until(&mut committer, epoch, sequence, None)
+    }
+
+    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots that come while
+    /// this runs belong to writes that overlap it in time; they follow.
+    fn change_past_buffer(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
+        let pieces = match content {
+            Content::Data(_) => to_u64(BATCH_BLOCKS_MAX),
+            Content::Zeroes { .. } | Content::Discard => HOLE_BLOCKS_MAX,
+        };
+        let mut start = blocks.start;
+        while start < blocks.end {
+            let mut committer = self.role()?;
+            let mut piece = Extent::new(start, blocks.end.min(start + pieces));
+            let size_bytes = {
+                let state = self.state.lock();
+                Self::check_writable(&state)?;
+                Self::check_store(&state)?;
+                state.size_bytes
+            };
+            let skip = (start - blocks.start) * self.block_size;
+            self.commit_slots_of(&mut committer, piece)?;
+            piece = self.preserve_piece(&mut committer, piece, size_bytes, content)?;
+            let restoring: ExtentSet = {
+                let mut state = self.state.lock();
+                state.pending.assign(piece, false);
+                state.unsettled.assign(piece, false);
+                // From here the blocks are settled, and this write is one in flight to them.
+                state.straight_in_flight += 1;
+                let restoring = state.restoring.as_ref();
+                restoring.into_iter().flat_map(|r| r.blocks.set_within(piece)).collect()
+            };
+            let role = if restoring.is_empty() { None } else { Some(committer) };
+            let written = self.submit(piece, content, skip, size_bytes);
+            self.land_straight();
+            written.map_err(Error::origin("write"))?;
+            if let Some(mut committer) = role {
+                self.finish_restored(&mut committer, &restoring)?;
+            }
+            start = piece.end;
+        }
+        Ok(())
+    }
+
+    fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
+        let newest = {
+            let state = self.state.lock();
+            if state.buffer.is_empty() {
+                return Ok(());
+            }
+            let few = blocks.len() <= to_u64(state.buffer.used());
+            if few {
+                (blocks.start..blocks.end).map(|b| state.buffer.newest_sequence(b)).max()
+            } else {
+                let inside = state.buffer.blocks().filter(|&b| blocks.contains(b));
+                inside.map(|b| state.buffer.newest_sequence(b)).max()
+            }
+        };
+        let epoch = committer.epoch;
+        match newest {
+            Some(sequence) if sequence > 0 => self.commit_until(committer, epoch, sequence, None),
+            _ => Ok(()),
+        }
+    }
+
+    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far that is.
+    fn preserve_piece(
+        &self,
+        committer: &mut Committer,
+        piece: Extent,
+        size_bytes: u64,
+        content: Content<'_>,
+    ) -> Result<Extent> {
+        let (pending, changed): (Vec<Extent>, Vec<Extent>) = {
+            let state = self.state.lock();
+            let pending: ExtentSet = state.pending.set_within(piece).collect();
+            let unsettled: ExtentSet = state.unsettled.set_within(piece).collect();
+            let changed = unsettled.difference(&pending);
+            (pending.iter().collect(), changed.iter().collect())
+        };
+        let descriptors_max = to_usize(piece.len()).min(DESCRIPTORS_MAX);
+        committer.batch.begin(committer.epoch, descriptors_max);
+        let mut end = piece.end;
+        if !matches!(content, Content::Discard) {
+            let looks_for_holes = matches!(content, Content::Zeroes { .. });
+            end = self.keep_extents(committer, &pending, end, size_bytes, looks_for_holes)?;
+        }
+        let room = BATCH_BLOCKS_MAX;
+        for (count, extent) in changed.iter().filter(|e| e.start < end).enumerate() {
+            if count == room {
+                end = extent.start;
+                break;
+            }
+            let noted = Extent::new(extent.start, extent.end.min(end));
+            committer.batch.note(Kind::Changed, noted);
+        }
+        self.record(committer)?;
+        Ok(Extent::new(piece.start, end))
+    }
+
+    /// The end of the hole of the origin that begins at block `at`; `at` if there is data.
+    fn hole_end(&self, at: u64, end: u64, size_bytes: u64) -> Result<u64> {
+        let (offset, length) = Extent::new(at, end).to_bytes(self.block_size);
+        let limit = (offset + length).min(size_bytes);
+        let data = self.origin.next_data(offset, limit);
+        let data = data.map_err(Error::origin("looking for holes"))?;
+        Ok(if data >= limit { end } else { data / self.block_size })
+    }
+
+    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped. Holes of the
+    /// origin are known to be zero without reading them, which pays where whole ranges are zeroed.
+    fn keep_extents(
+        &self,
+        committer: &mut Committer,
+        pending: &[Extent],
+        end: u64,
+        size_bytes: u64,
+        looks_for_holes: bool,
+    ) -> Result<u64> {
+        let mut room = to_u64(BATCH_BLOCKS_MAX);
+        let mut notes = BATCH_BLOCKS_MAX;
+        for &extent in pending {
+            let mut at = extent.start;
+            while at < extent.end {
+                if room == 0 || notes == 0 {
+                    return Ok(at);
+                }
+                let hole_end =
+                    if looks_for_holes { self.hole_end(at, extent.end, size_bytes)? } else { at };
+                if hole_end > at {
+                    committer.batch.note(Kind::PreserveZero, Extent::new(at, hole_end));
+                    notes -= 1;
+                    at = hole_end;
+                    continue;
+                }
+                let count = (extent.end - at).min(RUN_BLOCKS).min(room);
+                let run = Extent::new(at, at + count);
+                self.keep_old_content(committer, std::iter::once(run), size_bytes);
+                room -= count;
+                at = run.end;
+            }
+        }
+        Ok(end)
+    }
+
+    fn submit(
+        &self,
+        blocks: Extent,
+        content: Content<'_>,
+        skip: u64,
+        size_bytes: u64,
+    ) -> std::io::Result<()> {
+        let (offset, length) = blocks.to_bytes(self.block_size);
+        let length = length.min(size_bytes - offset);
+        match content {
+            Content::Data(data) => {
+                let from = to_usize(skip);
+                let to = (from + to_usize(length)).min(data.len());
+                self.origin.write_at(offset, &data[from..to])
+            }
+            Content::Zeroes { may_punch } => self.origin.zero_at(offset, length, may_punch),
+            Content::Discard => self.origin.discard_at(offset, length),
+        }
+    }
+
+    /// Make a range read as zeroes, however large it is.
+    pub fn write_zeroes(&self, offset: u64, length: u64, may_punch: bool, fua: bool) -> Result<()> {
+        let size_bytes = {
+            let state = self.state.lock();
+            Self::check_range(&state, offset, length)?;
+            state.size_bytes
+        };
+        let inner = round_in(offset, length, self.block_size, size_bytes);
+        if inner.is_empty() {
+            self.write(offset, &vec![0; to_usize(length)], false)?;
+        } else {
+            let (start, end) = (inner.start * self.block_size, inner.end * self.block_size);
+            let head = vec![0; to_usize(start - offset)];
+            self.write(offset, &head, false)?;
+            self.change_whole(inner, Content::Zeroes { may_punch })?;
+            let tail = vec![0; to_usize((offset + length).saturating_sub(end))];
+            self.write(end.min(offset + length), &tail, false)?;
+        }
+        if fua { self.make_durable(offset, length) } else { Ok(()) }
+    }
+
+    /// True if zeroing the range would cost no copy.
+    pub fn is_zeroing_fast(&self, offset: u64, length: u64) -> bool {
+        let state = self.state.lock();
+        if Self::check_range(&state, offset, length).is_err() {
+            return false;
+        }
+        let extent = self.extent_of(offset, length);
+        state.buffer.is_empty() && state.restoring.is_none() && !state.unsettled.any(extent)
+    }
+
+    /// Zero or discard whole blocks, run by run.
+    fn change_whole(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
+        let mut start = blocks.start;
+        while start < blocks.end {
+            let mut state = self.admit()?;
+            let (way, run_end) = state.way_run(Extent::new(start, blocks.end));
+            let size_bytes = state.size_bytes;
+            match way {
+                Way::Straight => {
+                    let most = STRAIGHT_ZERO_BYTES / self.block_size;
+                    let run = Extent::new(start, run_end.min(start + most));
+                    state.straight_in_flight += 1;
+                    drop(state);
+                    let done = self.submit(run, content, 0, size_bytes);
+                    self.land_straight();
+                    done.map_err(Error::origin("zeroing"))?;
+                    start = run.end;
+                }
+                Way::Slots => {
+                    drop(state);
+                    self.change_past_buffer(Extent::new(start, run_end), content)?;
+                    start = run_end;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot, a slot or a
+    /// restore, nothing is done: a discard never costs a copy, and one that was put off could hit newer data.
+    pub fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<()> {
+        let size_bytes = {
+            let state = self.state.lock();
+            Self::check_range(&state, offset, length)?;
+            state.size_bytes
+        };
+        let inner = round_in(offset, length, self.block_size, size_bytes);
+        let mut start = inner.start;
+        while start < inner.end {
+            let (run, is_needed) = self.admit()?.trim_run(Extent::new(start, inner.end));
+            if !is_needed {
+                self.change_whole(run, Content::Discard)?;
+            }
+            start = run.end;
+        }
+        if fua { self.make_durable(offset, length) } else { Ok(()) }
+    }
+
+    /// Every write that was acknowledged before this call is on stable storage when it returns.
+    pub fn flush(&self) -> Result<()> {
+        let (is_empty, sequence) = {
+            let state = self.state.lock();
+            if state.is_closed {
+                return Err(Error::Closed);
+            }
+            (state.buffer.is_empty(), state.buffer.last_sequence())
+        };
+        if !is_empty {
+            self.commit_now(sequence)?;
+        }
+        self.sync_origin()
+    }
+
+    /// As a flush, for the blocks of one range.
+    fn make_durable(&self, offset: u64, length: u64) -> Result<()> {
+        let blocks = self.extent_of(offset, length);
+        let has_slots = {
+            let state = self.state.lock();
+            !state.buffer.is_empty()
+                && (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+        };
+        if has_slots {
+            let mut committer = self.role()?;
+            self.commit_slots_of(&mut committer, blocks)?;
+        }
+        self.sync_origin()
+    }
+}
+
+impl State {
+    /// The front of `extent` that a discard treats alike, and whether its content is still needed.
+    fn trim_run(&self, extent: Extent) -> (Extent, bool) {
+        let is_needed = |block: u64| {
+            self.pending.get(block) || self.buffer.has(block) || self.is_restoring(block)
+        };
+        let first = is_needed(extent.start);
+        if self.buffer.is_empty() && self.restoring.is_none() {
+            let end = self.pending.run(extent.start, extent.end).1;
+            return (Extent::new(extent.start, end), first);
+        }
+        let end = (extent.start + 1..extent.end).find(|&block| is_needed(block) != first);
+        (Extent::new(extent.start, end.unwrap_or(extent.end)), first)
+    }
+}

@@ -1,0 +1,400 @@
+//! Random programs against a model: the live disk and one copy of it for every snapshot.
+//!
+//! A seed that fails is printed; run it alone with `STILLBLOCK_SEED=n cargo test --test model`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use stillblock_core::extent::{Extent, ExtentSet};
+use stillblock_core::view::{ExcludedReads, View};
+use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
+use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
+
+const BLOCK: usize = 4096;
+
+/// A small, fast, seeded generator (xorshift64*); good enough to choose operations.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() >> 11).expect("53 bits") % limit.max(1)
+    }
+
+    fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+}
+
+struct Snapshot {
+    content: Vec<u8>,
+    selection: ExtentSet,
+    /// Blocks written since, whatever they hold now.
+    changed: BTreeSet<u64>,
+    bookmark: Option<ExtentSet>,
+    is_deleted: bool,
+}
+
+struct Run<'a> {
+    dice: Dice,
+    dir: &'a Path,
+    volume: Arc<Volume>,
+    live: Vec<u8>,
+    snapshots: BTreeMap<u32, Snapshot>,
+    cache: Cache,
+    has_background: bool,
+}
+
+fn request(dir: &Path, cache: Cache, has_background: bool) -> OpenRequest {
+    OpenRequest {
+        store: dir.join("store"),
+        origin: None,
+        cache,
+        direct: false,
+        buffer_dir: Some(dir.to_path_buf()),
+        buffer_bytes: 4 << 20,
+        recover: Recover::Refuse,
+        has_background,
+    }
+}
+
+impl Run<'_> {
+    fn size(&self) -> usize {
+        self.live.len()
+    }
+
+    fn blocks(&self) -> u64 {
+        self.size().div_ceil(BLOCK) as u64
+    }
+
+    fn range(&mut self, longest: usize) -> (usize, usize) {
+        let size = self.size();
+        let mut at = self.dice.below(size);
+        let mut length = 1 + self.dice.below(longest.min(size - at));
+        match self.dice.below(3) {
+            0 => {}
+            1 => {
+                at -= at % 512;
+                length = length.next_multiple_of(512).min(size - at);
+            }
+            _ => {
+                at -= at % BLOCK;
+                length = length.next_multiple_of(BLOCK).min(size - at);
+            }
+        }
+        (at, length)
+    }
+
+    fn touch(&mut self, at: usize, length: usize) {
+        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
+            eprintln!("touch {} {}", at / BLOCK, (at + length).div_ceil(BLOCK));
+        }
+        let blocks = (at / BLOCK) as u64..((at + length).div_ceil(BLOCK)) as u64;
+        for snapshot in self.snapshots.values_mut() {
+            snapshot.changed.extend(blocks.clone());
+        }
+    }
+
+    fn selection(&mut self) -> ExtentSet {
+        if self.dice.chance(20) {
+            return ExtentSet::from_extent(Extent::new(0, self.blocks()));
+        }
+        let blocks = usize::try_from(self.blocks()).expect("small");
+        (0..1 + self.dice.below(6))
+            .map(|_| {
+                let start = self.dice.below(blocks) as u64;
+                Extent::new(start, (start + 1 + self.dice.below(40) as u64).min(self.blocks()))
+            })
+            .collect()
+    }
+
+    fn pick(&mut self) -> Option<u32> {
+        let live: Vec<u32> =
+            self.snapshots.iter().filter(|(_, s)| !s.is_deleted).map(|(&e, _)| e).collect();
+        (!live.is_empty()).then(|| live[self.dice.below(live.len())])
+    }
+
+    fn step(&mut self) {
+        let choice = self.dice.below(100);
+        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
+            eprintln!("choice {choice}");
+        }
+        match choice {
+            0..50 => {
+                let longest = if self.dice.chance(10) { 600_000 } else { 3 * BLOCK };
+                let (at, length) = self.range(longest);
+                let byte = u8::try_from(self.dice.below(256)).expect("a byte");
+                let data = vec![byte; length];
+                let fua = self.dice.chance(5);
+                self.volume.write(at as u64, &data, fua).expect("write");
+                self.live[at..at + length].copy_from_slice(&data);
+                self.touch(at, length);
+            }
+            50..58 => {
+                let (at, length) = self.range(300_000);
+                let punch = self.dice.chance(50);
+                self.volume.write_zeroes(at as u64, length as u64, punch, false).expect("zero");
+                self.live[at..at + length].fill(0);
+                self.touch(at, length);
+            }
+            58..63 => self.trim(),
+            63..68 => self.volume.flush().expect("flush"),
+            68..78 if self.snapshots.len() < 12 => self.take_snapshot(),
+            78..83 => self.delete_something(),
+            83..86 => self.narrow(),
+            86..89 => self.restore(),
+            89..93 => self.reopen(true),
+            93..96 => self.reopen(false),
+            _ => self.check(),
+        }
+    }
+
+    /// A discard may do nothing or zero: what it did is what is there.
+    fn trim(&mut self) {
+        let (at, length) = self.range(100_000);
+        self.volume.trim(at as u64, length as u64, false).expect("trim");
+        let mut now = vec![0; length];
+        self.volume.read(at as u64, &mut now).expect("read");
+        let mut at_byte = at;
+        while at_byte < at + length {
+            let end = ((at_byte / BLOCK + 1) * BLOCK).min(at + length);
+            let (old, new) = (&self.live[at_byte..end], &now[at_byte - at..end - at]);
+            if old != new {
+                assert!(new.iter().all(|&b| b == 0), "a discard gives zeroes or nothing");
+                self.live[at_byte..end].fill(0);
+            }
+            at_byte = end;
+        }
+        // Whether the blocks count as changed is the engine's choice: allow both.
+        let trimmed = (at / BLOCK) as u64..((at + length).div_ceil(BLOCK)) as u64;
+        for (&epoch, snapshot) in &mut self.snapshots {
+            let told = self.volume.changed(epoch, None).expect("changed");
+            let told = trimmed.clone().filter(|&b| told.contains(b));
+            snapshot.changed.extend(told);
+        }
+    }
+
+    fn take_snapshot(&mut self) {
+        let selection = self.selection();
+        let taken = self.volume.snapshot(SnapshotRequest {
+            selection: selection.clone(),
+            meta: b"name".to_vec(),
+            pause_limit: Duration::from_secs(2),
+        });
+        let epoch = taken.expect("snapshot").epoch;
+        self.remember(epoch, selection);
+    }
+
+    fn remember(&mut self, epoch: u32, selection: ExtentSet) {
+        let snapshot = Snapshot {
+            content: self.live.clone(),
+            selection,
+            changed: BTreeSet::new(),
+            bookmark: None,
+            is_deleted: false,
+        };
+        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
+            eprintln!("epoch {epoch} {:?}", snapshot.selection);
+        }
+        self.snapshots.insert(epoch, snapshot);
+    }
+
+    fn delete_something(&mut self) {
+        let Some(epoch) = self.pick() else { return };
+        if self.volume.restore_status().is_some() {
+            return;
+        }
+        let bookmark = self.dice.chance(30);
+        let snapshot = self.snapshots.get_mut(&epoch).expect("picked");
+        if bookmark {
+            self.volume.bookmark(epoch, b"mark".to_vec()).expect("bookmark");
+            snapshot.bookmark = Some(snapshot.selection.clone());
+        }
+        self.volume.delete_snapshot(epoch, false).expect("delete");
+        snapshot.is_deleted = true;
+        let marks: Vec<u32> = self
+            .snapshots
+            .iter()
+            .filter(|(_, s)| s.is_deleted && s.bookmark.is_some())
+            .map(|(&e, _)| e)
+            .collect();
+        if marks.len() > 2 {
+            self.volume.delete_bookmark(marks[0]).expect("delete bookmark");
+            self.snapshots.get_mut(&marks[0]).expect("there").bookmark = None;
+        }
+        self.snapshots.retain(|_, s| !s.is_deleted || s.bookmark.is_some());
+        if self.snapshots.is_empty() {
+            let kept = self.volume.store_bytes().expect("store bytes");
+            assert_eq!(kept, 0, "nothing is kept for nobody");
+        }
+    }
+
+    fn narrow(&mut self) {
+        let Some(epoch) = self.pick() else { return };
+        if self.volume.restore_status().is_some() {
+            return;
+        }
+        let selection = self.selection();
+        self.volume.narrow(epoch, &selection).expect("narrow");
+        let snapshot = self.snapshots.get_mut(&epoch).expect("picked");
+        snapshot.selection = snapshot.selection.intersection(&selection);
+    }
+
+    fn restore(&mut self) {
+        let Some(source) = self.pick() else { return };
+        let wanted = self.selection();
+        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
+            eprintln!("restore {source} {wanted:?}");
+        }
+        let everything = ExtentSet::from_extent(Extent::new(0, self.blocks()));
+        let status = self.volume.restore(RestoreRequest {
+            source_epoch: source,
+            request: wanted.clone(),
+            safety_selection: everything.clone(),
+            meta: b"safety".to_vec(),
+            pause_limit: Duration::from_secs(2),
+        });
+        let safety = status.expect("restore").safety_epoch;
+        self.remember(safety, everything);
+        let from = &self.snapshots[&source];
+        let blocks = from.selection.intersection(&wanted);
+        let written: Vec<u64> = blocks
+            .iter()
+            .flat_map(|e| e.start..e.end)
+            .filter(|b| from.changed.contains(b))
+            .collect();
+        let content = from.content.clone();
+        for block in written {
+            let at = usize::try_from(block).expect("small") * BLOCK;
+            let end = (at + BLOCK).min(self.size());
+            self.live[at..end].copy_from_slice(&content[at..end]);
+            self.touch(at, end - at);
+        }
+        self.check_live();
+        if self.dice.chance(50) {
+            let done = self.volume.wait_restored(Duration::from_secs(20)).expect("restore");
+            assert!(done, "a restore ends");
+        }
+    }
+
+    fn reopen(&mut self, clean: bool) {
+        if clean {
+            let is_restoring = self.volume.restore_status().is_some();
+            self.volume.close().expect("close");
+            if !is_restoring {
+                let origin = std::fs::read(self.dir.join("disk.img")).expect("origin");
+                assert!(origin == self.live, "the origin is complete after a clean stop");
+            }
+        } else {
+            self.volume.abandon();
+        }
+        self.volume = open(request(self.dir, self.cache, self.has_background)).expect("reopen");
+    }
+
+    fn check_live(&self) {
+        let mut now = vec![0xA5; self.size()];
+        self.volume.read(0, &mut now).expect("read");
+        for (block, (old, new)) in self.live.chunks(BLOCK).zip(now.chunks(BLOCK)).enumerate() {
+            let at = old.iter().zip(new).position(|(a, b)| a != b);
+            assert!(at.is_none(), "live block {block} differs from byte {at:?} on");
+        }
+    }
+
+    fn check(&mut self) {
+        self.check_live();
+        let is_restoring = self.volume.restore_status().is_some();
+        for (&epoch, snapshot) in &self.snapshots {
+            let tracked = match (&snapshot.bookmark, snapshot.is_deleted) {
+                (Some(baseline), true) => baseline.clone(),
+                (Some(baseline), false) => baseline.union(&snapshot.selection),
+                (None, _) => snapshot.selection.clone(),
+            };
+            let told = self.volume.changed(epoch, None).expect("changed");
+            let truth: ExtentSet = snapshot.changed.iter().map(|&b| Extent::single(b)).collect();
+            let truth = truth.intersection(&tracked);
+            let (missed, extra) = (truth.difference(&told), told.difference(&truth));
+            assert!(missed.is_empty(), "P5: {epoch} misses {missed:?}");
+            assert!(is_restoring || extra.is_empty(), "{epoch} claims {extra:?} changed");
+            if snapshot.is_deleted {
+                continue;
+            }
+            let view = View::open(&self.volume, epoch, ExcludedReads::Zeros).expect("view");
+            let mut now = vec![0xA5; self.live.len()];
+            view.read(0, &mut now).expect("view read");
+            for (block, new) in now.chunks(BLOCK).enumerate() {
+                let at = block * BLOCK;
+                if snapshot.selection.contains(block as u64) {
+                    let old = &snapshot.content[at..at + new.len()];
+                    assert!(old == new, "P2: snapshot {epoch} block {block} is wrong");
+                } else {
+                    assert!(new.iter().all(|&b| b == 0), "not selected reads as zeroes");
+                }
+            }
+            if self.dice.chance(20) {
+                let (at, length) = (self.dice.below(self.live.len() - 1), 700);
+                let length = length.min(self.live.len() - at);
+                let mut part = vec![0; length];
+                view.read(at as u64, &mut part).expect("unaligned view read");
+                assert_eq!(part, now[at..at + length]);
+            }
+        }
+    }
+}
+
+fn run(seed: u64) {
+    let base = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
+    let dir = tempfile::tempdir_in(base).expect("temporary directory");
+    let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let odd = if dice.chance(50) { dice.below(BLOCK) } else { 0 };
+    let size = (100 + dice.below(300)) * BLOCK + odd;
+    let mut live = vec![0; size];
+    let filled = dice.below(size);
+    for (at, byte) in live[..filled].iter_mut().enumerate() {
+        *byte = u8::try_from(at / BLOCK % 251).expect("a byte");
+    }
+    std::fs::write(dir.path().join("disk.img"), &live).expect("origin");
+    create(&CreateRequest {
+        store: dir.path().join("store"),
+        origin: dir.path().join("disk.img"),
+        block_size: 4096,
+        meta: Vec::new(),
+    })
+    .expect("create");
+    let cache = if dice.chance(20) { Cache::WriteThrough } else { Cache::WriteBack };
+    let has_background = dice.chance(60);
+    let volume = open(request(dir.path(), cache, has_background)).expect("open");
+    let snapshots = BTreeMap::new();
+    let mut run = Run { dice, dir: dir.path(), volume, live, snapshots, cache, has_background };
+    for _ in 0..150 {
+        run.step();
+        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
+            let saved = run.dice.0;
+            run.check();
+            run.dice.0 = saved;
+        }
+    }
+    run.check();
+    run.reopen(true);
+    run.check();
+    run.volume.close().expect("close");
+}
+
+#[test]
+fn every_snapshot_and_the_live_disk_equal_the_model() {
+    let from_env = |name: &str| std::env::var(name).ok().and_then(|s| s.parse().ok());
+    if let Some(seed) = from_env("STILLBLOCK_SEED") {
+        return run(seed);
+    }
+    let count: u64 = from_env("STILLBLOCK_SEEDS").unwrap_or(60);
+    for seed in 1..=count {
+        let result = std::panic::catch_unwind(|| run(seed));
+        assert!(result.is_ok(), "STILLBLOCK_SEED={seed} fails");
+    }
+}

@@ -1,0 +1,126 @@
+//! Frozen records as Python sees them, and extents: bytes there, blocks here.
+
+use crate::error::raise;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::collections::BTreeMap;
+use stillblock_core::extent::{ExtentSet, round_out};
+use stillblock_core::volume as core;
+
+/// Half-open byte ranges.
+pub type Ranges = Vec<(u64, u64)>;
+
+/// Blocks touched by the ranges, clipped to the disk.
+pub fn to_blocks(ranges: &[(u64, u64)], block_size: u64, size_bytes: u64) -> PyResult<ExtentSet> {
+    let mut extents = Vec::with_capacity(ranges.len());
+    for &(start, end) in ranges {
+        if start > end || end > size_bytes {
+            let message =
+                format!("range {start}-{end} is not within the disk of {size_bytes} bytes");
+            return Err(raise("usage", message));
+        }
+        extents.push(round_out(start, end - start, block_size));
+    }
+    Ok(ExtentSet::from_unsorted(extents))
+}
+
+/// The set in bytes, clipped to the disk.
+pub fn to_ranges(set: &ExtentSet, block_size: u64, size_bytes: u64) -> Ranges {
+    set.iter()
+        .map(|extent| (extent.start * block_size, (extent.end * block_size).min(size_bytes)))
+        .filter(|(start, end)| start < end)
+        .collect()
+}
+
+#[pyclass(frozen, get_all)]
+pub struct Instant {
+    epoch: u32,
+    size_bytes: u64,
+    created_unix_ns: u64,
+    pause_ns: u64,
+    in_flight: u64,
+    commit_ns: u64,
+}
+
+impl From<core::Instant> for Instant {
+    fn from(instant: core::Instant) -> Self {
+        Self {
+            epoch: instant.epoch,
+            size_bytes: instant.size_bytes,
+            created_unix_ns: instant.created_unix_ns,
+            pause_ns: core::nanoseconds(instant.pause),
+            in_flight: instant.in_flight,
+            commit_ns: core::nanoseconds(instant.commit),
+        }
+    }
+}
+
+#[pyclass(frozen, get_all)]
+pub struct Epoch {
+    epoch: u32,
+    size_bytes: u64,
+    created_unix_ns: u64,
+    has_snapshot: bool,
+    has_bookmark: bool,
+    selected_bytes: u64,
+    preserved_bytes: u64,
+    exclusive_bytes: u64,
+    lost: Ranges,
+    is_suspect: bool,
+    suspect_reason: String,
+    in_use: usize,
+    meta: Py<PyBytes>,
+    bookmark_meta: Py<PyBytes>,
+}
+
+impl Epoch {
+    pub fn new(py: Python<'_>, info: core::EpochInfo, block_size: u64) -> Self {
+        let state = info.state;
+        let bookmark_meta = state.bookmark.as_ref().map_or(&[][..], |b| &b.meta);
+        Self {
+            epoch: info.epoch,
+            size_bytes: state.origin_bytes,
+            created_unix_ns: state.created_unix_ns,
+            has_snapshot: state.selection.is_some(),
+            has_bookmark: state.bookmark.is_some(),
+            selected_bytes: (info.selected_blocks * block_size).min(state.origin_bytes),
+            preserved_bytes: info.preserved_blocks * block_size,
+            exclusive_bytes: info.exclusive_blocks * block_size,
+            lost: to_ranges(&info.lost, block_size, state.origin_bytes),
+            is_suspect: !state.suspect.is_empty(),
+            in_use: state.pins,
+            meta: PyBytes::new(py, &state.meta).unbind(),
+            bookmark_meta: PyBytes::new(py, bookmark_meta).unbind(),
+            suspect_reason: state.suspect,
+        }
+    }
+}
+
+#[pyclass(frozen, get_all)]
+pub struct RestoreStatus {
+    source_epoch: u32,
+    safety_epoch: u32,
+    total_bytes: u64,
+    done_bytes: u64,
+}
+
+impl From<core::RestoreStatus> for RestoreStatus {
+    fn from(status: core::RestoreStatus) -> Self {
+        Self {
+            source_epoch: status.source_epoch,
+            safety_epoch: status.safety_epoch,
+            total_bytes: status.total_bytes,
+            done_bytes: status.done_bytes,
+        }
+    }
+}
+
+#[pyclass(frozen)]
+pub struct Statistics(pub BTreeMap<&'static str, u64>);
+
+#[pymethods]
+impl Statistics {
+    fn as_dict(&self) -> BTreeMap<&'static str, u64> {
+        self.0.clone()
+    }
+}

@@ -1,0 +1,385 @@
+//! `Volume` and `View`.
+
+use crate::error::{detached, from_core, raise};
+use crate::values::{Epoch, Instant, Ranges, RestoreStatus, Statistics, to_blocks, to_ranges};
+use pyo3::buffer::PyBuffer;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use stillblock_core::export::{STATE_HOLE, STATE_ZERO};
+use stillblock_core::number::to_usize;
+use stillblock_core::view::{ExcludedReads, View as CoreView};
+use stillblock_core::volume as core;
+use stillblock_core::volume::open::{self, Cache, CreateRequest, OpenRequest, Recover};
+
+/// One read into a Python object; larger ones are the caller's loop.
+const READ_BYTES_MAX: u64 = 1 << 30;
+/// `View.extents`: the snapshot does not select the range.
+const NOT_SELECTED: u32 = 4;
+/// `View.extents`: its content is lost.
+const LOST: u32 = 8;
+
+fn hex(uuid: [u8; 16]) -> String {
+    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// One of a few words.
+fn choose<T: Copy>(what: &str, word: &str, choices: &[(&str, T)]) -> PyResult<T> {
+    let found = choices.iter().find(|(name, _)| *name == word).map(|(_, value)| *value);
+    found.ok_or_else(|| raise("usage", format!("{what} cannot be {word:?}")))
+}
+
+/// Read into a new bytes object without a copy in between.
+fn read_bytes(
+    py: Python<'_>,
+    length: u64,
+    read: impl FnOnce(&mut [u8]) -> Result<(), stillblock_core::error::Error> + Send,
+) -> PyResult<Bound<'_, PyBytes>> {
+    if length > READ_BYTES_MAX {
+        let message = format!("{length} bytes are more than one read takes ({READ_BYTES_MAX})");
+        return Err(raise("usage", message));
+    }
+    PyBytes::new_with(py, to_usize(length), |buffer| py.detach(|| read(buffer)).map_err(from_core))
+}
+
+#[pyclass(frozen)]
+pub struct Volume(pub Arc<core::Volume>);
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        // A volume nobody closed is left as a kill would leave it; the next opening recovers. Views keep the
+        // engine itself alive.
+        self.0.abandon();
+    }
+}
+
+impl Volume {
+    fn blocks(&self, ranges: &[(u64, u64)]) -> PyResult<stillblock_core::extent::ExtentSet> {
+        to_blocks(ranges, self.0.block_size(), self.0.size_bytes())
+    }
+}
+
+#[pymethods]
+impl Volume {
+    #[staticmethod]
+    #[pyo3(signature = (*, store, origin, block_size, meta))]
+    fn create(
+        py: Python<'_>,
+        store: PathBuf,
+        origin: PathBuf,
+        block_size: u64,
+        meta: Vec<u8>,
+    ) -> PyResult<String> {
+        let request = CreateRequest { store, origin, block_size, meta };
+        detached(py, || open::create(&request)).map(hex)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, store, origin=None, cache="writeback", direct=false, buffer_dir=None,
+        buffer_bytes=67_108_864, recover="refuse"))]
+    #[allow(clippy::too_many_arguments)] // keywords in Python
+    fn open(
+        py: Python<'_>,
+        store: PathBuf,
+        origin: Option<PathBuf>,
+        cache: &str,
+        direct: bool,
+        buffer_dir: Option<PathBuf>,
+        buffer_bytes: u64,
+        recover: &str,
+    ) -> PyResult<Self> {
+        let caches = [("writeback", Cache::WriteBack), ("writethrough", Cache::WriteThrough)];
+        let recoveries = [
+            ("refuse", Recover::Refuse),
+            ("replay", Recover::Replay),
+            ("discard", Recover::Discard),
+        ];
+        let request = OpenRequest {
+            store,
+            origin,
+            cache: choose("cache", cache, &caches)?,
+            direct,
+            buffer_dir,
+            buffer_bytes,
+            recover: choose("recover", recover, &recoveries)?,
+            has_background: true,
+        };
+        detached(py, || open::open(request)).map(Self)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, store))]
+    fn peek(py: Python<'_>, store: PathBuf) -> PyResult<(String, String, u64, Py<PyBytes>)> {
+        let info = detached(py, || open::peek(&store))?;
+        let origin = info.origin.to_string_lossy().into_owned();
+        Ok((hex(info.uuid), origin, info.block_size, PyBytes::new(py, &info.meta).unbind()))
+    }
+
+    #[getter]
+    fn uuid(&self) -> String {
+        hex(self.0.uuid())
+    }
+
+    #[getter]
+    fn origin(&self) -> String {
+        self.0.origin_path().to_string_lossy().into_owned()
+    }
+
+    #[getter]
+    fn store(&self) -> String {
+        self.0.store_path().to_string_lossy().into_owned()
+    }
+
+    #[getter]
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    #[getter]
+    fn block_size(&self) -> u64 {
+        self.0.block_size()
+    }
+
+    #[getter]
+    fn current_epoch(&self) -> u32 {
+        self.0.current_epoch()
+    }
+
+    fn meta<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.meta())
+    }
+
+    fn set_meta(&self, py: Python<'_>, meta: Vec<u8>) -> PyResult<()> {
+        detached(py, || self.0.set_meta(meta))
+    }
+
+    #[pyo3(signature = (*, offset, length))]
+    fn pread<'py>(
+        &self,
+        py: Python<'py>,
+        offset: u64,
+        length: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        read_bytes(py, length, |buffer| self.0.read(offset, buffer))
+    }
+
+    #[pyo3(signature = (data, *, offset, fua=false))]
+    fn pwrite(&self, py: Python<'_>, data: PyBuffer<u8>, offset: u64, fua: bool) -> PyResult<()> {
+        // Another thread could change the caller's buffer while it is written: take it first.
+        let data = data.to_vec(py)?;
+        detached(py, || self.0.write(offset, &data, fua))
+    }
+
+    #[pyo3(signature = (*, offset, length, may_punch=true, fua=false))]
+    fn write_zeroes(
+        &self,
+        py: Python<'_>,
+        offset: u64,
+        length: u64,
+        may_punch: bool,
+        fua: bool,
+    ) -> PyResult<()> {
+        detached(py, || self.0.write_zeroes(offset, length, may_punch, fua))
+    }
+
+    #[pyo3(signature = (*, offset, length))]
+    fn trim(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<()> {
+        detached(py, || self.0.trim(offset, length, false))
+    }
+
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.flush())
+    }
+
+    #[pyo3(signature = (*, selection, meta, pause_limit_ms=2000))]
+    fn snapshot(
+        &self,
+        py: Python<'_>,
+        selection: Ranges,
+        meta: Vec<u8>,
+        pause_limit_ms: u64,
+    ) -> PyResult<Instant> {
+        let request = core::SnapshotRequest {
+            selection: self.blocks(&selection)?,
+            meta,
+            pause_limit: Duration::from_millis(pause_limit_ms),
+        };
+        detached(py, || self.0.snapshot(request)).map(Instant::from)
+    }
+
+    fn epochs(&self, py: Python<'_>) -> Vec<Epoch> {
+        let infos = py.detach(|| self.0.epochs());
+        infos.into_iter().map(|info| Epoch::new(py, info, self.0.block_size())).collect()
+    }
+
+    #[pyo3(signature = (*, epoch, meta))]
+    fn set_epoch_meta(&self, py: Python<'_>, epoch: u32, meta: Vec<u8>) -> PyResult<()> {
+        detached(py, || self.0.set_epoch_meta(epoch, meta))
+    }
+
+    #[pyo3(signature = (*, epoch))]
+    fn selection(&self, py: Python<'_>, epoch: u32) -> PyResult<Ranges> {
+        let (set, size_bytes) = detached(py, || self.0.selection(epoch))?;
+        Ok(to_ranges(&set, self.0.block_size(), size_bytes))
+    }
+
+    #[pyo3(signature = (*, epoch, selection))]
+    fn narrow(&self, py: Python<'_>, epoch: u32, selection: Ranges) -> PyResult<u64> {
+        let blocks = self.blocks(&selection)?;
+        detached(py, || self.0.narrow(epoch, &blocks))
+    }
+
+    #[pyo3(signature = (*, epoch, force=false))]
+    fn delete_snapshot(&self, py: Python<'_>, epoch: u32, force: bool) -> PyResult<u64> {
+        detached(py, || self.0.delete_snapshot(epoch, force))
+    }
+
+    #[pyo3(signature = (*, epoch, meta))]
+    fn bookmark(&self, py: Python<'_>, epoch: u32, meta: Vec<u8>) -> PyResult<()> {
+        detached(py, || self.0.bookmark(epoch, meta))
+    }
+
+    #[pyo3(signature = (*, epoch))]
+    fn delete_bookmark(&self, py: Python<'_>, epoch: u32) -> PyResult<()> {
+        detached(py, || self.0.delete_bookmark(epoch))
+    }
+
+    #[pyo3(signature = (*, since, until=None))]
+    fn changed(&self, py: Python<'_>, since: u32, until: Option<u32>) -> PyResult<Ranges> {
+        let set = detached(py, || self.0.changed(since, until))?;
+        Ok(to_ranges(&set, self.0.block_size(), self.0.size_bytes()))
+    }
+
+    #[pyo3(signature = (*, epoch, excluded_reads="zeros"))]
+    fn view(&self, epoch: u32, excluded_reads: &str) -> PyResult<View> {
+        let choices = [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];
+        let excluded = choose("excluded_reads", excluded_reads, &choices)?;
+        let view = CoreView::open(&self.0, epoch, excluded).map_err(from_core)?;
+        Ok(View(Arc::new(view)))
+    }
+
+    #[pyo3(signature = (*, epoch, request, safety_selection, meta, pause_limit_ms=2000))]
+    fn restore(
+        &self,
+        py: Python<'_>,
+        epoch: u32,
+        request: Ranges,
+        safety_selection: Ranges,
+        meta: Vec<u8>,
+        pause_limit_ms: u64,
+    ) -> PyResult<RestoreStatus> {
+        let request = core::RestoreRequest {
+            source_epoch: epoch,
+            request: self.blocks(&request)?,
+            safety_selection: self.blocks(&safety_selection)?,
+            meta,
+            pause_limit: Duration::from_millis(pause_limit_ms),
+        };
+        detached(py, || self.0.restore(request)).map(RestoreStatus::from)
+    }
+
+    #[pyo3(signature = (*, epoch, request))]
+    fn restore_plan(&self, py: Python<'_>, epoch: u32, request: Ranges) -> PyResult<Ranges> {
+        let blocks = self.blocks(&request)?;
+        let set = detached(py, || self.0.restore_plan(epoch, &blocks))?;
+        Ok(to_ranges(&set, self.0.block_size(), self.0.size_bytes()))
+    }
+
+    fn restore_status(&self) -> Option<RestoreStatus> {
+        self.0.restore_status().map(RestoreStatus::from)
+    }
+
+    #[pyo3(signature = (*, timeout_ms))]
+    fn restore_wait(&self, py: Python<'_>, timeout_ms: u64) -> PyResult<bool> {
+        detached(py, || self.0.wait_restored(Duration::from_millis(timeout_ms)))
+    }
+
+    fn resize(&self, py: Python<'_>) -> PyResult<u64> {
+        detached(py, || self.0.resize())
+    }
+
+    fn statistics(&self) -> Statistics {
+        let counters = self.0.counters.list().into_iter();
+        Statistics(counters.chain(self.0.gauges()).collect())
+    }
+
+    fn store_bytes(&self, py: Python<'_>) -> PyResult<u64> {
+        detached(py, || self.0.store_bytes())
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.close())
+    }
+}
+
+#[pyclass(frozen)]
+pub struct View(pub Arc<CoreView>);
+
+#[pymethods]
+impl View {
+    #[getter]
+    fn epoch(&self) -> u32 {
+        self.0.epoch()
+    }
+
+    #[getter]
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    #[pyo3(signature = (*, offset, length))]
+    fn pread<'py>(
+        &self,
+        py: Python<'py>,
+        offset: u64,
+        length: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        read_bytes(py, length, |buffer| self.0.read(offset, buffer))
+    }
+
+    #[pyo3(signature = (*, offset, length))]
+    fn extents(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<Vec<(u64, u64, u32)>> {
+        let (selected, allocated, lost) = detached(py, || {
+            let selected = self.0.selected(offset, length, usize::MAX)?;
+            let allocated = self.0.allocation(offset, length, usize::MAX)?;
+            Ok((selected, allocated, self.0.lost()))
+        })?;
+        let block_size = self.0.volume().block_size();
+        let lost = stillblock_core::view::status_of(&lost, block_size, offset, length, usize::MAX);
+        // Cut at every border of the three, then join what is alike.
+        let borders = [&selected, &allocated, &lost];
+        let mut cuts: Vec<u64> =
+            borders.iter().flat_map(|list| list.iter().map(|e| e.start)).collect();
+        cuts.push(offset + length);
+        cuts.sort_unstable();
+        cuts.dedup();
+        let mut found: Vec<(u64, u64, u32)> = Vec::new();
+        let mut at = [0_usize; 3];
+        for pair in cuts.windows(2) {
+            let (start, end) = (pair[0], pair[1]);
+            let mut flags = 0;
+            for (which, list) in borders.iter().enumerate() {
+                while list[at[which]].end <= start {
+                    at[which] += 1;
+                }
+                flags |= match (which, list[at[which]].flags) {
+                    (0, 0) => NOT_SELECTED | STATE_HOLE | STATE_ZERO,
+                    (1, status) => status,
+                    (2, 1) => LOST,
+                    _ => 0,
+                };
+            }
+            match found.last_mut() {
+                Some(last) if last.2 == flags => last.1 = end,
+                _ => found.push((start, end, flags)),
+            }
+        }
+        Ok(found)
+    }
+
+    fn close(&self) {
+        self.0.close();
+    }
+}

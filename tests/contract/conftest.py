@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator  # noqa: TC003 - fixtures are typed
-from pathlib import Path  # noqa: TC003
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 

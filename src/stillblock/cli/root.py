@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path  # noqa: TC003 - cyclopts reads the hints
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cyclopts import Parameter

@@ -3,6 +3,7 @@
 use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Blocks a region spans: its words then fill one page of 4 KiB.
 const REGION_BLOCKS: u64 = 32_768;
@@ -12,7 +13,8 @@ const WORDS: usize = 512;
 enum Region {
     Zeros,
     Ones,
-    Mixed(Box<Mixed>),
+    /// Shared until one side changes: a copy of a bitmap costs no words.
+    Mixed(Arc<Mixed>),
 }
 
 #[derive(Clone)]
@@ -35,9 +37,9 @@ const fn mask(from: u64, to: u64) -> u64 {
 }
 
 impl Mixed {
-    fn uniform(value: bool) -> Box<Self> {
+    fn uniform(value: bool) -> Arc<Self> {
         let (word, ones) = if value { (u64::MAX, REGION_BLOCKS) } else { (0, 0) };
-        Box::new(Self { words: [word; WORDS], ones })
+        Arc::new(Self { words: [word; WORDS], ones })
     }
 
     fn assign(&mut self, start: u64, end: u64, value: bool) {
@@ -144,6 +146,7 @@ impl Bitmap {
             Region::Mixed(_) => {}
         }
         if let Region::Mixed(mixed) = region {
+            let mixed = Arc::make_mut(mixed);
             mixed.assign(start, end, value);
             if mixed.ones == 0 {
                 *region = Region::Zeros;
@@ -175,6 +178,7 @@ impl Bitmap {
                 (Region::Ones, _) | (_, Region::Zeros) => {}
                 (Region::Zeros, _) | (_, Region::Ones) => *mine = theirs.clone(),
                 (Region::Mixed(a), Region::Mixed(b)) => {
+                    let a = Arc::make_mut(a);
                     a.ones = 0;
                     for (word, more) in a.words.iter_mut().zip(&b.words) {
                         *word |= more;

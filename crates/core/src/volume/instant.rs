@@ -136,7 +136,10 @@ impl Volume {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
-        let selected = Bitmap::from_set(blocks, selection);
+        // Bits change only in the hands of the committer role, which is ours: what is made of them here is what
+        // they are at the flip, where both bitmaps are swapped in.
+        let mut pending = self.state.lock().pending.clone();
+        pending.merge(&Bitmap::from_set(blocks, selection));
 
         let mut state = self.state.lock();
         let closed = Clock::now();
@@ -149,9 +152,8 @@ impl Volume {
             return Err(error);
         }
         let frozen = state.freeze_classes();
-        state.unsettled = unsettled;
-        // The words of a fresh bitmap were made above; with few snapshots this is a swap of regions.
-        state.pending.merge(&selected);
+        let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
+        let old_pending = std::mem::replace(&mut state.pending, pending);
         for &block in frozen.keys() {
             let value = selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
@@ -164,6 +166,7 @@ impl Volume {
         let pause = closed.elapsed();
         drop(state);
         self.gate_opened.notify_all();
+        drop((old_unsettled, old_pending));
         self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
         Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
     }

@@ -712,6 +712,15 @@ struct Past {
     left: Option<LeftBuffer>,
 }
 
+/// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
+fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer and only returns free memory to the system.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 fn slots_for(bytes: u64, block_size: u64) -> u32 {
     let least = u64::try_from(BATCH_BLOCKS_MAX).unwrap_or(u64::MAX);
     u32::try_from((bytes / block_size).max(least)).unwrap_or(u32::MAX)
@@ -756,6 +765,7 @@ impl Volume {
         if let Some(left) = past.left {
             self.replay(&mut committer, &left)?;
         }
+        return_memory();
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::{Extent, ExtentSet, round_out};
 use crate::number::{to_u64, to_usize};
-use crate::volume::Volume;
+use crate::volume::{Patience, Volume};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -102,14 +102,15 @@ impl View {
     /// As [`View::read`] if no device must be waited for; false if one must.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         self.check(offset, to_u64(buffer.len()))?;
-        let blocks = round_out(offset, to_u64(buffer.len()), self.volume.block_size());
-        let mut parts = self.selection.within(blocks);
-        let is_all_selected = parts.next() == Some(blocks);
-        if !is_all_selected || blocks.len() > PIECE_BLOCKS {
+        self.volume.check_snapshot_live(self.epoch)?;
+        let (block_size, length) = (self.volume.block_size(), to_u64(buffer.len()));
+        let blocks = round_out(offset, length, block_size);
+        let is_whole = blocks.to_bytes(block_size) == (offset, length);
+        let is_selected = self.selection.within(blocks).next() == Some(blocks);
+        if !is_whole || !is_selected || blocks.len() > PIECE_BLOCKS {
             return Ok(false);
         }
-        self.volume.check_snapshot_live(self.epoch)?;
-        self.volume.try_read_unchanged(self.epoch, blocks, offset, buffer)
+        self.volume.read_at_epoch(self.epoch, blocks, buffer, Patience::Try)
     }
 
     /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
@@ -141,10 +142,12 @@ impl View {
         let (start, length) = blocks.to_bytes(self.volume.block_size());
         let is_whole = to_u64(from) + offset == start && to_u64(to - from) == length;
         if is_whole {
-            return self.volume.read_at_epoch(self.epoch, blocks, &mut buffer[from..to]);
+            let part = &mut buffer[from..to];
+            let read = self.volume.read_at_epoch(self.epoch, blocks, part, Patience::Wait);
+            return read.map(|_| ());
         }
         let mut content = vec![0; to_usize(length)];
-        self.volume.read_at_epoch(self.epoch, blocks, &mut content)?;
+        self.volume.read_at_epoch(self.epoch, blocks, &mut content, Patience::Wait)?;
         let skip = to_usize(offset + to_u64(from) - start);
         buffer[from..to].copy_from_slice(&content[skip..skip + (to - from)]);
         Ok(())

@@ -2,6 +2,7 @@
 //!
 //! - [`open`] makes, opens and closes volumes, and rebuilds all state from the store.
 //! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes behind it.
+//! - [`past`] reads what blocks were at an instant.
 //! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
 //!
 //! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the log, to decide in
@@ -14,12 +15,14 @@
 mod commit;
 mod instant;
 pub mod open;
+mod past;
 mod read;
 mod release;
 mod restore;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
+pub(crate) use past::Patience;
 pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};

@@ -24,7 +24,6 @@ pub enum ExcludedReads {
 pub struct View {
     volume: Arc<Volume>,
     epoch: u32,
-    selection: Arc<ExtentSet>,
     size_bytes: u64,
     excluded: ExcludedReads,
     is_closed: AtomicBool,
@@ -33,10 +32,10 @@ pub struct View {
 impl View {
     /// Open the view of a snapshot.
     pub fn open(volume: &Arc<Volume>, epoch: u32, excluded: ExcludedReads) -> Result<Self> {
-        let (selection, size_bytes) = volume.pin(epoch)?;
+        let size_bytes = volume.pin(epoch)?;
         let volume = Arc::clone(volume);
         let is_closed = AtomicBool::new(false);
-        Ok(Self { volume, epoch, selection, size_bytes, excluded, is_closed })
+        Ok(Self { volume, epoch, size_bytes, excluded, is_closed })
     }
 
     /// Which snapshot.
@@ -54,9 +53,9 @@ impl View {
         &self.volume
     }
 
-    /// What the snapshot selects.
-    pub fn selection(&self) -> &ExtentSet {
-        &self.selection
+    /// What the snapshot selects now; an error once it was deleted.
+    pub fn selection(&self) -> Result<Arc<ExtentSet>> {
+        self.volume.snapshot_selection(self.epoch)
     }
 
     /// Let the snapshot go; reads fail from now on.
@@ -82,11 +81,22 @@ impl View {
     /// Fill `buffer` from `offset` with what the disk held at the instant.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.check(offset, to_u64(buffer.len()))?;
-        self.volume.check_snapshot_live(self.epoch)?;
+        loop {
+            let selection = self.selection()?;
+            let read = self.read_selected(&selection, offset, buffer);
+            // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then looked for
+            // on the origin, where it need not be (P2).
+            if Arc::ptr_eq(&selection, &self.selection()?) {
+                return read;
+            }
+        }
+    }
+
+    fn read_selected(&self, selection: &ExtentSet, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let block_size = self.volume.block_size();
         let all = round_out(offset, to_u64(buffer.len()), block_size);
         let mut at = all.start;
-        for extent in self.selection.within(all) {
+        for extent in selection.within(all) {
             self.excluded_part(Extent::new(at, extent.start), offset, buffer)?;
             let mut start = extent.start;
             while start < extent.end {
@@ -102,15 +112,16 @@ impl View {
     /// As [`View::read`] if no device must be waited for; false if one must.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         self.check(offset, to_u64(buffer.len()))?;
-        self.volume.check_snapshot_live(self.epoch)?;
         let (block_size, length) = (self.volume.block_size(), to_u64(buffer.len()));
         let blocks = round_out(offset, length, block_size);
+        let selection = self.selection()?;
         let is_whole = blocks.to_bytes(block_size) == (offset, length);
-        let is_selected = self.selection.within(blocks).next() == Some(blocks);
+        let is_selected = selection.within(blocks).next() == Some(blocks);
         if !is_whole || !is_selected || blocks.len() > PIECE_BLOCKS {
             return Ok(false);
         }
-        self.volume.read_at_epoch(self.epoch, blocks, buffer, Patience::Try)
+        let is_read = self.volume.read_at_epoch(self.epoch, blocks, buffer, Patience::Try)?;
+        Ok(is_read && Arc::ptr_eq(&selection, &self.selection()?))
     }
 
     /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
@@ -181,7 +192,8 @@ impl View {
 
     /// Selected blocks whose content could not be kept.
     pub fn lost(&self) -> ExtentSet {
-        self.volume.lost_of(self.epoch).intersection(&self.selection)
+        let selection = self.selection().unwrap_or_default();
+        self.volume.lost_of(self.epoch).intersection(&selection)
     }
 
     /// Which parts the snapshot selects: flags 1 selected, 0 not.
@@ -192,7 +204,8 @@ impl View {
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>> {
         self.check(offset, length)?;
-        Ok(status_of(&self.selection, self.volume.block_size(), offset, length, extents_max))
+        let selection = self.selection()?;
+        Ok(status_of(&selection, self.volume.block_size(), offset, length, extents_max))
     }
 }
 

@@ -42,7 +42,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -186,6 +186,8 @@ pub struct Volume {
     background: Mutex<Option<JoinHandle<()>>>,
     /// Held for as long as the volume is open: store and origin belong to this process.
     locks: Mutex<Vec<std::fs::File>>,
+    /// The origin belongs to others from now on: nothing may be read through this volume any more (P2).
+    is_released: AtomicBool,
     /// Gives the origin's lock back, though views may keep it open.
     release_origin: Box<dyn Fn() + Send + Sync>,
     /// What happened since the volume was opened.

@@ -22,7 +22,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The directory of log segments in the store.
 const LOG_DIRECTORY: &str = "log";
@@ -698,6 +698,7 @@ impl Parts {
             has_background: request.has_background,
             background: Mutex::new(None),
             locks: Mutex::new(vec![store_lock]),
+            is_released: AtomicBool::new(false),
             release_origin,
             counters: Counters::default(),
         };
@@ -906,6 +907,8 @@ impl Volume {
             // It never panics while nobody else does; there is nothing to learn from it here.
             let _ = handle.join();
         }
+        // Before the lock is given back: a view looks at it after it has read.
+        self.is_released.store(true, Ordering::Release);
         (self.release_origin)();
         self.locks.lock().clear();
     }

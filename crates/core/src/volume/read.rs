@@ -3,7 +3,7 @@
 use super::{State, Volume};
 use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 
 /// Blocks with slots are read in pieces of this size, so that the state lock is held shortly.
@@ -143,18 +143,32 @@ impl Volume {
     ) -> Result<Vec<StatusExtent>> {
         Self::check_range(&self.state.lock(), offset, length)?;
         let end = offset + length;
+        // Before the origin: what is brought home meanwhile is found there.
+        let covered = self.covered(self.extent_of(offset, length));
         let mut found = Vec::new();
         let mut at = offset;
         while at < end && found.len() < extents_max {
             let (data_start, data_end) = self.data_run(at, end)?;
             if at < data_start {
-                self.allocation_of_hole(at, data_start, &mut found);
+                self.allocation_of_hole(at, data_start, &covered, &mut found);
             }
             push_status(&mut found, data_start, data_end, 0);
             at = data_end;
         }
         found.truncate(extents_max);
         Ok(found)
+    }
+
+    /// Blocks of the range whose content is not, or not only, on the origin.
+    fn covered(&self, blocks: Extent) -> ExtentSet {
+        let state = self.state.lock();
+        let slots = state.buffer.blocks().filter(|&block| blocks.contains(block));
+        let mut extents: Vec<Extent> = slots.map(Extent::single).collect();
+        if let Some(restoring) = &state.restoring {
+            extents.extend(restoring.blocks.set_within(blocks));
+        }
+        drop(state);
+        ExtentSet::from_unsorted(extents)
     }
 
     /// The next data of the origin, as far as it goes; empty, at `end`, if there is none.
@@ -165,24 +179,15 @@ impl Volume {
         Ok((start, stop.map_err(looking())?))
     }
 
-    fn allocation_of_hole(&self, start: u64, end: u64, found: &mut Vec<StatusExtent>) {
-        let blocks = self.extent_of(start, end - start);
-        let state = self.state.lock();
-        let mut covered: Vec<u64> = if state.buffer.is_empty() {
-            Vec::new()
-        } else if blocks.len() <= to_u64(state.buffer.used()) {
-            (blocks.start..blocks.end).filter(|&b| state.buffer.has(b)).collect()
-        } else {
-            state.buffer.blocks().filter(|&b| blocks.contains(b)).collect()
-        };
-        covered.sort_unstable();
-        let mut extents: Vec<Extent> = covered.into_iter().map(Extent::single).collect();
-        if let Some(restoring) = &state.restoring {
-            extents.extend(restoring.blocks.set_within(blocks));
-        }
-        drop(state);
+    fn allocation_of_hole(
+        &self,
+        start: u64,
+        end: u64,
+        covered: &ExtentSet,
+        found: &mut Vec<StatusExtent>,
+    ) {
         let mut at = start;
-        for extent in crate::extent::ExtentSet::from_unsorted(extents).iter() {
+        for extent in covered.within(self.extent_of(start, end - start)) {
             let (from, length) = extent.to_bytes(self.block_size);
             let (from, to) = (from.max(start), (from + length).min(end));
             push_status(found, at, from, STATE_HOLE | STATE_ZERO);
@@ -213,18 +218,32 @@ impl Volume {
         while at < end && found.len() <= enough {
             let first = at / self.block_size;
             let blocks = Extent::new(first, self.block_count(end).min(first + STATUS_BLOCKS));
+            let piece_end = end.min(blocks.end * self.block_size);
+            // The origin before the records: a block without one has not changed up to here, so what the origin
+            // had is what the snapshot has. The other way round a block that is zeroed meanwhile would be a hole.
+            let mut origin = Vec::new();
+            self.allocation_of_origin(at, piece_end, &mut origin)?;
             contents.clear();
             self.index.read().contents(blocks, epoch, &mut contents);
-            let piece_end = end.min(blocks.end * self.block_size);
+            let mut rest = origin.into_iter().peekable();
+            let mut push_origin = |from: u64, to: u64, found: &mut Vec<StatusExtent>| {
+                while let Some(extent) = rest.peek().filter(|e| e.start < to).copied() {
+                    push_status(found, extent.start.max(from), extent.end.min(to), extent.flags);
+                    if extent.end > to {
+                        break;
+                    }
+                    rest.next();
+                }
+            };
             for &(block, content) in &contents {
                 let from = (block * self.block_size).max(at);
                 let to = ((block + 1) * self.block_size).min(piece_end);
-                self.allocation_of_origin(at, from, found)?;
+                push_origin(at, from, found);
                 let is_zero = content == crate::index::Content::Zero;
                 push_status(found, from, to, if is_zero { STATE_HOLE | STATE_ZERO } else { 0 });
                 at = to;
             }
-            self.allocation_of_origin(at, piece_end, found)?;
+            push_origin(at, piece_end, found);
             at = piece_end;
         }
         Ok(())

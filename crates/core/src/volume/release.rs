@@ -3,12 +3,13 @@
 //! In this order: the decision is durable in the journal; the index forgets; readers of the older index are
 //! gone; the space is punched; the journal says so. Interrupted, it is done again when the volume is opened.
 
-use super::{Committer, Volume};
+use super::{Committer, State, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::journal::Entry;
+use parking_lot::MutexGuard;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -290,13 +291,19 @@ impl Volume {
         self.index.read().lost_since(epoch)
     }
 
-    /// Hold a snapshot for a reader; tells its selection and size.
-    pub(crate) fn pin(&self, epoch: u32) -> Result<(Arc<ExtentSet>, u64)> {
+    fn check_held(&self) -> Result<()> {
+        let is_released = self.is_released.load(std::sync::atomic::Ordering::Acquire);
+        if is_released { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Hold a snapshot for a reader; tells its size.
+    pub(crate) fn pin(&self, epoch: u32) -> Result<u64> {
+        self.check_held()?;
         let mut epochs = self.epochs.write();
-        let found = epochs.0.get_mut(&epoch).ok_or_else(|| unknown(epoch, "snapshot"))?;
-        let selection = found.selection.clone().ok_or_else(|| unknown(epoch, "snapshot"))?;
+        let found = epochs.0.get_mut(&epoch).filter(|e| e.selection.is_some());
+        let found = found.ok_or_else(|| unknown(epoch, "snapshot"))?;
         found.pins += 1;
-        Ok((selection, found.origin_bytes))
+        Ok(found.origin_bytes)
     }
 
     /// A reader is gone.
@@ -306,9 +313,12 @@ impl Volume {
         }
     }
 
-    /// A snapshot that was deleted under its readers gives errors, never other bytes (P2).
-    pub(crate) fn check_snapshot_live(&self, epoch: u32) -> Result<()> {
-        self.check_snapshot(epoch)
+    /// What a live snapshot selects now: less than at its instant once it was narrowed.
+    pub(crate) fn snapshot_selection(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+        self.check_held()?;
+        let epochs = self.epochs.read();
+        let found = epochs.0.get(&epoch).and_then(|e| e.selection.as_ref());
+        found.map(Arc::clone).ok_or_else(|| unknown(epoch, "snapshot"))
     }
 
     /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To now it is advisory:
@@ -331,7 +341,10 @@ impl Volume {
             };
             (tracked, from.origin_bytes, to_bytes)
         };
-        let mut found = {
+        // What is on its way first, then what is recorded: a slot is dropped only once its record can be found
+        // (P5). The other way round a change that is committed meanwhile would be in neither.
+        let under_way = if until.is_none() { self.changes_under_way() } else { ExtentSet::new() };
+        let recorded = {
             let index = self.index.read();
             if index.is_damaged_since(since) {
                 tracked.clone()
@@ -339,14 +352,7 @@ impl Volume {
                 index.changed(since, until.unwrap_or(u32::MAX))
             }
         };
-        if until.is_none() {
-            let state = self.state.lock();
-            let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
-            found = found.union(&slots);
-            if let Some(restoring) = &state.restoring {
-                found = found.union(&restoring.blocks.to_set());
-            }
-        }
+        let found = recorded.union(&under_way);
         let mut changed = found.intersection(&tracked);
         if to_bytes > from_bytes {
             // What did not exist then is new, the rest of a partial last block included.
@@ -354,6 +360,16 @@ impl Volume {
             changed = changed.union(&ExtentSet::from_extent(grown));
         }
         Ok(changed)
+    }
+
+    /// Blocks with slots, and those that a restore is still to copy.
+    fn changes_under_way(&self) -> ExtentSet {
+        let state = self.state.lock();
+        let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
+        match &state.restoring {
+            Some(restoring) => slots.union(&restoring.blocks.to_set()),
+            None => slots,
+        }
     }
 
     /// Take over the origin's present length, which may have grown; tells it.
@@ -375,7 +391,7 @@ impl Volume {
         let epoch = committer.epoch;
         committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
         let blocks = self.block_count(new);
-        let mut state = self.state.lock();
+        let mut state = self.lock_without_slots(&mut committer, old / self.block_size)?;
         state.size_bytes = new;
         state.unsettled.grow(blocks);
         state.pending.grow(blocks);
@@ -383,6 +399,23 @@ impl Volume {
             restoring.blocks.grow(blocks);
         }
         Ok(new)
+    }
+
+    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it brought home
+    /// after the disk grew, its last sector would go over what the origin has there now (P1).
+    fn lock_without_slots(
+        &self,
+        committer: &mut Committer,
+        block: u64,
+    ) -> Result<MutexGuard<'_, State>> {
+        loop {
+            let state = self.state.lock();
+            if !state.buffer.has(block) {
+                return Ok(state);
+            }
+            drop(state);
+            self.commit_slots_of(committer, Extent::single(block))?;
+        }
     }
 }
 

@@ -209,7 +209,8 @@ impl Volume {
     }
 
     /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for them, unless the
-    /// block was written meanwhile; then once more.
+    /// block was written meanwhile; then once more. Holds the role: a change past the buffer that was under way
+    /// would otherwise lose the rest of those sectors to what was read here before it.
     fn put_patched(
         &self,
         state: MutexGuard<'_, State>,
@@ -217,6 +218,9 @@ impl Volume {
         at: u64,
         data: &[u8],
     ) -> Result<u64> {
+        drop(state);
+        let role = self.role()?;
+        let state = self.admit()?;
         let size_bytes = state.size_bytes;
         let seen = (state.buffer.newest_sequence(block), state.buffer.dropped());
         let block_end = ((block + 1) * self.block_size).min(size_bytes);
@@ -242,6 +246,7 @@ impl Volume {
         }
         let sequence = state.buffer.last_sequence();
         drop(state);
+        drop(role);
         if self.is_write_through {
             self.commit_now(sequence)?;
         }
@@ -296,7 +301,7 @@ impl Volume {
         Ok(())
     }
 
-    fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
+    pub(super) fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
         let newest = {
             let state = self.state.lock();
             if state.buffer.is_empty() {

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from compat.layout import journal_records, seal_journal_record, table
-from stillblock.errors import UnsupportedVersionError
+from stillblock.errors import StillblockError, UnsupportedVersionError
 
 BLOCK = 4096
 
@@ -36,7 +36,7 @@ def as_if_never_moved(golden) -> None:
     payload = b"".join(
         now[field.name].to_bytes(field.length, "little") for field in identity.fields
     )
-    assert len(payload) == len(closed.payload)
+    assert len(payload) + 8 == len(closed.payload)  # and next_batch, which stays
     start = closed.at + table("journal.md", "Record").length
     data[start : start + len(payload)] = payload
     record = data[closed.at :]
@@ -149,3 +149,36 @@ def test_opening_what_is_refused_changes_nothing(golden):
     with pytest.raises(UnsupportedVersionError):
         golden.open()
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("damage", ["removed", "emptied"])
+@pytest.mark.parametrize("place", range(5))
+def test_a_segment_that_is_gone_gives_errors_never_the_origins_bytes(golden, place, damage):
+    """A snapshot may be lost with its segment; what is still listed is right or an error (P2)."""
+    as_if_never_moved(golden)
+    expected = golden.expected["snapshots"]
+    segments = golden.segments()
+    assert len(segments) == 5
+    if damage == "removed":
+        segments[place].unlink()
+    else:
+        segments[place].write_bytes(b"")
+    with golden.open() as volume:
+        listed = volume.snapshots()
+        older = [s for s in listed if s.info.epoch <= place]
+        assert all(snapshot.info.is_suspect for snapshot in older)
+        for snapshot in listed:
+            with snapshot.view() as view:
+                content = read_what_can_be_read(view)
+            assert content is None or digest(content) == expected[snapshot.name]["content"]
+
+
+def read_what_can_be_read(view) -> bytes | None:
+    """The whole snapshot, or nothing if any block of it gives an error."""
+    whole = bytearray()
+    for at in range(0, view.size, BLOCK):
+        try:
+            whole += view.pread(offset=at, length=min(BLOCK, view.size - at))
+        except StillblockError:
+            return None
+    return bytes(whole)

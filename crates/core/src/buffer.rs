@@ -218,8 +218,9 @@ pub struct LeftBuffer {
     pub slots: Vec<LeftSlot>,
 }
 
-/// Read the file that a killed process left; `None` if there is none, or none that is intact.
-pub fn read_left(path: &Path) -> io::Result<Option<LeftBuffer>> {
+/// Read the file that a killed process left; `None` if there is none, or none that is intact; the version if that
+/// is newer than ours.
+pub fn read_left(path: &Path) -> io::Result<Option<Result<LeftBuffer, u32>>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -228,10 +229,14 @@ pub fn read_left(path: &Path) -> io::Result<Option<LeftBuffer>> {
     Ok(parse_left(&bytes))
 }
 
-fn parse_left(bytes: &[u8]) -> Option<LeftBuffer> {
+fn parse_left(bytes: &[u8]) -> Option<Result<LeftBuffer, u32>> {
     let mut input = Reader::new(bytes.get(..FILE_HEADER_BYTES)?);
-    if input.array::<8>().ok()? != FILE_MAGIC || input.u32().ok()? != FILE_VERSION {
+    if input.array::<8>().ok()? != FILE_MAGIC {
         return None;
+    }
+    let version = input.u32().ok()?;
+    if version > FILE_VERSION {
+        return Some(Err(version));
     }
     let uuid = input.array().ok()?;
     let generation = input.u64().ok()?;
@@ -270,7 +275,7 @@ fn parse_left(bytes: &[u8]) -> Option<LeftBuffer> {
     slots.sort_by_key(|slot| slot.sequence);
     let identity = BufferIdentity { uuid, generation, boot_id, origin };
     let alive_unix_ns = u64::from_le_bytes(bytes[ALIVE_AT..ALIVE_AT + 8].try_into().ok()?);
-    Some(LeftBuffer { identity, alive_unix_ns, slots })
+    Some(Ok(LeftBuffer { identity, alive_unix_ns, slots }))
 }
 
 /// What is known of a slot in use.

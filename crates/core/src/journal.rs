@@ -67,6 +67,9 @@ pub enum Entry {
     Closed {
         /// What it is now.
         identity: OriginIdentity,
+        /// Sequence number the next batch of the log will have, 0 if there is no log: a log that ends earlier has
+        /// lost its tail.
+        next_batch: u64,
     },
     /// The volume's opaque bytes.
     VolumeMeta(Vec<u8>),
@@ -157,8 +160,9 @@ impl Entry {
                 out.raw(boot_id).u64(*generation).bytes(origin).bytes(buffer);
                 2
             }
-            Self::Closed { identity } => {
+            Self::Closed { identity, next_batch } => {
                 put_identity(&mut out, identity);
+                out.u64(*next_batch);
                 3
             }
             Self::VolumeMeta(meta) => {
@@ -231,7 +235,7 @@ impl Entry {
                 origin: input.bytes()?.to_vec(),
                 buffer: input.bytes()?.to_vec(),
             },
-            3 => Self::Closed { identity: take_identity(&mut input)? },
+            3 => Self::Closed { identity: take_identity(&mut input)?, next_batch: input.u64()? },
             4 => Self::VolumeMeta(input.bytes()?.to_vec()),
             5 => Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
             6 => Self::Narrowed { epoch: input.u32()?, selection: input.extents()? },

@@ -64,8 +64,30 @@ pub struct Scan {
     pub unfinished: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
     pub unreadable: Vec<(u32, u32)>,
+    /// Files that others name as their predecessors and that are not there, or hold nothing, with the last epoch
+    /// whose records they may have held.
+    pub missing: Vec<(u32, u32)>,
     /// Where to go on.
     pub end: LogEnd,
+}
+
+impl Scan {
+    /// The log was closed before the batch `next_batch`; if it ends earlier now, its tail is gone.
+    pub fn expect_end(&mut self, next_batch: u64) {
+        let last = self.segments.values().next_back().map(|s| s.header);
+        if let Some(last) = last.filter(|_| self.end.next_sequence < next_batch) {
+            self.missing.push((last.segment + 1, last.epoch));
+        }
+    }
+
+    /// Segments that lost records, with the last epoch whose records those may have been.
+    pub fn losses(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let damaged = self
+            .damaged
+            .iter()
+            .filter_map(|(segment, _)| Some((*segment, self.segments.get(segment)?.header.epoch)));
+        damaged.chain(self.unreadable.iter().copied()).chain(self.missing.iter().copied())
+    }
 }
 
 /// Why a log cannot be read.
@@ -75,7 +97,7 @@ pub enum ScanError {
     #[error("cannot read the log: {0}")]
     Io(#[from] io::Error),
     /// Written by a newer version of the program.
-    #[error("log segment {segment:08x} has {error}")]
+    #[error("log segment {segment:08x}: {error}")]
     Version {
         /// Which file.
         segment: u32,
@@ -106,9 +128,26 @@ pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan
             },
         }
     }
+    find_missing(&mut found);
     scan_batches(segments, uuid, &mut found)?;
     cut_torn_payload(segments, block_size, &mut found);
     Ok(found)
+}
+
+/// Whole epochs are removed from the front of the log once nobody needs them; any other gap is a loss.
+fn find_missing(found: &mut Scan) {
+    let is_there = |segment: u32| {
+        found.segments.contains_key(&segment) || found.unreadable.iter().any(|u| u.0 == segment)
+    };
+    let later = found.segments.values().skip(1).map(|s| s.header);
+    let broken = later.filter(|header| !is_there(header.previous_segment));
+    found.missing = broken
+        .map(|header| {
+            let is_same_epoch = header.ordinal > 0;
+            let last = if is_same_epoch { header.epoch } else { header.epoch.saturating_sub(1) };
+            (header.previous_segment, last)
+        })
+        .collect();
 }
 
 fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result<(), ScanError> {

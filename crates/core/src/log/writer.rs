@@ -150,6 +150,11 @@ impl LogWriter {
         })
     }
 
+    /// Sequence number of the next batch; 0 if no epoch is open.
+    pub fn next_batch(&self) -> u64 {
+        if self.current.is_some() { self.next_sequence } else { 0 }
+    }
+
     /// Bytes appended since the volume was opened.
     pub fn appended_bytes(&self) -> u64 {
         self.appended_bytes

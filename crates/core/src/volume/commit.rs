@@ -34,6 +34,9 @@ pub(super) struct Class {
 /// The bits of blocks with slots as they were when an instant was taken.
 pub(super) type FrozenClasses = HashMap<u64, Class, foldhash::fast::FixedState>;
 
+/// How often the process says that it lives; far below the doubt that is allowed, `ALIVE_SLACK_NS`.
+const HEARTBEAT: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// Blocks of one run are read and written together up to this many.
 const RUN_BLOCKS_MAX: u64 = 64;
 
@@ -373,6 +376,7 @@ impl Volume {
 
     /// The background thread: commits by size, by age and when asked, and moves restores on.
     pub(super) fn run_background(&self) {
+        let mut is_noted = false;
         loop {
             let mut state = self.state.lock();
             while !(state.is_stopping || state.is_kicked || has_work(&state)) {
@@ -397,10 +401,9 @@ impl Volume {
             state.is_kicked = false;
             let (is_empty, is_restoring) = (state.buffer.is_empty(), state.restoring.is_some());
             let is_failed = !state.origin_failure.is_empty() || !state.store_failure.is_empty();
-            let arena = Arc::clone(state.buffer.arena());
             drop(state);
-            arena.note_alive(super::open::now_unix_ns());
             if is_failed {
+                is_noted = is_noted || self.note_failure();
                 // Nothing to be done until the volume is opened anew; do not spin on it.
                 let mut state = self.state.lock();
                 if !state.is_stopping {
@@ -411,6 +414,28 @@ impl Volume {
             if let Ok(mut committer) = self.role() {
                 self.background_step(&mut committer, is_empty, is_restoring);
             }
+        }
+    }
+
+    /// An origin that failed must not be trusted by the next process either. True once the journal says so, or
+    /// there is nothing to say.
+    fn note_failure(&self) -> bool {
+        let reason = self.state.lock().origin_failure.clone();
+        if reason.is_empty() {
+            return false;
+        }
+        let Ok(mut committer) = self.role() else { return false };
+        committer.journal.append(&Entry::OriginFailed { reason: reason.into_bytes() }).is_ok()
+    }
+
+    /// The heartbeat: says in the write buffer that the process lives, so that whoever finds it killed can tell its
+    /// last writes to the origin from somebody else's. A thread of its own, since the committer may wait for a
+    /// device for long.
+    pub(super) fn run_heartbeat(&self) {
+        let mut state = self.state.lock();
+        while !state.is_stopping {
+            state.buffer.arena().note_alive(super::open::now_unix_ns());
+            self.stopping.wait_for(&mut state, HEARTBEAT);
         }
     }
 

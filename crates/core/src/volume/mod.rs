@@ -180,10 +180,11 @@ pub struct Volume {
     room: Condvar,
     work: Condvar,
     restore_ended: Condvar,
+    stopping: Condvar,
     /// First changes are committed before they are acknowledged.
     is_write_through: bool,
     has_background: bool,
-    background: Mutex<Option<JoinHandle<()>>>,
+    background: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the volume is open: store and origin belong to this process.
     locks: Mutex<Vec<std::fs::File>>,
     /// The origin belongs to others from now on: nothing may be read through this volume any more (P2).

@@ -293,7 +293,7 @@ struct Decided {
     size_bytes: u64,
     generation: u64,
     opened: Option<([u8; 16], Vec<u8>)>,
-    closed: Option<OriginIdentity>,
+    closed: Option<(OriginIdentity, u64)>,
     aborted: BTreeSet<u32>,
     restores_ended: BTreeSet<u32>,
     lost: Vec<(u32, ExtentSet)>,
@@ -331,7 +331,7 @@ impl Decided {
                 self.opened = Some((*boot_id, buffer.clone()));
                 self.closed = None;
             }
-            Entry::Closed { identity } => self.closed = Some(*identity),
+            Entry::Closed { identity, next_batch } => self.closed = Some((*identity, *next_batch)),
             Entry::VolumeMeta(meta) => self.meta.clone_from(meta),
             Entry::Narrowed { epoch, .. }
             | Entry::Deleted { epoch }
@@ -380,6 +380,13 @@ impl Decided {
         }
         for entry in &self.entries {
             apply(&mut epochs, entry);
+        }
+        for (segment, last) in scan.losses() {
+            for found in epochs.0.range_mut(..=last).map(|(_, found)| found) {
+                found.suspect = format!(
+                    "log segment {segment:08x} is missing or damaged; what it held gives errors"
+                );
+            }
         }
         epochs.drop_dead();
         epochs
@@ -453,13 +460,8 @@ fn index_of(scan: &Scan, decided: &Decided) -> Index {
     for (epoch, blocks) in &decided.lost {
         index.insert_lost(*epoch, blocks);
     }
-    for (segment, _) in &scan.damaged {
-        if let Some(found) = scan.segments.get(segment) {
-            index.mark_damaged(found.header.epoch);
-        }
-    }
-    for (_, epoch) in &scan.unreadable {
-        index.mark_damaged(*epoch);
+    for (_, epoch) in scan.losses() {
+        index.mark_damaged(epoch);
     }
     index
 }
@@ -516,7 +518,10 @@ pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
     let origin = Arc::new(open_origin(&origin_path, request.direct)?);
     let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(Arc::new(log_directory)));
-    let scan = scan(&segments, decided.uuid, decided.block_size)?;
+    let mut scan = scan(&segments, decided.uuid, decided.block_size)?;
+    if let Some((_, next_batch)) = decided.closed {
+        scan.expect_end(next_batch);
+    }
     let parts =
         Parts { request, decided, journal, scan, origin, origin_path, segments, store_lock };
     parts.assemble()
@@ -539,14 +544,14 @@ impl Parts {
                 volume.origin_path.display()
             )));
         }
+        if is_failed {
+            volume.committer.lock().journal.append(&Entry::Recovered)?;
+        }
         volume.settle_the_past(doubt, owes_space || has_unfinished)?;
         volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
-            let worker = Arc::clone(&volume);
-            let thread = std::thread::Builder::new().name("committer".into());
-            let handle = thread.spawn(move || worker.run_background());
-            let handle = handle.map_err(Error::store("starting the committer"))?;
-            *volume.background.lock() = Some(handle);
+            volume.spawn("committer", Volume::run_background)?;
+            volume.spawn("heartbeat", Volume::run_heartbeat)?;
         }
         Ok(volume)
     }
@@ -571,7 +576,7 @@ impl Parts {
             )));
         }
         let Some((last_boot, buffer)) = &self.decided.opened else { return Ok(Past::default()) };
-        if let Some(closed) = self.decided.closed {
+        if let Some((closed, _)) = self.decided.closed {
             let is_other = closed.bytes != identity.bytes
                 || closed.modified_unix_ns != identity.modified_unix_ns
                 || closed.inode != identity.inode;
@@ -590,6 +595,16 @@ impl Parts {
     fn examine_left(&self, buffer: &[u8], identity: OriginIdentity) -> Result<Past> {
         let path = path_of(buffer);
         let left = read_left(&path).map_err(Error::store("reading the write buffer"))?;
+        if let (Some(Err(version)), Recover::Refuse | Recover::Replay) =
+            (&left, self.request.recover)
+        {
+            return Err(Error::Version(format!(
+                "the write buffer {} has version {version}, newer than this program's; open the volume with the \
+                 stillblock that wrote it, or volume recover --discard it",
+                path.display()
+            )));
+        }
+        let left = left.and_then(std::result::Result::ok);
         let is_ours = |left: &LeftBuffer| {
             left.identity.uuid == self.decided.uuid
                 && left.identity.generation == self.decided.generation
@@ -694,9 +709,10 @@ impl Parts {
             room: Condvar::new(),
             work: Condvar::new(),
             restore_ended: Condvar::new(),
+            stopping: Condvar::new(),
             is_write_through: request.cache == Cache::WriteThrough,
             has_background: request.has_background,
-            background: Mutex::new(None),
+            background: Mutex::default(),
             locks: Mutex::new(vec![store_lock]),
             is_released: AtomicBool::new(false),
             release_origin,
@@ -728,6 +744,15 @@ fn slots_for(bytes: u64, block_size: u64) -> u32 {
 }
 
 impl Volume {
+    fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> Result<()> {
+        let worker = Arc::clone(self);
+        let thread = std::thread::Builder::new().name(name.into());
+        let handle = thread.spawn(move || run(&worker));
+        let handle = handle.map_err(Error::store(format!("starting the {name}")))?;
+        self.background.lock().push(handle);
+        Ok(())
+    }
+
     /// Finish what was interrupted. A process that was killed had its writes taken by the kernel, but not made
     /// durable: sync before anything is trusted.
     fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
@@ -816,7 +841,8 @@ impl Volume {
         self.commit_until(committer, epoch, u64::MAX, None)?;
         self.sync_origin()?;
         let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-        committer.journal.append(&Entry::Closed { identity })?;
+        let next_batch = committer.log.next_batch();
+        committer.journal.append(&Entry::Closed { identity, next_batch })?;
         Ok(())
     }
 
@@ -884,7 +910,8 @@ impl Volume {
             let Committer { log, batch, .. } = &mut *committer;
             log.seal(batch).map_err(Error::store("sealing the log"))?;
             let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-            committer.journal.append(&Entry::Closed { identity })?;
+            let next_batch = committer.log.next_batch();
+            committer.journal.append(&Entry::Closed { identity, next_batch })?;
             self.state.lock().buffer.arena().remove();
         }
         self.abandon();
@@ -902,8 +929,9 @@ impl Volume {
         self.room.notify_all();
         self.gate_opened.notify_all();
         self.restore_ended.notify_all();
-        let handle = self.background.lock().take();
-        if let Some(handle) = handle {
+        self.stopping.notify_all();
+        let handles = std::mem::take(&mut *self.background.lock());
+        for handle in handles {
             // It never panics while nobody else does; there is nothing to learn from it here.
             let _ = handle.join();
         }

@@ -17,6 +17,8 @@ pub mod open;
 mod read;
 mod release;
 mod restore;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};

@@ -229,7 +229,6 @@ fn let_it_wait() {
 /// A flush took the number of the last write, then a rewrite dropped that write's slot before it was committed,
 /// with a later number: the flush found nothing to do. The flush now says up to where slots must stay.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_flush_covers_a_write_whose_slot_is_rewritten_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

@@ -176,7 +176,7 @@ impl Volume {
         if was_empty || (!was_enough && state.buffer.used() >= enough) {
             self.work.notify_one();
         }
-        let sequence = state.buffer.last_sequence();
+        let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
         Counters::add(&self.counters.buffered_writes, 1);
         if self.is_write_through {
@@ -240,7 +240,7 @@ impl Volume {
         if was_empty {
             self.work.notify_one();
         }
-        let sequence = state.buffer.last_sequence();
+        let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
         if self.is_write_through {
             self.commit_now(sequence)?;
@@ -298,10 +298,11 @@ impl Volume {
 
     fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
         let newest = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             if state.buffer.is_empty() {
                 return Ok(());
             }
+            state.buffer.hold();
             let few = blocks.len() <= to_u64(state.buffer.used());
             if few {
                 (blocks.start..blocks.end).map(|b| state.buffer.newest_sequence(b)).max()
@@ -499,11 +500,11 @@ impl Volume {
     /// Every write that was acknowledged before this call is on stable storage when it returns.
     pub fn flush(&self) -> Result<()> {
         let (is_empty, sequence) = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             if state.is_closed {
                 return Err(Error::Closed);
             }
-            (state.buffer.is_empty(), state.buffer.last_sequence())
+            (state.buffer.is_empty(), state.buffer.hold())
         };
         if !is_empty {
             self.commit_now(sequence)?;

@@ -247,7 +247,6 @@ fn a_flush_covers_a_write_whose_slot_is_rewritten_meanwhile() {
 /// A discard decided that nobody needs a block, then a snapshot was taken, then the discard was done. It now
 /// decides in the hands of the committer role.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_discard_does_not_take_what_a_snapshot_selected_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

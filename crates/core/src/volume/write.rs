@@ -272,6 +272,15 @@ impl Volume {
                 Self::check_store(&state)?;
                 state.size_bytes
             };
+            if matches!(content, Content::Discard) {
+                // Asked again: an instant, a slot or a restore may have come before the role did.
+                let (run, is_needed) = self.state.lock().trim_run(piece);
+                if is_needed {
+                    start = run.end;
+                    continue;
+                }
+                piece = run;
+            }
             let skip = (start - blocks.start) * self.block_size;
             self.commit_slots_of(&mut committer, piece)?;
             piece = self.preserve_piece(&mut committer, piece, size_bytes, content)?;

@@ -553,7 +553,7 @@ impl Parts {
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
         let has_unfinished = !self.scan.unfinished.is_empty();
-        let volume = self.build()?;
+        let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
                 "{} failed to keep what it was given; check the device, then volume recover",
@@ -644,7 +644,7 @@ impl Parts {
         )))
     }
 
-    fn build(self) -> Result<Arc<Volume>> {
+    fn build(self, is_write_through: bool) -> Result<Arc<Volume>> {
         let Self { request, decided, journal, scan, origin, .. } = self;
         let Self { storage, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
@@ -715,7 +715,8 @@ impl Parts {
             room: Condvar::new(),
             work: Condvar::new(),
             restore_ended: Condvar::new(),
-            is_write_through: request.cache == Cache::WriteThrough,
+            // Without a place that outlives the process nothing may be acknowledged from memory (P6).
+            is_write_through,
             has_background: request.has_background,
             background: Mutex::new(None),
             locks: Mutex::new(vec![store_lock]),

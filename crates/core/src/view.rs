@@ -54,7 +54,7 @@ impl View {
         &self.volume
     }
 
-    /// What the snapshot selects.
+    /// What the snapshot selected when the view was opened.
     pub fn selection(&self) -> &ExtentSet {
         &self.selection
     }
@@ -63,6 +63,23 @@ impl View {
     pub fn close(&self) {
         if !self.is_closed.swap(true, Ordering::AcqRel) {
             self.volume.unpin(self.epoch);
+        }
+    }
+
+    /// What the snapshot selects now: it may have been narrowed, or deleted by force, since the view was opened.
+    fn selected_now(&self) -> Result<Arc<ExtentSet>> {
+        self.volume.selected_by(self.epoch)
+    }
+
+    /// Call `read` until the selection it was given is still the snapshot's afterwards. What a snapshot lets go of
+    /// is not preserved any more from that decision on: a read across it may have seen the live disk (P2).
+    fn while_selected<T>(&self, mut read: impl FnMut(&ExtentSet) -> Result<T>) -> Result<T> {
+        loop {
+            let selection = self.selected_now()?;
+            let result = read(&selection);
+            if Arc::ptr_eq(&selection, &self.selected_now()?) {
+                return result;
+            }
         }
     }
 
@@ -82,11 +99,14 @@ impl View {
     /// Fill `buffer` from `offset` with what the disk held at the instant.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.check(offset, to_u64(buffer.len()))?;
-        self.volume.check_snapshot_live(self.epoch)?;
+        self.while_selected(|selection| self.read_of(selection, offset, buffer))
+    }
+
+    fn read_of(&self, selection: &ExtentSet, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let block_size = self.volume.block_size();
         let all = round_out(offset, to_u64(buffer.len()), block_size);
         let mut at = all.start;
-        for extent in self.selection.within(all) {
+        for extent in selection.within(all) {
             self.excluded_part(Extent::new(at, extent.start), offset, buffer)?;
             let mut start = extent.start;
             while start < extent.end {
@@ -103,13 +123,13 @@ impl View {
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         self.check(offset, to_u64(buffer.len()))?;
         let blocks = round_out(offset, to_u64(buffer.len()), self.volume.block_size());
-        let mut parts = self.selection.within(blocks);
-        let is_all_selected = parts.next() == Some(blocks);
-        if !is_all_selected || blocks.len() > PIECE_BLOCKS {
-            return Ok(false);
-        }
-        self.volume.check_snapshot_live(self.epoch)?;
-        self.volume.try_read_unchanged(self.epoch, blocks, offset, buffer)
+        self.while_selected(|selection| {
+            let is_all_selected = selection.within(blocks).next() == Some(blocks);
+            if !is_all_selected || blocks.len() > PIECE_BLOCKS {
+                return Ok(false);
+            }
+            self.volume.try_read_unchanged(self.epoch, blocks, offset, buffer)
+        })
     }
 
     /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
@@ -158,8 +178,18 @@ impl View {
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>> {
         self.check(offset, length)?;
+        self.while_selected(|selection| self.allocation_of(selection, offset, length, extents_max))
+    }
+
+    fn allocation_of(
+        &self,
+        selection: &ExtentSet,
+        offset: u64,
+        length: u64,
+        extents_max: usize,
+    ) -> Result<Vec<StatusExtent>> {
         let mut found = Vec::new();
-        let selected = self.selected(offset, length, usize::MAX)?;
+        let selected = status_of(selection, self.volume.block_size(), offset, length, usize::MAX);
         for part in selected {
             if found.len() >= extents_max {
                 break;
@@ -178,7 +208,9 @@ impl View {
 
     /// Selected blocks whose content could not be kept.
     pub fn lost(&self) -> ExtentSet {
-        self.volume.lost_of(self.epoch).intersection(&self.selection)
+        let selection = self.selected_now();
+        selection
+            .map_or_else(|_| ExtentSet::new(), |s| self.volume.lost_of(self.epoch).intersection(&s))
     }
 
     /// Which parts the snapshot selects: flags 1 selected, 0 not.
@@ -189,7 +221,8 @@ impl View {
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>> {
         self.check(offset, length)?;
-        Ok(status_of(&self.selection, self.volume.block_size(), offset, length, extents_max))
+        let selection = self.selected_now()?;
+        Ok(status_of(&selection, self.volume.block_size(), offset, length, extents_max))
     }
 }
 

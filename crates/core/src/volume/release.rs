@@ -306,9 +306,11 @@ impl Volume {
         }
     }
 
-    /// A snapshot that was deleted under its readers gives errors, never other bytes (P2).
-    pub(crate) fn check_snapshot_live(&self, epoch: u32) -> Result<()> {
-        self.check_snapshot(epoch)
+    /// What a snapshot selects now; one that was deleted under its readers gives errors, never other bytes (P2).
+    pub(crate) fn selected_by(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+        let epochs = self.epochs.read();
+        let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
+        found.ok_or_else(|| unknown(epoch, "snapshot"))
     }
 
     /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To now it is advisory:

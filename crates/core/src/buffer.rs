@@ -306,6 +306,8 @@ pub struct WriteBuffer {
     /// Oldest first; an entry whose sequence is not that of the slot any more is stale.
     queue: VecDeque<(u32, u64)>,
     next_sequence: u64,
+    /// Somebody waits for the slots up to this number: they stay until they are committed.
+    held_upto: u64,
     dropped: u64,
 }
 
@@ -320,6 +322,7 @@ impl WriteBuffer {
             by_block: HashMap::default(),
             queue: VecDeque::new(),
             next_sequence: first_sequence,
+            held_upto: 0,
             dropped: 0,
         }
     }
@@ -356,6 +359,13 @@ impl WriteBuffer {
     /// The sequence number of the latest write that took a slot.
     pub fn last_sequence(&self) -> u64 {
         self.next_sequence - 1
+    }
+
+    /// The sequence number of the latest write, for somebody who waits until it is committed. A rewrite does not
+    /// drop its slot any more: it has a later number, and who waits for the earlier one would not wait for it.
+    pub fn hold(&mut self) -> u64 {
+        self.held_upto = self.last_sequence();
+        self.held_upto
     }
 
     /// Grows whenever slots go after their content reached the origin: a reader that looked at the origin before
@@ -404,12 +414,15 @@ impl WriteBuffer {
 
     /// Older slots of the same instant whose every sector was written again will never be needed.
     fn drop_superseded(&mut self, newer: &SlotInfo) {
+        let held_upto = self.held_upto;
         let Some(list) = self.by_block.get_mut(&newer.block) else { return };
         let (slots, free, arena) = (&mut self.slots, &mut self.free, &self.arena);
         list.retain(|&mut slot| {
             let info = &mut slots[to_usize(u64::from(slot))];
-            let is_superseded =
-                info.epoch == newer.epoch && !info.is_in_batch && info.mask & !newer.mask == 0;
+            let is_superseded = info.epoch == newer.epoch
+                && !info.is_in_batch
+                && info.sequence > held_upto
+                && info.mask & !newer.mask == 0;
             if is_superseded {
                 *info = FREE;
                 arena.retire(slot);

@@ -19,6 +19,8 @@ mod past;
 mod read;
 mod release;
 mod restore;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};

@@ -14,7 +14,7 @@ use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
 use crate::log::scan::{Scan, scan};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
-use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions};
+use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions, Storage};
 use parking_lot::{Condvar, Mutex, RwLock};
 use rustix::fs::FlockOperation;
 use std::collections::{BTreeMap, BTreeSet};
@@ -495,6 +495,8 @@ struct Parts {
     journal: Journal,
     scan: Scan,
     origin: Arc<FileStorage>,
+    /// The origin as the engine reads and writes it.
+    storage: Arc<dyn Storage>,
     origin_path: PathBuf,
     segments: Arc<Segments>,
     store_lock: File,
@@ -502,28 +504,47 @@ struct Parts {
 
 /// Open a volume: it belongs to this process until it is closed or dropped.
 pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
+    open_through(request, &|origin| origin, &|directory| directory)
+}
+
+/// As [`open`], with something between the engine and its devices: tests put faults there.
+pub fn open_through(
+    request: OpenRequest,
+    origin_through: &dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>,
+    directory_through: &dyn Fn(Arc<dyn Directory>) -> Arc<dyn Directory>,
+) -> Result<Arc<Volume>> {
     let store_lock = match lock_store(&request.store) {
         Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::NotFound(format!("no store at {}", request.store.display())));
         }
         other => other?,
     };
-    let directory = FileDirectory::new(&request.store);
-    let opened = Journal::open(&directory).map_err(Error::from);
+    let directory = directory_through(Arc::new(FileDirectory::new(&request.store)));
+    let opened = Journal::open(&*directory).map_err(Error::from);
     let (journal, entries) = opened.map_err(|error| not_a_store(&request.store, error))?;
     let decided = Decided::from(entries).ok_or_else(|| {
         Error::Damaged(format!("{} has no first record", request.store.display()))
     })?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = Arc::new(open_origin(&origin_path, request.direct)?);
+    let storage = origin_through(Arc::clone(&origin) as Arc<dyn Storage>);
     let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
-    let segments = Arc::new(Segments::new(Arc::new(log_directory)));
+    let segments = Arc::new(Segments::new(directory_through(Arc::new(log_directory))));
     let mut scan = scan(&segments, decided.uuid, decided.block_size)?;
     if let Some((_, next_batch)) = decided.closed {
         scan.expect_end(next_batch);
     }
-    let parts =
-        Parts { request, decided, journal, scan, origin, origin_path, segments, store_lock };
+    let parts = Parts {
+        request,
+        decided,
+        journal,
+        scan,
+        origin,
+        storage,
+        origin_path,
+        segments,
+        store_lock,
+    };
     parts.assemble()
 }
 
@@ -537,7 +558,7 @@ impl Parts {
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
         let has_unfinished = !self.scan.unfinished.is_empty();
-        let volume = self.build()?;
+        let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
                 "{} failed to keep what it was given; check the device, then volume recover",
@@ -638,9 +659,9 @@ impl Parts {
         )))
     }
 
-    fn build(self) -> Result<Arc<Volume>> {
-        let Self { request, decided, journal, scan, origin, origin_path, segments, store_lock } =
-            self;
+    fn build(self, is_write_through: bool) -> Result<Arc<Volume>> {
+        let Self { request, decided, journal, scan, origin, .. } = self;
+        let Self { storage, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
@@ -694,7 +715,7 @@ impl Parts {
             block_size: decided.block_size,
             store_path: request.store,
             origin_path,
-            origin,
+            origin: storage,
             origin_identity: Box::new(move || identify(identified.file())),
             segments,
             meta: Mutex::new(decided.meta.clone()),
@@ -710,7 +731,8 @@ impl Parts {
             work: Condvar::new(),
             restore_ended: Condvar::new(),
             stopping: Condvar::new(),
-            is_write_through: request.cache == Cache::WriteThrough,
+            // Without a place that outlives the process nothing may be acknowledged from memory (P6).
+            is_write_through,
             has_background: request.has_background,
             background: Mutex::default(),
             locks: Mutex::new(vec![store_lock]),

@@ -176,7 +176,7 @@ impl Volume {
         if was_empty || (!was_enough && state.buffer.used() >= enough) {
             self.work.notify_one();
         }
-        let sequence = state.buffer.last_sequence();
+        let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
         Counters::add(&self.counters.buffered_writes, 1);
         if self.is_write_through {
@@ -244,7 +244,7 @@ impl Volume {
         if was_empty {
             self.work.notify_one();
         }
-        let sequence = state.buffer.last_sequence();
+        let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
         drop(role);
         if self.is_write_through {
@@ -277,6 +277,15 @@ impl Volume {
                 Self::check_store(&state)?;
                 state.size_bytes
             };
+            if matches!(content, Content::Discard) {
+                // Asked again: an instant, a slot or a restore may have come before the role did.
+                let (run, is_needed) = self.state.lock().trim_run(piece);
+                if is_needed {
+                    start = run.end;
+                    continue;
+                }
+                piece = run;
+            }
             let skip = (start - blocks.start) * self.block_size;
             self.commit_slots_of(&mut committer, piece)?;
             piece = self.preserve_piece(&mut committer, piece, size_bytes, content)?;
@@ -303,10 +312,11 @@ impl Volume {
 
     pub(super) fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
         let newest = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             if state.buffer.is_empty() {
                 return Ok(());
             }
+            state.buffer.hold();
             let few = blocks.len() <= to_u64(state.buffer.used());
             if few {
                 (blocks.start..blocks.end).map(|b| state.buffer.newest_sequence(b)).max()
@@ -504,11 +514,11 @@ impl Volume {
     /// Every write that was acknowledged before this call is on stable storage when it returns.
     pub fn flush(&self) -> Result<()> {
         let (is_empty, sequence) = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             if state.is_closed {
                 return Err(Error::Closed);
             }
-            (state.buffer.is_empty(), state.buffer.last_sequence())
+            (state.buffer.is_empty(), state.buffer.hold())
         };
         if !is_empty {
             self.commit_now(sequence)?;

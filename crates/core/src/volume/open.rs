@@ -528,7 +528,7 @@ pub fn open_through(
     let storage = origin_through(Arc::clone(&origin) as Arc<dyn Storage>);
     let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(directory_through(Arc::new(log_directory))));
-    let scan = scan(&segments, decided.uuid, decided.block_size)?;
+    let scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
     let parts = Parts {
         request,
         decided,

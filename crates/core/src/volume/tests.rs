@@ -321,7 +321,6 @@ fn a_view_fails_when_its_snapshot_is_deleted_while_it_reads() {
 /// The header of an instant that failed was still there when the volume was opened again: its segment was taken
 /// for the end of the log, and what was appended there was of another epoch and not read back.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn the_segment_of_an_instant_that_failed_is_no_part_of_the_log() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

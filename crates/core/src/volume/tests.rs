@@ -639,7 +639,6 @@ fn a_missing_segment_makes_its_blocks_errors() {
 
 /// With a slot in the buffer a large discard looked at every block of it in one hold of the lock, for each piece.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_terabyte_is_discarded_and_zeroed_in_short_holds_of_the_lock() {
     let scene = Scene::new(BLOCK);
     let disk = std::fs::File::options().write(true).open(scene.dir.path().join("disk.img"));

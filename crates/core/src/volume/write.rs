@@ -22,6 +22,9 @@ const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
 /// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
 const HOLE_BLOCKS_MAX: u64 = 1 << 18;
 
+/// Blocks that are looked at one by one under one hold of the state lock: well below a millisecond.
+const LOOK_BLOCKS_MAX: u64 = 1 << 14;
+
 /// Old content is read in runs of this many blocks.
 const RUN_BLOCKS: u64 = 64;
 
@@ -53,8 +56,9 @@ impl State {
         if self.buffer.is_empty() && self.restoring.is_none() {
             return (way, self.unsettled.run(extent.start, extent.end).1);
         }
-        let end = (extent.start + 1..extent.end).find(|&block| self.way(block) != way);
-        (way, end.unwrap_or(extent.end))
+        let end = extent.end.min(extent.start + LOOK_BLOCKS_MAX);
+        let differing = (extent.start + 1..end).find(|&block| self.way(block) != way);
+        (way, differing.unwrap_or(end))
     }
 }
 
@@ -526,8 +530,11 @@ impl Volume {
         let blocks = self.extent_of(offset, length);
         let has_slots = {
             let state = self.state.lock();
-            !state.buffer.is_empty()
-                && (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+            if blocks.len() <= to_u64(state.buffer.used()) {
+                (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+            } else {
+                state.buffer.blocks().any(|block| blocks.contains(block))
+            }
         };
         if has_slots {
             let mut committer = self.role()?;
@@ -548,7 +555,8 @@ impl State {
             let end = self.pending.run(extent.start, extent.end).1;
             return (Extent::new(extent.start, end), first);
         }
-        let end = (extent.start + 1..extent.end).find(|&block| is_needed(block) != first);
-        (Extent::new(extent.start, end.unwrap_or(extent.end)), first)
+        let end = extent.end.min(extent.start + LOOK_BLOCKS_MAX);
+        let differing = (extent.start + 1..end).find(|&block| is_needed(block) != first);
+        (Extent::new(extent.start, differing.unwrap_or(end)), first)
     }
 }

@@ -358,6 +358,12 @@ impl Volume {
         Ok(changed)
     }
 
+    /// A slot with the odd end of the disk counts its last sector as whole: it goes before the end moves.
+    fn drain_before_growth(&self, committer: &mut Committer) -> Result<()> {
+        let (epoch, upto) = (committer.epoch, self.state.lock().buffer.hold());
+        self.commit_until(committer, epoch, upto, None)
+    }
+
     /// Take over the origin's present length, which may have grown; tells it.
     pub fn resize(&self) -> Result<u64> {
         let mut committer = self.role()?;
@@ -377,7 +383,9 @@ impl Volume {
         let epoch = committer.epoch;
         committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
         let blocks = self.block_count(new);
+        self.drain_before_growth(&mut committer)?;
         let mut state = self.state.lock();
+        // Slots may have come since; what they hold beyond the old end is zero, as is the origin.
         state.size_bytes = new;
         state.unsettled.grow(blocks);
         state.pending.grow(blocks);

@@ -347,7 +347,6 @@ fn the_segment_of_an_instant_that_failed_is_no_part_of_the_log() {
 /// A slot with the odd end of the disk says that its last sector is valid whole. After growth that showed, and
 /// wrote, what its memory held before.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn growth_does_not_bring_old_slots_to_light() {
     let size = 511 * BLOCK + 700;
     let scene = Scene::new(size);

@@ -44,6 +44,12 @@ enum Content<'a> {
 }
 
 impl State {
+    /// Changes whenever a block may have been written without leaving a trace in its slots: past the buffer, after
+    /// which only an instant makes it a first change again; or by growth.
+    fn version(&self) -> (u64, u32, u64) {
+        (self.buffer.dropped(), self.epoch, self.size_bytes)
+    }
+
     fn way(&self, block: u64) -> Way {
         let is_held =
             self.unsettled.get(block) || self.buffer.has(block) || self.is_restoring(block);
@@ -222,7 +228,7 @@ impl Volume {
         data: &[u8],
     ) -> Result<u64> {
         let size_bytes = state.size_bytes;
-        let seen = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let seen = (state.buffer.newest_sequence(block), state.version());
         let block_end = ((block + 1) * self.block_size).min(size_bytes);
         let end = (at + to_u64(data.len())).min(block_end);
         let start_out = at / SECTOR * SECTOR;
@@ -234,7 +240,7 @@ impl Volume {
         let skip = to_usize(at - start_out);
         patched[skip..skip + length].copy_from_slice(&data[..length]);
         let mut state = self.admit()?;
-        let now = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let now = (state.buffer.newest_sequence(block), state.version());
         let has_room = state.buffer.free_count() > 0;
         if now != seen || state.way(block) != Way::Slots || !has_room {
             return Ok(0);

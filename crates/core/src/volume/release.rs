@@ -333,7 +333,9 @@ impl Volume {
             };
             (tracked, from.origin_bytes, to_bytes)
         };
-        let mut found = {
+        // Before the records: what moves from here to there in between is then seen twice, not never (P5).
+        let coming = if until.is_none() { self.changes_to_come() } else { ExtentSet::new() };
+        let found = {
             let index = self.index.read();
             if index.is_damaged_since(since) {
                 tracked.clone()
@@ -341,21 +343,23 @@ impl Volume {
                 index.changed(since, until.unwrap_or(u32::MAX))
             }
         };
-        if until.is_none() {
-            let state = self.state.lock();
-            let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
-            found = found.union(&slots);
-            if let Some(restoring) = &state.restoring {
-                found = found.union(&restoring.blocks.to_set());
-            }
-        }
-        let mut changed = found.intersection(&tracked);
+        let mut changed = found.union(&coming).intersection(&tracked);
         if to_bytes > from_bytes {
             // What did not exist then is new, the rest of a partial last block included.
             let grown = Extent::new(from_bytes / self.block_size, self.block_count(to_bytes));
             changed = changed.union(&ExtentSet::from_extent(grown));
         }
         Ok(changed)
+    }
+
+    /// Blocks with slots, and those that a restore is still to copy.
+    fn changes_to_come(&self) -> ExtentSet {
+        let state = self.state.lock();
+        let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
+        match &state.restoring {
+            Some(restoring) => slots.union(&restoring.blocks.to_set()),
+            None => slots,
+        }
     }
 
     /// A slot with the odd end of the disk counts its last sector as whole: it goes before the end moves.

@@ -371,7 +371,6 @@ fn growth_does_not_bring_old_slots_to_light() {
 
 /// The records were looked through before the slots: a write that moved from the one to the other was missed.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_write_on_its_way_from_the_buffer_to_the_log_counts_as_changed() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

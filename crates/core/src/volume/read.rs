@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::Extent;
 use crate::number::{to_u64, to_usize};
+use std::sync::atomic::Ordering;
 
 /// Blocks with slots are read in pieces of this size, so that the state lock is held shortly.
 const MERGE_BYTES: u64 = 64 << 10;
@@ -146,9 +147,11 @@ impl Volume {
         let mut found = Vec::new();
         let mut at = offset;
         while at < end && found.len() < extents_max {
+            let version = self.state.lock().base_version();
             let (data_start, data_end) = self.data_run(at, end)?;
-            if at < data_start {
-                self.allocation_of_hole(at, data_start, &mut found);
+            if at < data_start && !self.allocation_of_hole(at, data_start, version, &mut found) {
+                // A slot was brought to the hole after we looked for it, and is none any more.
+                continue;
             }
             push_status(&mut found, data_start, data_end, 0);
             at = data_end;
@@ -165,9 +168,19 @@ impl Volume {
         Ok((start, stop.map_err(looking())?))
     }
 
-    fn allocation_of_hole(&self, start: u64, end: u64, found: &mut Vec<StatusExtent>) {
+    /// False, and nothing done, if what lies beneath the slots moved since `version`.
+    fn allocation_of_hole(
+        &self,
+        start: u64,
+        end: u64,
+        version: (u64, u64),
+        found: &mut Vec<StatusExtent>,
+    ) -> bool {
         let blocks = self.extent_of(start, end - start);
         let state = self.state.lock();
+        if state.base_version() != version {
+            return false;
+        }
         let mut covered: Vec<u64> = if state.buffer.is_empty() {
             Vec::new()
         } else if blocks.len() <= to_u64(state.buffer.used()) {
@@ -190,6 +203,7 @@ impl Volume {
             at = to;
         }
         push_status(found, at, end, STATE_HOLE | STATE_ZERO);
+        true
     }
 }
 
@@ -211,11 +225,17 @@ impl Volume {
         let mut at = start;
         let mut contents = Vec::new();
         while at < end && found.len() <= enough {
+            let piece_start = at;
             let first = at / self.block_size;
             let blocks = Extent::new(first, self.block_count(end).min(first + STATUS_BLOCKS));
             contents.clear();
-            self.index.read().contents(blocks, epoch, &mut contents);
+            let version = {
+                let index = self.index.read();
+                index.contents(blocks, epoch, &mut contents);
+                self.index_version.load(Ordering::Acquire)
+            };
             let piece_end = end.min(blocks.end * self.block_size);
+            let before = (found.len(), found.last().copied());
             for &(block, content) in &contents {
                 let from = (block * self.block_size).max(at);
                 let to = ((block + 1) * self.block_size).min(piece_end);
@@ -226,6 +246,14 @@ impl Volume {
             }
             self.allocation_of_origin(at, piece_end, found)?;
             at = piece_end;
+            if self.index_version.load(Ordering::Acquire) != version {
+                // A hole of the origin may be younger than our look at the records: call all of it data.
+                found.truncate(before.0);
+                if let (Some(last), Some(as_before)) = (found.last_mut(), before.1) {
+                    *last = as_before;
+                }
+                push_status(found, piece_start, piece_end, 0);
+            }
         }
         Ok(())
     }

@@ -397,7 +397,6 @@ fn a_write_on_its_way_from_the_buffer_to_the_log_counts_as_changed() {
 /// A block was zeroed, as a hole, between the look at the records and the look for holes: its old content was
 /// told to be zero.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn block_status_of_a_view_does_not_call_zero_what_was_punched_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -413,7 +412,6 @@ fn block_status_of_a_view_does_not_call_zero_what_was_punched_meanwhile() {
 
 /// As above for the live disk: a slot went to a hole of the origin after that was looked for.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn block_status_of_the_live_disk_does_not_call_zero_what_was_written_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

@@ -710,6 +710,8 @@ impl Parts {
             index: RwLock::new(index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            syncing: Mutex::new(()),
+            syncs_begun: AtomicU64::new(0),
             gate_opened: Condvar::new(),
             drained: Condvar::new(),
             room: Condvar::new(),

@@ -428,7 +428,6 @@ fn block_status_of_the_live_disk_does_not_call_zero_what_was_written_meanwhile()
 /// The kernel tells a failed write-back to one caller of sync only; another one, at the same time, was told that
 /// its writes are durable.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn when_one_of_two_syncs_fails_both_flushes_fail() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

@@ -404,6 +404,9 @@ impl WriteBuffer {
         self.next_sequence += 1;
         let start = self.arena.data_at(slot) + to_usize(at);
         self.arena.slot_memory(start, data.len()).copy_from_slice(data);
+        // The odd end of a disk: its last sector counts whole should the disk grow, and held something else before.
+        let rest = to_usize((at + to_u64(data.len())).next_multiple_of(SECTOR) - at) - data.len();
+        self.arena.slot_memory(start + data.len(), rest).fill(0);
         let info = SlotInfo { block, sequence, epoch, mask, is_in_batch: false };
         self.slots[to_usize(u64::from(slot))] = info;
         self.arena.publish(slot, &info);

@@ -11,7 +11,7 @@ use super::format::{
 use super::writer::{LogEnd, Segments, segment_number};
 use crate::number::{to_u64, to_usize};
 use crate::storage::Storage;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
@@ -106,8 +106,14 @@ pub enum ScanError {
     },
 }
 
-/// Read the whole log. Writes nothing.
-pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan, ScanError> {
+/// Read the whole log. Writes nothing. `aborted` are instants that failed: what is left of their headers says
+/// nothing, least of all where the segment before ends, since that went on.
+pub fn scan(
+    segments: &Segments,
+    uuid: [u8; 16],
+    block_size: u64,
+    aborted: &BTreeSet<u32>,
+) -> Result<Scan, ScanError> {
     let mut found = Scan::default();
     let names = segments.directory().list()?;
     let mut numbers: Vec<u32> = names.iter().filter_map(|n| segment_number(n)).collect();
@@ -116,6 +122,9 @@ pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan
         found.end.segment_max = found.end.segment_max.max(segment);
         let reader = PageReader::new(segments.get(segment)?)?;
         match read_header(&reader) {
+            Ok((header, _)) if header.uuid == uuid && aborted.contains(&header.epoch) => {
+                found.unfinished.push(segment);
+            }
             Ok((header, epoch_header)) if header.uuid == uuid && header.segment == segment => {
                 found.segments.insert(segment, FoundSegment { header, epoch_header });
             }

@@ -371,6 +371,15 @@ impl Volume {
     /// Make completed writes to the origin durable; needs no role.
     pub(super) fn sync_origin(&self) -> Result<()> {
         Self::check_writable(&self.state.lock())?;
+        // One at a time: the kernel tells a failed write-back to one caller only, and the others would take
+        // their writes for durable. Who waited is served by a sync that began after it came.
+        let begun = self.syncs_begun.load(Ordering::Acquire);
+        let _turn = self.syncing.lock();
+        Self::check_writable(&self.state.lock())?;
+        if self.syncs_begun.load(Ordering::Acquire) > begun {
+            return Ok(());
+        }
+        self.syncs_begun.fetch_add(1, Ordering::AcqRel);
         self.origin.sync().map_err(|e| self.latch_origin("making writes durable", e))
     }
 

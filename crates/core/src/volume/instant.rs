@@ -278,14 +278,14 @@ impl Volume {
         let is_denied = committer.journal.append(&Entry::Aborted { epoch }).is_ok();
         let is_removed = committer.log.discard_epoch(prepared).is_ok();
         let before = committer.epoch;
+        // Made before the state is locked: the registry comes first in the order of locks.
+        let (unsettled, pending) = self.bits(before, self.block_count(self.size_bytes()));
         let mut state = self.state.lock();
         if !is_denied && !is_removed {
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
         }
         state.epoch = before;
         state.buffer.merge_epochs(before);
-        let blocks = self.block_count(state.size_bytes);
-        let (unsettled, pending) = self.bits(before, blocks);
         (state.unsettled, state.pending) = (unsettled, pending);
         error
     }

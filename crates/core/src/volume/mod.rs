@@ -10,6 +10,7 @@
 //! thread, a flush, a snapshot. Clients never need it for reads, straight writes and writes that find a slot.
 //!
 //! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held across I/O.
+//! `syncing` comes after `committer` and before the others, across a sync of the origin.
 //! `punching` is taken by readers of preserved content, last, and across their read of the store.
 
 mod commit;
@@ -177,6 +178,10 @@ pub struct Volume {
     /// Grows with every publication in the index: whoever read the origin looks whether it did.
     index_version: AtomicU64,
     punching: RwLock<()>,
+    /// Held while the origin is synced.
+    syncing: Mutex<()>,
+    /// Syncs of the origin so far.
+    syncs_begun: AtomicU64,
     gate_opened: Condvar,
     drained: Condvar,
     room: Condvar,

@@ -530,7 +530,7 @@ pub fn open_through(
     let storage = origin_through(Arc::clone(&origin) as Arc<dyn Storage>);
     let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(directory_through(Arc::new(log_directory))));
-    let mut scan = scan(&segments, decided.uuid, decided.block_size)?;
+    let mut scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
     if let Some((_, next_batch)) = decided.closed {
         scan.expect_end(next_batch);
     }
@@ -725,6 +725,8 @@ impl Parts {
             index: RwLock::new(index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            syncing: Mutex::new(()),
+            syncs_begun: AtomicU64::new(0),
             gate_opened: Condvar::new(),
             drained: Condvar::new(),
             room: Condvar::new(),

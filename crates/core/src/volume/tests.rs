@@ -321,7 +321,6 @@ fn a_view_fails_when_its_snapshot_is_deleted_while_it_reads() {
 /// The header of an instant that failed was still there when the volume was opened again: its segment was taken
 /// for the end of the log, and what was appended there was of another epoch and not read back.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn the_segment_of_an_instant_that_failed_is_no_part_of_the_log() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -348,7 +347,6 @@ fn the_segment_of_an_instant_that_failed_is_no_part_of_the_log() {
 /// A slot with the odd end of the disk says that its last sector is valid whole. After growth that showed, and
 /// wrote, what its memory held before.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn growth_does_not_bring_old_slots_to_light() {
     let size = 511 * BLOCK + 700;
     let scene = Scene::new(size);
@@ -373,7 +371,6 @@ fn growth_does_not_bring_old_slots_to_light() {
 
 /// The records were looked through before the slots: a write that moved from the one to the other was missed.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_write_on_its_way_from_the_buffer_to_the_log_counts_as_changed() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -400,7 +397,6 @@ fn a_write_on_its_way_from_the_buffer_to_the_log_counts_as_changed() {
 /// A block was zeroed, as a hole, between the look at the records and the look for holes: its old content was
 /// told to be zero.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn block_status_of_a_view_does_not_call_zero_what_was_punched_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -416,7 +412,6 @@ fn block_status_of_a_view_does_not_call_zero_what_was_punched_meanwhile() {
 
 /// As above for the live disk: a slot went to a hole of the origin after that was looked for.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn block_status_of_the_live_disk_does_not_call_zero_what_was_written_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -433,7 +428,6 @@ fn block_status_of_the_live_disk_does_not_call_zero_what_was_written_meanwhile()
 /// The kernel tells a failed write-back to one caller of sync only; another one, at the same time, was told that
 /// its writes are durable.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn when_one_of_two_syncs_fails_both_flushes_fail() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -640,7 +634,6 @@ fn a_missing_segment_makes_its_blocks_errors() {
 
 /// With a slot in the buffer a large discard looked at every block of it in one hold of the lock, for each piece.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_terabyte_is_discarded_and_zeroed_in_short_holds_of_the_lock() {
     let scene = Scene::new(BLOCK);
     let disk = std::fs::File::options().write(true).open(scene.dir.path().join("disk.img"));

@@ -22,6 +22,9 @@ const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
 /// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
 const HOLE_BLOCKS_MAX: u64 = 1 << 18;
 
+/// Blocks that are looked at one by one under one hold of the state lock: well below a millisecond.
+const LOOK_BLOCKS_MAX: u64 = 1 << 14;
+
 /// Old content is read in runs of this many blocks.
 const RUN_BLOCKS: u64 = 64;
 
@@ -41,6 +44,12 @@ enum Content<'a> {
 }
 
 impl State {
+    /// Changes whenever a block may have been written without leaving a trace in its slots: past the buffer, after
+    /// which only an instant makes it a first change again; or by growth.
+    fn version(&self) -> (u64, u32, u64) {
+        (self.buffer.dropped(), self.epoch, self.size_bytes)
+    }
+
     fn way(&self, block: u64) -> Way {
         let is_held =
             self.unsettled.get(block) || self.buffer.has(block) || self.is_restoring(block);
@@ -53,8 +62,9 @@ impl State {
         if self.buffer.is_empty() && self.restoring.is_none() {
             return (way, self.unsettled.run(extent.start, extent.end).1);
         }
-        let end = (extent.start + 1..extent.end).find(|&block| self.way(block) != way);
-        (way, end.unwrap_or(extent.end))
+        let end = extent.end.min(extent.start + LOOK_BLOCKS_MAX);
+        let differing = (extent.start + 1..end).find(|&block| self.way(block) != way);
+        (way, differing.unwrap_or(end))
     }
 }
 
@@ -222,7 +232,7 @@ impl Volume {
         let role = self.role()?;
         let state = self.admit()?;
         let size_bytes = state.size_bytes;
-        let seen = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let seen = (state.buffer.newest_sequence(block), state.version());
         let block_end = ((block + 1) * self.block_size).min(size_bytes);
         let end = (at + to_u64(data.len())).min(block_end);
         let start_out = at / SECTOR * SECTOR;
@@ -234,7 +244,7 @@ impl Volume {
         let skip = to_usize(at - start_out);
         patched[skip..skip + length].copy_from_slice(&data[..length]);
         let mut state = self.admit()?;
-        let now = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let now = (state.buffer.newest_sequence(block), state.version());
         let has_room = state.buffer.free_count() > 0;
         if now != seen || state.way(block) != Way::Slots || !has_room {
             return Ok(0);
@@ -531,8 +541,11 @@ impl Volume {
         let blocks = self.extent_of(offset, length);
         let has_slots = {
             let state = self.state.lock();
-            !state.buffer.is_empty()
-                && (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+            if blocks.len() <= to_u64(state.buffer.used()) {
+                (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+            } else {
+                state.buffer.blocks().any(|block| blocks.contains(block))
+            }
         };
         if has_slots {
             let mut committer = self.role()?;
@@ -553,7 +566,8 @@ impl State {
             let end = self.pending.run(extent.start, extent.end).1;
             return (Extent::new(extent.start, end), first);
         }
-        let end = (extent.start + 1..extent.end).find(|&block| is_needed(block) != first);
-        (Extent::new(extent.start, end.unwrap_or(extent.end)), first)
+        let end = extent.end.min(extent.start + LOOK_BLOCKS_MAX);
+        let differing = (extent.start + 1..end).find(|&block| is_needed(block) != first);
+        (Extent::new(extent.start, differing.unwrap_or(end)), first)
     }
 }

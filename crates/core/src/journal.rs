@@ -1,8 +1,9 @@
-//! The volume journal: every decision that is not the commit of an instant, in order, durable before it acts.
+//! The volume journal: every decision that is not the commit of an instant, in order, durable
+//! before it acts.
 //!
-//! Records start at multiples of 512 bytes; see `docs/formats/journal.md`. A record that is not intact ends the
-//! journal if nothing valid follows it; with something valid after it the journal is damaged, and the store is
-//! refused rather than guessed at.
+//! Records start at multiples of 512 bytes; see `docs/formats/journal.md`. A record that is not
+//! intact ends the journal if nothing valid follows it; with something valid after it the journal
+//! is damaged, and the store is refused rather than guessed at.
 
 use crate::codec::{Malformed, Reader, Writer};
 use crate::extent::ExtentSet;
@@ -67,8 +68,8 @@ pub enum Entry {
     Closed {
         /// What it is now.
         identity: OriginIdentity,
-        /// Sequence number the next batch of the log will have, 0 if there is no log: a log that ends earlier has
-        /// lost its tail.
+        /// Sequence number the next batch of the log will have, 0 if there is no log: a log that
+        /// ends earlier has lost its tail.
         next_batch: u64,
     },
     /// The volume's opaque bytes.

@@ -20,7 +20,8 @@ pub enum ExcludedReads {
     Error,
 }
 
-/// A snapshot that can be read while the disk is written. Holds the snapshot until it is closed or dropped.
+/// A snapshot that can be read while the disk is written. Holds the snapshot until it is closed or
+/// dropped.
 pub struct View {
     volume: Arc<Volume>,
     epoch: u32,
@@ -84,8 +85,8 @@ impl View {
         loop {
             let selection = self.selection()?;
             let read = self.read_selected(&selection, offset, buffer);
-            // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then looked for
-            // on the origin, where it need not be (P2).
+            // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then
+            // looked for on the origin, where it need not be (P2).
             if Arc::ptr_eq(&selection, &self.selection()?) {
                 return read;
             }
@@ -124,7 +125,8 @@ impl View {
         Ok(is_read && Arc::ptr_eq(&selection, &self.selection()?))
     }
 
-    /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
+    /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the
+    /// buffer.
     fn bytes_in(&self, blocks: Extent, offset: u64, length: usize) -> (usize, usize) {
         let (start, bytes) = blocks.to_bytes(self.volume.block_size());
         let from = start.max(offset) - offset;

@@ -1,8 +1,9 @@
 //! Reading the log back: what was recorded, where it ends, and whether something in it is damaged.
 //!
-//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never returned, so
-//! nothing that depended on it happened. With something valid after it, it is *damage*: its blocks are
-//! unknown, and whoever would read them from the origin gets an error instead (P2).
+//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never
+//! returned, so nothing that depended on it happened. With something valid after it, it is
+//! *damage*: its blocks are unknown, and whoever would read them from the origin gets an error
+//! instead (P2).
 
 use super::format::{
     BATCH_BLOCKS_MAX, BatchHeader, Descriptor, EpochHeader, Kind, PAGE, Position, SegmentError,
@@ -64,8 +65,8 @@ pub struct Scan {
     pub unfinished: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
     pub unreadable: Vec<(u32, u32)>,
-    /// Files that others name as their predecessors and that are not there, or hold nothing, with the last epoch
-    /// whose records they may have held.
+    /// Files that others name as their predecessors and that are not there, or hold nothing, with
+    /// the last epoch whose records they may have held.
     pub missing: Vec<(u32, u32)>,
     /// Where to go on.
     pub end: LogEnd,
@@ -106,8 +107,8 @@ pub enum ScanError {
     },
 }
 
-/// Read the whole log. Writes nothing. `aborted` are instants that failed: what is left of their headers says
-/// nothing, least of all where the segment before ends, since that went on.
+/// Read the whole log. Writes nothing. `aborted` are instants that failed: what is left of their
+/// headers says nothing, least of all where the segment before ends, since that went on.
 pub fn scan(
     segments: &Segments,
     uuid: [u8; 16],
@@ -143,7 +144,8 @@ pub fn scan(
     Ok(found)
 }
 
-/// Whole epochs are removed from the front of the log once nobody needs them; any other gap is a loss.
+/// Whole epochs are removed from the front of the log once nobody needs them; any other gap is a
+/// loss.
 fn find_missing(found: &mut Scan) {
     let is_there = |segment: u32| {
         found.segments.contains_key(&segment) || found.unreadable.iter().any(|u| u.0 == segment)
@@ -201,8 +203,8 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
     Ok(())
 }
 
-/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its payload
-/// is intact.
+/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its
+/// payload is intact.
 fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
     let Some(last) = found.batches.last() else { return };
     let is_at_end = last.segment == found.end.segment

@@ -1,8 +1,8 @@
 //! The committer: makes old content durable, then lets the new content go to the origin.
 //!
-//! A batch of slots goes through: read the old content of pending blocks; append the records, one sync; publish
-//! them in the index; clear the bits; only then submit the new content to the origin; drop the slots when that
-//! is done (P2, P6). Nothing here waits for a client.
+//! A batch of slots goes through: read the old content of pending blocks; append the records, one
+//! sync; publish them in the index; clear the bits; only then submit the new content to the origin;
+//! drop the slots when that is done (P2, P6). Nothing here waits for a client.
 
 use super::{
     ADMIT_BYTES_MIN, COMMIT_AGE, COMMIT_BYTES, Committer, Counters, DRAIN_TIME, State, Volume,
@@ -161,8 +161,8 @@ impl Volume {
         if restored.is_empty() { Ok(()) } else { self.finish_restored(committer, &restored) }
     }
 
-    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its source: the
-    /// client's write goes on (P1).
+    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its
+    /// source: the client's write goes on (P1).
     pub(super) fn keep_old_content(
         &self,
         committer: &mut Committer,
@@ -208,8 +208,9 @@ impl Volume {
         }
     }
 
-    /// Make the batch durable and publish what it says. If the store fails twice, the originals are lost, which
-    /// is made durable in the journal's reserve; only if that fails too, the writes cannot go on.
+    /// Make the batch durable and publish what it says. If the store fails twice, the originals are
+    /// lost, which is made durable in the journal's reserve; only if that fails too, the writes
+    /// cannot go on.
     pub(super) fn record(&self, committer: &mut Committer) -> Result<()> {
         if committer.batch.is_empty() {
             return Ok(());
@@ -307,7 +308,8 @@ impl Volume {
                 None => &arena.data(works[at].slots[0])[..valid],
             }
         };
-        // A restored block is written whole: its other sectors are still those from before the restore.
+        // A restored block is written whole: its other sectors are still those from before the
+        // restore.
         let is_whole = |work: &Work, at: usize| {
             let valid = to_u64(content(at).len()).div_ceil(crate::buffer::SECTOR);
             work.class.restoring || work.mask == sectors(0, valid)
@@ -342,7 +344,8 @@ impl Volume {
         Ok(())
     }
 
-    /// The block's slots over one another; over the snapshot's content if a restore has not copied it.
+    /// The block's slots over one another; over the snapshot's content if a restore has not copied
+    /// it.
     fn compose(&self, work: &Work, arena: &Arena) -> Result<Vec<u8>> {
         let mut bytes = vec![0; to_usize(self.block_size)];
         if work.class.restoring {
@@ -357,8 +360,9 @@ impl Volume {
         Ok(bytes)
     }
 
-    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails from now on,
-    /// across restarts, until somebody looked. A later sync that "succeeds" proves nothing.
+    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails
+    /// from now on, across restarts, until somebody looked. A later sync that "succeeds" proves
+    /// nothing.
     pub(super) fn latch_origin(&self, what: &str, source: std::io::Error) -> Error {
         let mut state = self.state.lock();
         if state.origin_failure.is_empty() {
@@ -371,8 +375,9 @@ impl Volume {
     /// Make completed writes to the origin durable; needs no role.
     pub(super) fn sync_origin(&self) -> Result<()> {
         Self::check_writable(&self.state.lock())?;
-        // One at a time: the kernel tells a failed write-back to one caller only, and the others would take
-        // their writes for durable. Who waited is served by a sync that began after it came.
+        // One at a time: the kernel tells a failed write-back to one caller only, and the others
+        // would take their writes for durable. Who waited is served by a sync that began after it
+        // came.
         let begun = self.syncs_begun.load(Ordering::Acquire);
         let _turn = self.syncing.lock();
         Self::check_writable(&self.state.lock())?;
@@ -426,8 +431,8 @@ impl Volume {
         }
     }
 
-    /// An origin that failed must not be trusted by the next process either. True once the journal says so, or
-    /// there is nothing to say.
+    /// An origin that failed must not be trusted by the next process either. True once the journal
+    /// says so, or there is nothing to say.
     fn note_failure(&self) -> bool {
         let reason = self.state.lock().origin_failure.clone();
         if reason.is_empty() {
@@ -437,9 +442,9 @@ impl Volume {
         committer.journal.append(&Entry::OriginFailed { reason: reason.into_bytes() }).is_ok()
     }
 
-    /// The heartbeat: says in the write buffer that the process lives, so that whoever finds it killed can tell its
-    /// last writes to the origin from somebody else's. A thread of its own, since the committer may wait for a
-    /// device for long.
+    /// The heartbeat: says in the write buffer that the process lives, so that whoever finds it
+    /// killed can tell its last writes to the origin from somebody else's. A thread of its own,
+    /// since the committer may wait for a device for long.
     pub(super) fn run_heartbeat(&self) {
         let mut state = self.state.lock();
         while !state.is_stopping {
@@ -449,7 +454,8 @@ impl Volume {
     }
 
     fn background_step(&self, committer: &mut Committer, is_empty: bool, is_restoring: bool) {
-        // Errors are latched where they occur and reported to the next flush; here nobody waits for them.
+        // Errors are latched where they occur and reported to the next flush; here nobody waits for
+        // them.
         if !is_empty {
             let epoch = committer.epoch;
             let _ = self.commit_batch(committer, epoch, None);

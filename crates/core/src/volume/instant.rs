@@ -1,8 +1,9 @@
 //! Taking a snapshot: a flip with no I/O inside, then a commit behind it.
 //!
-//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the origin is made
-//! durable (unchanged blocks will be read from it), and the header of the new epoch is written: that header is
-//! the commit. Only then may newer slots be committed, and only then is the snapshot acknowledged.
+//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the
+//! origin is made durable (unchanged blocks will be read from it), and the header of the new epoch
+//! is written: that header is the commit. Only then may newer slots be committed, and only then is
+//! the snapshot acknowledged.
 
 use super::commit::FrozenClasses;
 use super::restore::PreparedRestore;
@@ -19,7 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant as Clock};
 
-/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is left after.
+/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is
+/// left after.
 const DRAIN_ROUNDS: u32 = 2;
 
 /// What to keep, and how long writers may be held.
@@ -131,13 +133,14 @@ impl Volume {
         Ok(())
     }
 
-    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight already.
+    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
+    /// already.
     fn flip(&self, epoch: u32, selection: &Arc<ExtentSet>, limit: Duration) -> Result<Flip> {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
-        // Bits change only in the hands of the committer role, which is ours: what is made of them here is what
-        // they are at the flip, where both bitmaps are swapped in.
+        // Bits change only in the hands of the committer role, which is ours: what is made of them
+        // here is what they are at the flip, where both bitmaps are swapped in.
         let mut pending = self.state.lock().pending.clone();
         pending.merge(&Bitmap::from_set(blocks, selection));
 
@@ -171,7 +174,8 @@ impl Volume {
         Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
     }
 
-    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the instant.
+    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the
+    /// instant.
     fn wait_drained(
         &self,
         state: &mut MutexGuard<'_, State>,
@@ -182,7 +186,8 @@ impl Volume {
             let waited = self.drained.wait_until(state, closed + limit);
             if waited.timed_out() && state.straight_in_flight > 0 {
                 return Err(Error::PauseTimeout(format!(
-                    "{} writes did not finish within the pause limit of {} ms; no snapshot was taken, \
+                    "{} writes did not finish within the pause limit of {} ms; no snapshot was \
+                     taken, \
                      writes go on; try again or raise --pause-limit",
                     state.straight_in_flight,
                     limit.as_millis()
@@ -266,8 +271,9 @@ impl Volume {
         }
     }
 
-    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be durable in
-    /// spite of the error; if it can neither be removed nor denied, nothing more may be recorded.
+    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
+    /// durable in spite of the error; if it can neither be removed nor denied, nothing more may be
+    /// recorded.
     fn abort_instant(
         &self,
         committer: &mut Committer,

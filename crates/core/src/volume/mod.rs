@@ -1,17 +1,20 @@
 //! One origin with its store: the state that every request meets, and who may change it.
 //!
 //! - [`open`] makes, opens and closes volumes, and rebuilds all state from the store.
-//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes behind it.
+//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
+//!   behind it.
 //! - [`past`] reads what blocks were at an instant.
 //! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
 //!
-//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the log, to decide in
-//! the journal, to change bits downwards and to begin epochs. Any thread may take the role: the background
-//! thread, a flush, a snapshot. Clients never need it for reads, straight writes and writes that find a slot.
+//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
+//! log, to decide in the journal, to change bits downwards and to begin epochs. Any thread may take
+//! the role: the background thread, a flush, a snapshot. Clients never need it for reads, straight
+//! writes and writes that find a slot.
 //!
-//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held across I/O.
-//! `syncing` comes after `committer` and before the others, across a sync of the origin.
-//! `punching` is taken by readers of preserved content, last, and across their read of the store.
+//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held
+//! across I/O. `syncing` comes after `committer` and before the others, across a sync of the
+//! origin. `punching` is taken by readers of preserved content, last, and across their read of the
+//! store.
 
 mod commit;
 mod instant;
@@ -194,7 +197,8 @@ pub struct Volume {
     background: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the volume is open: store and origin belong to this process.
     locks: Mutex<Vec<std::fs::File>>,
-    /// The origin belongs to others from now on: nothing may be read through this volume any more (P2).
+    /// The origin belongs to others from now on: nothing may be read through this volume any more
+    /// (P2).
     is_released: AtomicBool,
     /// Gives the origin's lock back, though views may keep it open.
     release_origin: Box<dyn Fn() + Send + Sync>,

@@ -1,5 +1,5 @@
-//! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is written
-//! before it is decided what there is.
+//! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is
+//! written before it is decided what there is.
 
 use super::{Committer, Counters, Restoring, State, Volume};
 use crate::bitmap::Bitmap;
@@ -172,7 +172,8 @@ fn lock_whole(file: &File, kind: libc::c_int) -> bool {
         l_len: 0,
         l_pid: 0,
     };
-    // SAFETY: the descriptor is open and `whole` is a valid, initialised lock that outlives the call.
+    // SAFETY: the descriptor is open and `whole` is a valid, initialised lock that outlives the
+    // call.
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) == 0 }
 }
 
@@ -620,7 +621,8 @@ impl Parts {
             (&left, self.request.recover)
         {
             return Err(Error::Version(format!(
-                "the write buffer {} has version {version}, newer than this program's; open the volume with the \
+                "the write buffer {} has version {version}, newer than this program's; open the \
+                 volume with the \
                  stillblock that wrote it, or volume recover --discard it",
                 path.display()
             )));
@@ -636,7 +638,8 @@ impl Parts {
                 return Ok(Past::default());
             }
             return Err(Error::RecoveryNeeded(format!(
-                "the volume was not closed and its write buffer {} is gone: acknowledged writes that were not \
+                "the volume was not closed and its write buffer {} is gone: acknowledged writes \
+                 that were not \
                  flushed are lost; volume recover --discard accepts that",
                 path.display()
             )));
@@ -652,7 +655,8 @@ impl Parts {
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
         Err(Error::RecoveryNeeded(format!(
-            "the server was killed with {} blocks in its write buffer, and {} was written since by something else; \
+            "the server was killed with {} blocks in its write buffer, and {} was written since \
+             by something else; \
              volume recover --replay writes them over it, --discard forgets them",
             blocks.len(),
             self.origin_path.display()
@@ -733,7 +737,8 @@ impl Parts {
             work: Condvar::new(),
             restore_ended: Condvar::new(),
             stopping: Condvar::new(),
-            // Without a place that outlives the process nothing may be acknowledged from memory (P6).
+            // Without a place that outlives the process nothing may be acknowledged from memory
+            // (P6).
             is_write_through,
             has_background: request.has_background,
             background: Mutex::default(),
@@ -777,8 +782,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Finish what was interrupted. A process that was killed had its writes taken by the kernel, but not made
-    /// durable: sync before anything is trusted.
+    /// Finish what was interrupted. A process that was killed had its writes taken by the kernel,
+    /// but not made durable: sync before anything is trusted.
     fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
@@ -845,8 +850,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are in the log
-    /// or still on the origin, and the file stays until all is durable.
+    /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are
+    /// in the log or still on the origin, and the file stays until all is durable.
     fn replay(&self, committer: &mut Committer, left: &LeftBuffer) -> Result<()> {
         let epoch = committer.epoch;
         for slot in &left.slots {
@@ -906,8 +911,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool can use it.
-    /// A running restore is suspended: until it goes on the origin alone is not the restored disk.
+    /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool
+    /// can use it. A running restore is suspended: until it goes on the origin alone is not the
+    /// restored disk.
     pub fn close(&self) -> Result<()> {
         {
             let mut committer = self.role()?;

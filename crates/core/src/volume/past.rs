@@ -19,9 +19,9 @@ pub(crate) enum Patience {
 }
 
 impl Volume {
-    /// Fill `buffer`, which holds whole blocks, with what `blocks` were at the instant of `epoch`. Bytes beyond the
-    /// end of the disk are zero. The caller knows that the snapshot selects them. False if that needs a device and
-    /// the caller will not wait; `buffer` is then undefined.
+    /// Fill `buffer`, which holds whole blocks, with what `blocks` were at the instant of `epoch`.
+    /// Bytes beyond the end of the disk are zero. The caller knows that the snapshot selects them.
+    /// False if that needs a device and the caller will not wait; `buffer` is then undefined.
     pub(crate) fn read_at_epoch(
         &self,
         epoch: u32,
@@ -40,8 +40,8 @@ impl Volume {
         if !self.fill_found(blocks, &found, buffer, patience)? {
             return Ok(false);
         }
-        // The rest is unchanged and read from the origin, then looked for again: a record that was made
-        // meanwhile may have let new content through to where we read (P2).
+        // The rest is unchanged and read from the origin, then looked for again: a record that was
+        // made meanwhile may have let new content through to where we read (P2).
         let mut at = blocks.start;
         let ends = found.iter().map(|(block, _)| *block).chain(std::iter::once(blocks.end));
         for end in ends {
@@ -77,7 +77,8 @@ impl Volume {
             .map_err(Error::origin("read"))
     }
 
-    /// Put changed blocks in their places. Neighbours that lie behind one another in the log are read at once.
+    /// Put changed blocks in their places. Neighbours that lie behind one another in the log are
+    /// read at once.
     fn fill_found(
         &self,
         all: Extent,
@@ -129,7 +130,8 @@ impl Volume {
         for (record, content) in run.iter().zip(part.chunks(to_usize(self.block_size))) {
             if payload_checksum(record.block, record.epoch, content) != record.checksum {
                 return Err(Error::Damaged(format!(
-                    "preserved content of block {} (byte {}) fails its checksum in segment {:08x} at byte {}; the \
+                    "preserved content of block {} (byte {}) fails its checksum in segment \
+                     {:08x} at byte {}; the \
                      rest of the snapshot is right",
                     record.block,
                     record.block * self.block_size,
@@ -144,7 +146,8 @@ impl Volume {
     fn lost_block(&self, block: u64) -> Error {
         Error::Lost {
             message: format!(
-                "block {block} (byte {}) could not be kept for this snapshot; the rest of it is right",
+                "block {block} (byte {}) could not be kept for this snapshot; the rest of it is \
+                 right",
                 block * self.block_size
             ),
             blocks: ExtentSet::from_extent(Extent::single(block)),

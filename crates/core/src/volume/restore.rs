@@ -1,8 +1,10 @@
-//! Restoring in place: from the instant of the restore the live disk *reads* as restored; copying comes behind.
+//! Restoring in place: from the instant of the restore the live disk *reads* as restored; copying
+//! comes behind.
 //!
-//! The restore is part of the commit of its safety snapshot. Each block to be restored is read from the source
-//! snapshot until a DONE record says that the origin holds it. Client writes to such blocks keep their slots
-//! until then. The copier uses no slots: originals to the log, sync, write, sync, DONE.
+//! The restore is part of the commit of its safety snapshot. Each block to be restored is read from
+//! the source snapshot until a DONE record says that the origin holds it. Client writes to such
+//! blocks keep their slots until then. The copier uses no slots: originals to the log, sync, write,
+//! sync, DONE.
 
 use super::commit::runs_of;
 use super::past::Patience;
@@ -54,7 +56,8 @@ pub(super) struct PreparedRestore {
 }
 
 impl Volume {
-    /// Start a restore; when this returns the live disk reads as restored, and will after any crash.
+    /// Start a restore; when this returns the live disk reads as restored, and will after any
+    /// crash.
     pub fn restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
         let mut committer = self.role()?;
         self.finish_restore_first(&mut committer)?;
@@ -85,7 +88,8 @@ impl Volume {
         };
         if self.index.read().is_damaged_since(epoch) {
             return Err(Error::Damaged(format!(
-                "the log is damaged since snapshot {epoch}: what changed is not known, nothing was restored; \
+                "the log is damaged since snapshot {epoch}: what changed is not known, nothing \
+                 was restored; \
                  copy what can be read out of the snapshot instead"
             )));
         }
@@ -220,7 +224,8 @@ impl Volume {
         self.finish_restored(committer, &restored)
     }
 
-    /// The origin holds these blocks as they are to be: make that durable, then read them from there.
+    /// The origin holds these blocks as they are to be: make that durable, then read them from
+    /// there.
     pub(super) fn finish_restored(
         &self,
         committer: &mut Committer,
@@ -265,8 +270,8 @@ impl Volume {
         Ok(())
     }
 
-    /// What a block that is still to be restored reads as, its slots apart. What the disk has beyond its size at
-    /// the source's instant stays.
+    /// What a block that is still to be restored reads as, its slots apart. What the disk has
+    /// beyond its size at the source's instant stays.
     pub(super) fn read_restoring(&self, block: u64, content: &mut [u8]) -> Result<()> {
         let source = {
             let state = self.state.lock();

@@ -1,8 +1,8 @@
 //! Writes, zeroes, discards and flushes as clients make them.
 //!
-//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if they are settled
-//! and have no slot; into *slots* if not; or, if large and covering whole blocks, *past the buffer*: preserve,
-//! sync, submit.
+//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if
+//! they are settled and have no slot; into *slots* if not; or, if large and covering whole blocks,
+//! *past the buffer*: preserve, sync, submit.
 
 use super::{COMMIT_BYTES, Committer, Counters, PIECE_BYTES, State, Volume};
 use crate::buffer::SECTOR;
@@ -17,7 +17,8 @@ use parking_lot::MutexGuard;
 const BYPASS_BYTES_MIN: u64 = 256 << 10;
 /// Blocks that take slots under one hold of the state lock.
 const SLOTS_AT_ONCE: u64 = 16;
-/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each block.
+/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each
+/// block.
 const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
 /// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
 const HOLE_BLOCKS_MAX: u64 = 1 << 18;
@@ -44,8 +45,8 @@ enum Content<'a> {
 }
 
 impl State {
-    /// Changes whenever a block may have been written without leaving a trace in its slots: past the buffer, after
-    /// which only an instant makes it a first change again; or by growth.
+    /// Changes whenever a block may have been written without leaving a trace in its slots: past
+    /// the buffer, after which only an instant makes it a first change again; or by growth.
     fn version(&self) -> (u64, u32, u64) {
         (self.buffer.dropped(), self.epoch, self.size_bytes)
     }
@@ -153,8 +154,8 @@ impl Volume {
         }
     }
 
-    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the caller, having
-    /// waited, must look again how the blocks are treated.
+    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the
+    /// caller, having waited, must look again how the blocks are treated.
     fn put_slots(&self, mut state: MutexGuard<'_, State>, at: u64, data: &[u8]) -> Result<u64> {
         let wanted = self.extent_of(at, to_u64(data.len())).len().min(SLOTS_AT_ONCE);
         let admitted = state.admitted_slots.saturating_sub(state.buffer.used());
@@ -218,9 +219,10 @@ impl Volume {
         (at % SECTOR != 0 || is_end_partial).then_some(first)
     }
 
-    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for them, unless the
-    /// block was written meanwhile; then once more. Holds the role: a change past the buffer that was under way
-    /// would otherwise lose the rest of those sectors to what was read here before it.
+    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for
+    /// them, unless the block was written meanwhile; then once more. Holds the role: a change past
+    /// the buffer that was under way would otherwise lose the rest of those sectors to what was
+    /// read here before it.
     fn put_patched(
         &self,
         state: MutexGuard<'_, State>,
@@ -270,8 +272,8 @@ impl Volume {
         self.commit_until(&mut committer, epoch, sequence, None)
     }
 
-    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots that come while
-    /// this runs belong to writes that overlap it in time; they follow.
+    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots
+    /// that come while this runs belong to writes that overlap it in time; they follow.
     fn change_past_buffer(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
         let pieces = match content {
             Content::Data(_) => to_u64(BATCH_BLOCKS_MAX),
@@ -342,7 +344,8 @@ impl Volume {
         }
     }
 
-    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far that is.
+    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far
+    /// that is.
     fn preserve_piece(
         &self,
         committer: &mut Committer,
@@ -386,8 +389,9 @@ impl Volume {
         Ok(if data >= limit { end } else { data / self.block_size })
     }
 
-    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped. Holes of the
-    /// origin are known to be zero without reading them, which pays where whole ranges are zeroed.
+    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped.
+    /// Holes of the origin are known to be zero without reading them, which pays where whole ranges
+    /// are zeroed.
     fn keep_extents(
         &self,
         committer: &mut Committer,
@@ -501,8 +505,9 @@ impl Volume {
         Ok(())
     }
 
-    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot, a slot or a
-    /// restore, nothing is done: a discard never costs a copy, and one that was put off could hit newer data.
+    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot,
+    /// a slot or a restore, nothing is done: a discard never costs a copy, and one that was put off
+    /// could hit newer data.
     pub fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<()> {
         let size_bytes = {
             let state = self.state.lock();

@@ -8,7 +8,6 @@ use super::{COMMIT_BYTES, Committer, Counters, PIECE_BYTES, State, Volume};
 use crate::buffer::SECTOR;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet, round_in};
-use crate::log::batch::DESCRIPTORS_MAX;
 use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
 use crate::number::{to_u64, to_usize};
 use parking_lot::MutexGuard;
@@ -360,7 +359,10 @@ impl Volume {
             let changed = unsettled.difference(&pending);
             (pending.iter().collect(), changed.iter().collect())
         };
-        let descriptors_max = to_usize(piece.len()).min(DESCRIPTORS_MAX);
+        // Room for what may come and no more: it is kept free in the log twice.
+        let pending_blocks: u64 = pending.iter().map(|e| e.len()).sum();
+        let kept_max = to_usize(pending_blocks).min(BATCH_BLOCKS_MAX);
+        let descriptors_max = kept_max + changed.len().min(BATCH_BLOCKS_MAX);
         committer.batch.begin(committer.epoch, descriptors_max);
         let mut end = piece.end;
         if !matches!(content, Content::Discard) {
@@ -400,19 +402,19 @@ impl Volume {
         size_bytes: u64,
         looks_for_holes: bool,
     ) -> Result<u64> {
+        // Copies and runs of zeroes take a descriptor each.
         let mut room = to_u64(BATCH_BLOCKS_MAX);
-        let mut notes = BATCH_BLOCKS_MAX;
         for &extent in pending {
             let mut at = extent.start;
             while at < extent.end {
-                if room == 0 || notes == 0 {
+                if room == 0 {
                     return Ok(at);
                 }
                 let hole_end =
                     if looks_for_holes { self.hole_end(at, extent.end, size_bytes)? } else { at };
                 if hole_end > at {
                     committer.batch.note(Kind::PreserveZero, Extent::new(at, hole_end));
-                    notes -= 1;
+                    room -= 1;
                     at = hole_end;
                     continue;
                 }

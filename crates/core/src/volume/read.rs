@@ -145,14 +145,19 @@ impl Volume {
         Self::check_range(&self.state.lock(), offset, length)?;
         let end = offset + length;
         let mut found = Vec::new();
-        let mut at = offset;
+        let (mut at, mut tries) = (offset, 0);
         while at < end && found.len() < extents_max {
+            tries += 1;
             let version = self.state.lock().base_version();
             let (data_start, data_end) = self.data_run(at, end)?;
             if at < data_start && !self.allocation_of_hole(at, data_start, version, &mut found) {
                 // A slot was brought to the hole after we looked for it, and is none any more.
-                continue;
+                if tries < RETRIES_MAX {
+                    continue;
+                }
+                push_status(&mut found, at, data_start, 0);
             }
+            tries = 0;
             push_status(&mut found, data_start, data_end, 0);
             at = data_end;
         }

@@ -410,6 +410,7 @@ impl Volume {
             drop(state);
             arena.note_alive(super::open::now_unix_ns());
             if is_failed {
+                self.note_failure();
                 // Nothing to be done until the volume is opened anew; do not spin on it.
                 let mut state = self.state.lock();
                 if !state.is_stopping {
@@ -420,6 +421,16 @@ impl Volume {
             if let Ok(mut committer) = self.role() {
                 self.background_step(&mut committer, is_empty, is_restoring);
             }
+        }
+    }
+
+    /// A failed origin is one across restarts, a kill included.
+    fn note_failure(&self) {
+        let Ok(mut committer) = self.role() else { return };
+        let reason = self.state.lock().origin_failure.clone();
+        if !reason.is_empty() && !committer.is_failure_noted {
+            let entry = Entry::OriginFailed { reason: reason.into_bytes() };
+            committer.is_failure_noted = committer.journal.append(&entry).is_ok();
         }
     }
 

@@ -108,6 +108,8 @@ struct Committer {
     /// Segment files and the epoch each belongs to.
     segments: BTreeMap<u32, u32>,
     drain_bytes_per_second: u64,
+    /// The journal says that the origin failed.
+    is_failure_noted: bool,
 }
 
 /// Counters since the volume was opened.

@@ -561,6 +561,9 @@ impl Parts {
             )));
         }
         volume.settle_the_past(doubt, owes_space || has_unfinished)?;
+        if is_failed {
+            volume.committer.lock().journal.append(&Entry::Recovered)?;
+        }
         volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
             let worker = Arc::clone(&volume);
@@ -668,6 +671,7 @@ impl Parts {
             epoch_max,
             segments: in_segments,
             drain_bytes_per_second: 0,
+            is_failure_noted: false,
         };
         // Slots until the past is settled; nobody can be acknowledged by them.
         let arena =
@@ -882,35 +886,42 @@ impl Volume {
     /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool can use it.
     /// A running restore is suspended: until it goes on the origin alone is not the restored disk.
     pub fn close(&self) -> Result<()> {
-        {
-            let mut committer = self.role()?;
-            let epoch = committer.epoch;
-            // Close the gate for good: what was admitted before drains, nothing else comes.
-            let upto = {
-                let mut state = self.state.lock();
-                state.is_closed = true;
-                while state.straight_in_flight > 0 {
-                    self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
-                }
-                state.buffer.last_sequence()
-            };
-            let drained = self.commit_until(&mut committer, epoch, upto, None);
-            let synced = drained.and_then(|()| self.sync_origin());
-            if let Err(error) = synced {
-                let reason = error.to_string().into_bytes();
-                // The store knows that it was not closed; this says why.
-                let _ = committer.journal.append(&Entry::OriginFailed { reason });
-                drop(committer);
-                self.abandon();
-                return Err(error);
+        let mut committer = self.role()?;
+        let epoch = committer.epoch;
+        // Close the gate for good: what was admitted before drains, nothing else comes.
+        let upto = {
+            let mut state = self.state.lock();
+            state.is_closed = true;
+            while state.straight_in_flight > 0 {
+                self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
             }
-            let Committer { log, batch, .. } = &mut *committer;
-            log.seal(batch).map_err(Error::store("sealing the log"))?;
-            let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-            committer.journal.append(&Entry::Closed { identity })?;
-            self.state.lock().buffer.arena().remove();
+            state.buffer.last_sequence()
+        };
+        let drained = self.commit_until(&mut committer, epoch, upto, None);
+        let synced = drained.and_then(|()| self.sync_origin());
+        if let Err(error) = synced {
+            let reason = error.to_string().into_bytes();
+            // The store knows that it was not closed; this says why, unless the store is what failed.
+            if !self.state.lock().origin_failure.is_empty() {
+                let _ = committer.journal.append(&Entry::OriginFailed { reason });
+            }
+            drop(committer);
+            self.abandon();
+            return Err(error);
         }
+        let closed = self.note_closed(&mut committer);
+        drop(committer);
         self.abandon();
+        closed
+    }
+
+    fn note_closed(&self, committer: &mut Committer) -> Result<()> {
+        let Committer { log, batch, .. } = committer;
+        // A full store may refuse; without it the next opening verifies the last batch, as after a power cut.
+        let _ = log.seal(batch);
+        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        committer.journal.append(&Entry::Closed { identity })?;
+        self.state.lock().buffer.arena().remove();
         Ok(())
     }
 

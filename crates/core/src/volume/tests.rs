@@ -460,7 +460,6 @@ fn when_one_of_two_syncs_fails_both_flushes_fail() {
 
 /// A failed origin could never be accepted: the decision was not written down, so each opening asked again.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_failed_origin_that_was_recovered_opens_again() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -485,7 +484,6 @@ fn a_failed_origin_that_was_recovered_opens_again() {
 
 /// Closing failed at its very end and kept the locks: the volume could neither be closed nor opened any more.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_close_that_fails_lets_go_all_the_same() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

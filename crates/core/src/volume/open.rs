@@ -3,7 +3,7 @@
 
 use super::{Committer, Counters, Restoring, State, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, read_left};
+use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, note_replaying, read_left};
 use crate::epochs::{Bookmark, Epoch, Epochs};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -635,7 +635,7 @@ impl Parts {
         if (same_origin && !is_touched) || recover != Recover::Refuse {
             let suspect = (is_touched || !same_origin)
                 .then(|| "the origin was written outside after the server was killed".to_owned());
-            let left = (recover != Recover::Discard).then_some(left);
+            let left = (recover != Recover::Discard).then_some((path, left));
             return Ok(Past { suspect, left });
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
@@ -737,7 +737,7 @@ impl Parts {
 #[derive(Default)]
 struct Past {
     suspect: Option<String>,
-    left: Option<LeftBuffer>,
+    left: Option<(PathBuf, LeftBuffer)>,
 }
 
 /// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
@@ -790,8 +790,8 @@ impl Volume {
         if let Some(reason) = past.suspect {
             self.mark_suspect(&mut committer, &reason)?;
         }
-        if let Some(left) = past.left {
-            self.replay(&mut committer, &left)?;
+        if let Some((path, left)) = past.left {
+            self.replay(&mut committer, &path, &left)?;
         }
         return_memory();
         Ok(())
@@ -825,8 +825,11 @@ impl Volume {
 
     /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are in the log
     /// or still on the origin, and the file stays until all is durable.
-    fn replay(&self, committer: &mut Committer, left: &LeftBuffer) -> Result<()> {
+    fn replay(&self, committer: &mut Committer, path: &Path, left: &LeftBuffer) -> Result<()> {
         let epoch = committer.epoch;
+        // Interrupted, it is done again; the origin is then as new as this.
+        let alive = || note_replaying(path, now_unix_ns()).map_err(Error::store("write buffer"));
+        alive()?;
         for slot in &left.slots {
             let is_full = {
                 let mut state = self.state.lock();
@@ -838,6 +841,7 @@ impl Volume {
             };
             if is_full {
                 self.commit_until(committer, epoch, u64::MAX, None)?;
+                alive()?;
             }
         }
         self.commit_until(committer, epoch, u64::MAX, None)?;

@@ -503,7 +503,6 @@ fn a_close_that_fails_lets_go_all_the_same() {
 /// A kill while buffered writes were replayed left an origin that was newer than the last sign of life: the next
 /// opening took its own writes for those of somebody else.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_replay_that_was_interrupted_is_replayed_again() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

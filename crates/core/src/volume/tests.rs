@@ -647,7 +647,6 @@ fn a_terabyte_is_discarded_and_zeroed_in_short_holds_of_the_lock() {
 
 /// Files stayed open for every segment there is: some thousand were too many for one process.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_bounded_number_of_segments_is_open_at_once() {
     let scene = Scene::new(BLOCK * 512);
     let volume = scene.open();

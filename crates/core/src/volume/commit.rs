@@ -43,6 +43,8 @@ struct Work {
     /// Union of the slots' sectors.
     mask: SectorMask,
     class: Class,
+    /// What lies beneath the slots, where that is not what the origin holds.
+    base: Option<Vec<u8>>,
 }
 
 impl State {
@@ -87,7 +89,7 @@ impl Volume {
         frozen: Option<&FrozenClasses>,
     ) -> Result<bool> {
         let started = Instant::now();
-        let (taken, arena, size_bytes) = {
+        let (mut taken, arena, size_bytes) = {
             let mut state = self.state.lock();
             let taken = state.buffer.take_batch(epoch_max, BATCH_BLOCKS_MAX);
             (taken, Arc::clone(state.buffer.arena()), state.size_bytes)
@@ -95,7 +97,14 @@ impl Volume {
         if taken.is_empty() {
             return Ok(false);
         }
-        let works = self.classify(&taken, frozen);
+        let mut works = self.classify(&taken, frozen);
+        let unreadable = self.read_bases(&mut works, size_bytes);
+        if unreadable.is_some() {
+            let is_ready = |block| works.binary_search_by_key(&block, |w| w.block).is_ok();
+            let (ready, waiting) = taken.into_iter().partition(|(block, _)| is_ready(*block));
+            taken = ready;
+            self.state.lock().buffer.put_back(&waiting);
+        }
         if let Err(error) = self.commit_works(committer, &works, &arena, size_bytes, frozen) {
             self.state.lock().buffer.put_back(&taken);
             return Err(error);
@@ -110,7 +119,24 @@ impl Volume {
         state.admitted_slots = slots.clamp(1, state.buffer.capacity());
         drop(state);
         self.room.notify_all();
-        Ok(true)
+        unreadable.map_or(Ok(true), Err)
+    }
+
+    /// Read what lies beneath slots that are brought to blocks a restore has not copied. Where the store does not
+    /// give it the slots are left out: they wait, and tell it, and no other block waits with them (P1).
+    fn read_bases(&self, works: &mut Vec<Work>, size_bytes: u64) -> Option<Error> {
+        let mut unreadable = None;
+        works.retain_mut(|work| {
+            let valid = self.valid_bytes(work.block, size_bytes).div_ceil(crate::buffer::SECTOR);
+            if !work.class.restoring || work.mask == sectors(0, valid) {
+                return true;
+            }
+            let mut base = vec![0; to_usize(self.block_size)];
+            let read = self.read_restoring(work.block, &mut base);
+            work.base = Some(base);
+            read.map_err(|error| unreadable = Some(error)).is_ok()
+        });
+        unreadable
     }
 
     fn classify(
@@ -127,7 +153,7 @@ impl Volume {
                 Some(frozen) => frozen.get(block).copied().unwrap_or_default(),
                 None => state.class(*block),
             };
-            Work { block: *block, slots: slots.clone(), mask, class }
+            Work { block: *block, slots: slots.clone(), mask, class, base: None }
         };
         taken.iter().map(work).collect()
     }
@@ -295,7 +321,7 @@ impl Volume {
         let mut composed: Vec<Option<Vec<u8>>> = Vec::with_capacity(works.len());
         for work in works {
             let is_plain = work.slots.len() == 1 && work.mask == whole && !work.class.restoring;
-            composed.push(if is_plain { None } else { Some(self.compose(work, arena)?) });
+            composed.push(if is_plain { None } else { Some(self.compose(work, arena)) });
         }
         let content = |at: usize| -> &[u8] {
             let valid = to_usize(self.valid_bytes(works[at].block, size_bytes));
@@ -340,18 +366,16 @@ impl Volume {
     }
 
     /// The block's slots over one another; over the snapshot's content if a restore has not copied it.
-    fn compose(&self, work: &Work, arena: &Arena) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; to_usize(self.block_size)];
-        if work.class.restoring {
-            self.read_restoring(work.block, &mut bytes)?;
-        }
+    fn compose(&self, work: &Work, arena: &Arena) -> Vec<u8> {
+        let base = work.base.clone();
+        let mut bytes = base.unwrap_or_else(|| vec![0; to_usize(self.block_size)]);
         let state = self.state.lock();
         for (slot, info) in state.buffer.of_block(work.block) {
             if work.slots.contains(&slot) {
                 overlay_sectors(arena.data(slot), info.mask, 0, &mut bytes);
             }
         }
-        Ok(bytes)
+        bytes
     }
 
     /// An acknowledged write did not reach the origin, or may not have: every flush and write fails from now on,
@@ -418,8 +442,15 @@ impl Volume {
                 }
                 continue;
             }
-            if let Ok(mut committer) = self.role() {
-                self.background_step(&mut committer, is_empty, is_restoring);
+            let Ok(mut committer) = self.role() else { continue };
+            let is_stuck = self.background_step(&mut committer, is_empty, is_restoring);
+            drop(committer);
+            if is_stuck {
+                // What it needs cannot be read; slots go on, and it is tried again with each batch.
+                let mut state = self.state.lock();
+                if !state.is_stopping {
+                    self.work.wait_for(&mut state, COMMIT_AGE);
+                }
             }
         }
     }
@@ -434,15 +465,22 @@ impl Volume {
         }
     }
 
-    fn background_step(&self, committer: &mut Committer, is_empty: bool, is_restoring: bool) {
+    /// True if the restore cannot go on now.
+    fn background_step(
+        &self,
+        committer: &mut Committer,
+        is_empty: bool,
+        is_restoring: bool,
+    ) -> bool {
         // Errors are latched where they occur and reported to the next flush; here nobody waits for them.
         if !is_empty {
             let epoch = committer.epoch;
             let _ = self.commit_batch(committer, epoch, None);
         }
-        if is_restoring {
-            let _ = self.restore_step(committer);
+        if is_restoring && self.restore_step(committer).is_err() {
+            return true;
         }
+        false
     }
 }
 

@@ -250,6 +250,8 @@ impl Volume {
                 blocks,
                 total_blocks: count,
                 remaining_blocks: count,
+                unreadable: std::collections::BTreeSet::new(),
+                failure: String::new(),
             });
             self.kick(&mut state);
         }

@@ -39,7 +39,7 @@ use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_u64;
 use crate::storage::Storage;
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,6 +94,10 @@ struct Restoring {
     blocks: Bitmap,
     total_blocks: u64,
     remaining_blocks: u64,
+    /// Blocks whose content could not be read, until all others are done; then they are tried again.
+    unreadable: BTreeSet<u64>,
+    /// Why; empty if all went well.
+    failure: String,
 }
 
 /// What only the holder of the role touches.

@@ -482,6 +482,8 @@ fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring
         safety_epoch: header.epoch,
         total_blocks: restore.blocks.block_count(),
         remaining_blocks: bitmap.count(),
+        unreadable: BTreeSet::new(),
+        failure: String::new(),
         blocks: bitmap,
     })
 }

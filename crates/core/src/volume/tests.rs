@@ -533,7 +533,6 @@ fn a_replay_that_was_interrupted_is_replayed_again() {
 
 /// Content that a restore needs and that is damaged stopped everything: no flush of any block succeeded again.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

@@ -290,7 +290,13 @@ impl Volume {
             descriptors.iter().filter(|d| wanted(d.kind)).map(|d| d.blocks).collect()
         };
         // A change that could not be recorded must not be missed either (P5): lost covers it.
-        let lost = blocks_of(|kind| kind != Kind::Done);
+        let mut lost = blocks_of(|kind| kind != Kind::Done);
+        let record_bytes = to_u64(lost.as_slice().len()) * 16 + 1024;
+        let is_last = committer.journal.is_short_of_room(record_bytes);
+        if is_last {
+            // The last mark there is room for covers whatever is still to change: then none is needed any more.
+            lost = ExtentSet::from_extent(Extent::new(0, self.block_count(self.size_bytes())));
+        }
         let entry = Entry::Lost { epoch, blocks: lost.clone() };
         let is_done_lost = descriptors.iter().any(|d| d.kind == Kind::Done);
         if is_done_lost || committer.journal.append(&entry).is_err() {
@@ -303,6 +309,10 @@ impl Volume {
         self.index_version.fetch_add(1, Ordering::Release);
         drop(index);
         Counters::add(&self.counters.lost_blocks, lost.block_count());
+        // While an instant is taken the bits are those of the next epoch already.
+        if is_last && self.state.lock().epoch == epoch {
+            self.settle(lost.iter());
+        }
         Ok(())
     }
 

@@ -569,7 +569,6 @@ fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
 
 /// On a full store each batch of losses took room of the journal, until that was full too and writes failed.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_full_store_never_fails_a_write() {
     let size = 16_384 * BLOCK;
     let scene = Scene::new(size);

@@ -60,6 +60,8 @@ pub struct Scan {
     pub batches: Vec<FoundBatch>,
     /// Segments that lost a batch, with the page where it began.
     pub damaged: Vec<(u32, u64)>,
+    /// First and last epoch of segments that should be there and are not: their batches are missing in the count.
+    pub missing: Vec<(u32, u32)>,
     /// Files without an intact header that hold nothing: instants that never came.
     pub unfinished: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
@@ -127,7 +129,15 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
         .values()
         .map(|s| (s.header.previous_segment, u64::from(s.header.previous_end_page)))
         .collect();
+    let mut before: Option<(u32, u64)> = None;
     for (&segment, info) in &found.segments {
+        if let Some((epoch, expected)) = before
+            && info.header.first_batch > expected
+        {
+            // The first segment of an epoch says nothing of that epoch's; a later one does.
+            let last = info.header.epoch - u32::from(info.header.ordinal == 0);
+            found.missing.push((epoch, last.max(epoch)));
+        }
         let reader = PageReader::new(segments.get(segment)?)?;
         let end_page = ends.get(&segment).copied();
         let mut cursor = Cursor {
@@ -152,6 +162,7 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
         if end_page.is_some_and(|end| cursor.page < end) {
             found.damaged.push((segment, cursor.page));
         }
+        before = Some((info.header.epoch, cursor.expected));
         let header = info.header;
         found.end.segment = segment;
         found.end.epoch = header.epoch;

@@ -461,6 +461,9 @@ fn index_of(scan: &Scan, decided: &Decided) -> Index {
     for (_, epoch) in &scan.unreadable {
         index.mark_damaged(*epoch);
     }
+    for &(first, last) in &scan.missing {
+        (first..=last).for_each(|epoch| index.mark_damaged(epoch));
+    }
     index
 }
 

@@ -604,7 +604,6 @@ fn a_full_store_never_fails_a_write() {
 
 /// A segment that is gone took its records with it, and its blocks were read from the origin.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_missing_segment_makes_its_blocks_errors() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();

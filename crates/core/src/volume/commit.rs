@@ -36,6 +36,8 @@ pub(super) type FrozenClasses = HashMap<u64, Class, foldhash::fast::FixedState>;
 
 /// Blocks of one run are read and written together up to this many.
 const RUN_BLOCKS_MAX: u64 = 64;
+/// The background thread gives up waiting for the role after this and says that the process lives.
+const ROLE_WAIT: std::time::Duration = std::time::Duration::from_secs(1);
 
 struct Work {
     block: u64,
@@ -452,7 +454,11 @@ impl Volume {
                 }
                 continue;
             }
-            let Ok(mut committer) = self.role() else { continue };
+            // Not for long: whoever has the role may keep it, and signs of life must go on.
+            let Some(mut committer) = self.committer.try_lock_for(ROLE_WAIT) else { continue };
+            if self.state.lock().is_closed {
+                continue;
+            }
             let is_stuck = self.background_step(&mut committer, is_empty, is_restoring);
             drop(committer);
             if is_stuck {

@@ -12,6 +12,7 @@ use crate::index::Content;
 use crate::journal::Entry;
 use crate::log::format::{Kind, RestoreHeader};
 use crate::number::{to_u64, to_usize};
+use parking_lot::MutexGuard;
 use std::sync::Arc;
 use std::time::{Duration, Instant as Clock};
 
@@ -158,7 +159,10 @@ impl Volume {
     }
 
     /// The origin alone is not the live disk while a restore runs: an instant has to wait for it.
-    pub(super) fn finish_restore_first(&self, committer: &mut Committer) -> Result<()> {
+    pub(super) fn finish_restore_first(
+        &self,
+        committer: &mut MutexGuard<'_, Committer>,
+    ) -> Result<()> {
         let deadline = Clock::now() + SNAPSHOT_WAIT;
         while self.restore_step(committer)? {
             if Clock::now() >= deadline {
@@ -166,6 +170,11 @@ impl Volume {
                     "a restore is still copying after {} s; take the snapshot when it is done",
                     SNAPSHOT_WAIT.as_secs()
                 )));
+            }
+            // Flushes and the buffer go on meanwhile.
+            MutexGuard::bump(committer);
+            if self.state.lock().is_closed {
+                return Err(Error::Closed);
             }
         }
         Ok(())

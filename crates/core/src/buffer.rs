@@ -103,7 +103,11 @@ impl Arena {
         let _ = std::fs::remove_file(path);
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?);
-        file.set_len(Self::bytes_for(slot_count, block_size))?;
+        let length = Self::bytes_for(slot_count, block_size);
+        file.set_len(length)?;
+        // All of it now: a memory filesystem that is full later would kill the process that writes
+        // to the mapping.
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
         let memory = MmapRaw::map_raw(&file)?;
         let mut header = Writer::default();
         header.raw(&FILE_MAGIC).u32(FILE_VERSION).raw(&identity.uuid).u64(identity.generation);
@@ -219,6 +223,13 @@ pub struct LeftBuffer {
     pub alive_unix_ns: u64,
     /// Its slots, oldest first.
     pub slots: Vec<LeftSlot>,
+}
+
+/// Note in the file of a killed process that somebody works on its slots at this time.
+pub fn note_replaying(path: &Path, unix_ns: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let file = File::options().write(true).open(path)?;
+    file.write_all_at(&unix_ns.to_le_bytes(), to_u64(ALIVE_AT))
 }
 
 /// Read the file that a killed process left; `None` if there is none, or none that is intact; the

@@ -206,21 +206,24 @@ impl Index {
 
     /// Blocks recorded as lost in epochs from `since` on, for which nothing older was kept.
     pub fn lost_since(&self, since: u32) -> ExtentSet {
-        let lost = self.epochs.range(since..).map(|(_, e)| &e.lost);
-        let mut all = lost.fold(ExtentSet::new(), |sum, set| sum.union(set));
-        if all.is_empty() {
+        let mut all = ExtentSet::new();
+        if self.epochs.range(since..).all(|(_, extents)| extents.lost.is_empty()) {
             return all;
         }
-        // A copy from an earlier epoch serves the snapshot in spite of a later loss.
-        let mut served = Vec::new();
-        let mut found = Vec::new();
-        for extent in all.iter() {
-            found.clear();
-            self.contents(extent, since, &mut found);
-            let kept = found.iter().filter(|(_, content)| *content != Content::Lost);
-            served.extend(kept.map(|(block, _)| Extent::single(*block)));
+        // A copy from the same or an earlier epoch serves the snapshot in spite of a loss. By
+        // extents: after a store was full, the whole disk may be lost.
+        let mut kept_by_epoch: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
+        let runs = self.runs.iter().flat_map(|run| run.iter().map(Record::key));
+        for (block, epoch) in runs.chain(self.tree.keys().copied()).filter(|key| key.1 >= since) {
+            kept_by_epoch.entry(epoch).or_default().push(Extent::single(block));
         }
-        all = all.difference(&ExtentSet::from_unsorted(served));
+        let mut kept = ExtentSet::new();
+        for (&epoch, extents) in self.epochs.range(since..) {
+            let later = kept_by_epoch.split_off(&(epoch + 1));
+            let upto = std::mem::replace(&mut kept_by_epoch, later).into_values().flatten();
+            kept = kept.union(&upto.chain(extents.zero.within(EVERYTHING)).collect());
+            all = all.union(&extents.lost.difference(&kept));
+        }
         all
     }
 

@@ -331,6 +331,12 @@ impl Journal {
         Ok((journal, entries))
     }
 
+    /// True if the reserve is running out: what still has to be said of a full store must be said
+    /// in one record.
+    pub fn is_short_of_room(&self, record_bytes: u64) -> bool {
+        self.end + record_bytes + RESERVE_BYTES / 4 > self.allocated
+    }
+
     /// Make a decision durable. After an error nothing more is accepted.
     pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
         if self.is_broken {

@@ -13,6 +13,9 @@ use std::sync::Arc;
 /// files.
 const SEGMENT_PAGES: u64 = (64 << 20) / PAGE;
 
+/// Segment files that are open at once, beside those in use: far below what a process may have.
+const OPEN_MAX: usize = 128;
+
 /// The file name of a segment.
 pub fn segment_name(segment: u32) -> String {
     format!("{segment:08x}.seg")
@@ -47,7 +50,7 @@ impl Segments {
             return Ok(Arc::clone(file));
         }
         let file = self.directory.open(&segment_name(segment))?;
-        self.open.write().insert(segment, Arc::clone(&file));
+        self.remember(segment, &file);
         Ok(file)
     }
 
@@ -59,8 +62,18 @@ impl Segments {
     fn create(&self, segment: u32) -> io::Result<Arc<dyn Storage>> {
         let file = self.directory.create(&segment_name(segment))?;
         self.directory.sync()?;
-        self.open.write().insert(segment, Arc::clone(&file));
+        self.remember(segment, &file);
         Ok(file)
+    }
+
+    fn remember(&self, segment: u32, file: &Arc<dyn Storage>) {
+        let mut open = self.open.write();
+        if open.len() >= OPEN_MAX {
+            // Any one: whoever reads it keeps it, and opening it again is cheap.
+            let other = open.keys().next().copied();
+            other.map(|other| open.remove(&other));
+        }
+        open.insert(segment, Arc::clone(file));
     }
 
     /// Remove a segment's file; its space goes back at once.

@@ -87,7 +87,9 @@ impl Volume {
         let flip = match flipped {
             Ok(flip) => flip,
             Err(error) => {
-                self.forget_prepared(committer, &prepared);
+                // If it stays it is an empty file without a header: a scan knows it for what it is,
+                // and removes it.
+                let _ = committer.log.discard_epoch(&prepared);
                 return Err(error);
             }
         };
@@ -255,20 +257,12 @@ impl Volume {
                 blocks,
                 total_blocks: count,
                 remaining_blocks: count,
+                unreadable: std::collections::BTreeSet::new(),
+                failure: String::new(),
             });
             self.kick(&mut state);
         }
         Ok(())
-    }
-
-    fn forget_prepared(&self, committer: &mut Committer, prepared: &Prepared) {
-        if let Err(error) = committer.log.discard_epoch(prepared) {
-            // An empty file without a header: a scan knows it for what it is, and removes it.
-            let mut state = self.state.lock();
-            if state.store_failure.is_empty() {
-                state.store_failure = error.to_string();
-            }
-        }
     }
 
     /// The instant never came: its slots and bits belong to the old epoch again. Its header may be

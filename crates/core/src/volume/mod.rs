@@ -45,7 +45,7 @@ use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_u64;
 use crate::storage::Storage;
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -100,6 +100,11 @@ struct Restoring {
     blocks: Bitmap,
     total_blocks: u64,
     remaining_blocks: u64,
+    /// Blocks whose content could not be read, until all others are done; then they are tried
+    /// again.
+    unreadable: BTreeSet<u64>,
+    /// Why; empty if all went well.
+    failure: String,
 }
 
 /// What only the holder of the role touches.
@@ -114,6 +119,8 @@ struct Committer {
     /// Segment files and the epoch each belongs to.
     segments: BTreeMap<u32, u32>,
     drain_bytes_per_second: u64,
+    /// The journal says that the origin failed.
+    is_failure_noted: bool,
 }
 
 /// Counters since the volume was opened.

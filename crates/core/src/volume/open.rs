@@ -3,7 +3,7 @@
 
 use super::{Committer, Counters, Restoring, State, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, read_left};
+use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, note_replaying, read_left};
 use crate::epochs::{Bookmark, Epoch, Epochs};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -485,6 +485,8 @@ fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring
         safety_epoch: header.epoch,
         total_blocks: restore.blocks.block_count(),
         remaining_blocks: bitmap.count(),
+        unreadable: BTreeSet::new(),
+        failure: String::new(),
         blocks: bitmap,
     })
 }
@@ -566,10 +568,10 @@ impl Parts {
                 volume.origin_path.display()
             )));
         }
+        volume.settle_the_past(doubt, owes_space || has_unfinished)?;
         if is_failed {
             volume.committer.lock().journal.append(&Entry::Recovered)?;
         }
-        volume.settle_the_past(doubt, owes_space || has_unfinished)?;
         volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
             volume.spawn("committer", Volume::run_background)?;
@@ -650,7 +652,7 @@ impl Parts {
         if (same_origin && !is_touched) || recover != Recover::Refuse {
             let suspect = (is_touched || !same_origin)
                 .then(|| "the origin was written outside after the server was killed".to_owned());
-            let left = (recover != Recover::Discard).then_some(left);
+            let left = (recover != Recover::Discard).then_some((path, left));
             return Ok(Past { suspect, left });
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
@@ -687,6 +689,7 @@ impl Parts {
             epoch_max,
             segments: in_segments,
             drain_bytes_per_second: 0,
+            is_failure_noted: false,
         };
         // Slots until the past is settled; nobody can be acknowledged by them.
         let arena =
@@ -755,7 +758,7 @@ impl Parts {
 #[derive(Default)]
 struct Past {
     suspect: Option<String>,
-    left: Option<LeftBuffer>,
+    left: Option<(PathBuf, LeftBuffer)>,
 }
 
 /// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
@@ -817,8 +820,8 @@ impl Volume {
         if let Some(reason) = past.suspect {
             self.mark_suspect(&mut committer, &reason)?;
         }
-        if let Some(left) = past.left {
-            self.replay(&mut committer, &left)?;
+        if let Some((path, left)) = past.left {
+            self.replay(&mut committer, &path, &left)?;
         }
         return_memory();
         Ok(())
@@ -852,8 +855,11 @@ impl Volume {
 
     /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are
     /// in the log or still on the origin, and the file stays until all is durable.
-    fn replay(&self, committer: &mut Committer, left: &LeftBuffer) -> Result<()> {
+    fn replay(&self, committer: &mut Committer, path: &Path, left: &LeftBuffer) -> Result<()> {
         let epoch = committer.epoch;
+        // Interrupted, it is done again; the origin is then as new as this.
+        let alive = || note_replaying(path, now_unix_ns()).map_err(Error::store("write buffer"));
+        alive()?;
         for slot in &left.slots {
             let is_full = {
                 let mut state = self.state.lock();
@@ -865,6 +871,7 @@ impl Volume {
             };
             if is_full {
                 self.commit_until(committer, epoch, u64::MAX, None)?;
+                alive()?;
             }
         }
         self.commit_until(committer, epoch, u64::MAX, None)?;
@@ -915,36 +922,45 @@ impl Volume {
     /// can use it. A running restore is suspended: until it goes on the origin alone is not the
     /// restored disk.
     pub fn close(&self) -> Result<()> {
-        {
-            let mut committer = self.role()?;
-            let epoch = committer.epoch;
-            // Close the gate for good: what was admitted before drains, nothing else comes.
-            let upto = {
-                let mut state = self.state.lock();
-                state.is_closed = true;
-                while state.straight_in_flight > 0 {
-                    self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
-                }
-                state.buffer.last_sequence()
-            };
-            let drained = self.commit_until(&mut committer, epoch, upto, None);
-            let synced = drained.and_then(|()| self.sync_origin());
-            if let Err(error) = synced {
-                let reason = error.to_string().into_bytes();
-                // The store knows that it was not closed; this says why.
-                let _ = committer.journal.append(&Entry::OriginFailed { reason });
-                drop(committer);
-                self.abandon();
-                return Err(error);
+        let mut committer = self.role()?;
+        let epoch = committer.epoch;
+        // Close the gate for good: what was admitted before drains, nothing else comes.
+        let upto = {
+            let mut state = self.state.lock();
+            state.is_closed = true;
+            while state.straight_in_flight > 0 {
+                self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
             }
-            let Committer { log, batch, .. } = &mut *committer;
-            log.seal(batch).map_err(Error::store("sealing the log"))?;
-            let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-            let next_batch = committer.log.next_batch();
-            committer.journal.append(&Entry::Closed { identity, next_batch })?;
-            self.state.lock().buffer.arena().remove();
+            state.buffer.last_sequence()
+        };
+        let drained = self.commit_until(&mut committer, epoch, upto, None);
+        let synced = drained.and_then(|()| self.sync_origin());
+        if let Err(error) = synced {
+            let reason = error.to_string().into_bytes();
+            // The store knows that it was not closed; this says why, unless the store is what
+            // failed.
+            if !self.state.lock().origin_failure.is_empty() {
+                let _ = committer.journal.append(&Entry::OriginFailed { reason });
+            }
+            drop(committer);
+            self.abandon();
+            return Err(error);
         }
+        let closed = self.note_closed(&mut committer);
+        drop(committer);
         self.abandon();
+        closed
+    }
+
+    fn note_closed(&self, committer: &mut Committer) -> Result<()> {
+        let Committer { log, batch, .. } = committer;
+        // A full store may refuse; without it the next opening verifies the last batch, as after a
+        // power cut.
+        let _ = log.seal(batch);
+        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        let next_batch = committer.log.next_batch();
+        committer.journal.append(&Entry::Closed { identity, next_batch })?;
+        self.state.lock().buffer.arena().remove();
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use crate::extent::{Extent, ExtentSet};
 use crate::journal::Entry;
 use crate::log::format::{Kind, RestoreHeader};
 use crate::number::{to_u64, to_usize};
+use parking_lot::MutexGuard;
 use std::sync::Arc;
 use std::time::{Duration, Instant as Clock};
 
@@ -143,6 +144,13 @@ impl Volume {
                 if Clock::now() >= deadline {
                     return Ok(false);
                 }
+                if let Some(failure) = state.restoring.as_ref().map(|r| r.failure.clone())
+                    && !failure.is_empty()
+                    && self.has_background
+                {
+                    let failed = Error::store("restoring")(std::io::Error::other(failure));
+                    return Err(failed);
+                }
                 if self.has_background {
                     let step = deadline.min(Clock::now() + Duration::from_millis(100));
                     self.restore_ended.wait_until(&mut state, step);
@@ -155,7 +163,10 @@ impl Volume {
     }
 
     /// The origin alone is not the live disk while a restore runs: an instant has to wait for it.
-    pub(super) fn finish_restore_first(&self, committer: &mut Committer) -> Result<()> {
+    pub(super) fn finish_restore_first(
+        &self,
+        committer: &mut MutexGuard<'_, Committer>,
+    ) -> Result<()> {
         let deadline = Clock::now() + SNAPSHOT_WAIT;
         while self.restore_step(committer)? {
             if Clock::now() >= deadline {
@@ -163,6 +174,11 @@ impl Volume {
                     "a restore is still copying after {} s; take the snapshot when it is done",
                     SNAPSHOT_WAIT.as_secs()
                 )));
+            }
+            // Flushes and the buffer go on meanwhile.
+            MutexGuard::bump(committer);
+            if self.state.lock().is_closed {
+                return Err(Error::Closed);
             }
         }
         Ok(())
@@ -175,7 +191,8 @@ impl Volume {
             let Some(restoring) = &state.restoring else { return Ok(false) };
             let all = Extent::new(0, restoring.blocks.block_count());
             let wanted = restoring.blocks.set_within(all).flat_map(|e| e.start..e.end);
-            let free = wanted.filter(|&block| !state.buffer.has(block));
+            let free =
+                wanted.filter(|&b| !state.buffer.has(b) && !restoring.unreadable.contains(&b));
             let blocks: Vec<u64> = free.take(COPY_BLOCKS).collect();
             (blocks, restoring.remaining_blocks > 0, state.buffer.last_sequence(), state.size_bytes)
         };
@@ -185,13 +202,49 @@ impl Volume {
         if blocks.is_empty() {
             // All that is left was written by clients: their slots bring it home.
             let epoch = committer.epoch;
-            return self.commit_until(committer, epoch, upto, None).map(|()| true);
+            let committed = self.commit_until(committer, epoch, upto, None);
+            return self.try_unreadable_again().and(committed).map(|()| true);
         }
         self.copy_back(committer, &blocks, size_bytes)?;
         Ok(true)
     }
 
+    /// All other blocks are done. The disk reads as restored but for these, which give errors.
+    fn try_unreadable_again(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        let Some(restoring) = &mut state.restoring else { return Ok(()) };
+        if restoring.unreadable.is_empty() {
+            return Ok(());
+        }
+        let what = format!("restoring: {} blocks cannot be read", restoring.unreadable.len());
+        restoring.unreadable.clear();
+        let failure = std::mem::take(&mut restoring.failure);
+        Err(Error::store(what)(std::io::Error::other(failure)))
+    }
+
+    /// The blocks that can be read, and their content. The others wait until all else is done.
+    fn read_back(&self, blocks: &[u64]) -> (Vec<u64>, Vec<u8>) {
+        let size = to_usize(self.block_size);
+        let (mut readable, mut content) = (Vec::with_capacity(blocks.len()), Vec::new());
+        for &block in blocks {
+            let at = content.len();
+            content.resize(at + size, 0);
+            match self.read_restoring(block, &mut content[at..]) {
+                Ok(()) => readable.push(block),
+                Err(error) => {
+                    content.truncate(at);
+                    if let Some(restoring) = &mut self.state.lock().restoring {
+                        restoring.unreadable.insert(block);
+                        restoring.failure = error.to_string();
+                    }
+                }
+            }
+        }
+        (readable, content)
+    }
+
     fn copy_back(&self, committer: &mut Committer, blocks: &[u64], size: u64) -> Result<()> {
+        let (blocks, content) = &self.read_back(blocks);
         let (pending, changed) = {
             let state = self.state.lock();
             let of = |wanted: &dyn Fn(u64) -> bool| -> Vec<u64> {
@@ -207,17 +260,13 @@ impl Volume {
         }
         self.record(committer)?;
         self.settle(runs_of(blocks.iter().copied()));
-        let mut content = Vec::new();
+        let mut rest = content.as_slice();
         for run in runs_of(blocks.iter().copied()) {
             let (offset, length) = run.to_bytes(self.block_size);
-            content.resize(to_usize(length), 0);
-            for (block, part) in
-                (run.start..run.end).zip(content.chunks_mut(to_usize(self.block_size)))
-            {
-                self.read_restoring(block, part)?;
-            }
+            let (part, later) = rest.split_at(to_usize(length));
+            rest = later;
             let valid = to_usize(length.min(size - offset));
-            let written = self.origin.write_at(offset, &content[..valid]);
+            let written = self.origin.write_at(offset, &part[..valid]);
             written.map_err(|e| self.latch_origin("restoring", e))?;
         }
         let restored: ExtentSet = runs_of(blocks.iter().copied()).collect();

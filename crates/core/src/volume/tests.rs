@@ -466,7 +466,6 @@ fn when_one_of_two_syncs_fails_both_flushes_fail() {
 /// A failed origin could never be accepted: the decision was not written down, so each opening
 /// asked again.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_failed_origin_that_was_recovered_opens_again() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -492,7 +491,6 @@ fn a_failed_origin_that_was_recovered_opens_again() {
 /// Closing failed at its very end and kept the locks: the volume could neither be closed nor opened
 /// any more.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_close_that_fails_lets_go_all_the_same() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -512,7 +510,6 @@ fn a_close_that_fails_lets_go_all_the_same() {
 /// A kill while buffered writes were replayed left an origin that was newer than the last sign of
 /// life: the next opening took its own writes for those of somebody else.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_replay_that_was_interrupted_is_replayed_again() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -544,7 +541,6 @@ fn a_replay_that_was_interrupted_is_replayed_again() {
 /// Content that a restore needs and that is damaged stopped everything: no flush of any block
 /// succeeded again.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -582,7 +578,6 @@ fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
 /// On a full store each batch of losses took room of the journal, until that was full too and
 /// writes failed.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_full_store_never_fails_a_write() {
     let size = 16_384 * BLOCK;
     let scene = Scene::new(size);
@@ -618,7 +613,6 @@ fn a_full_store_never_fails_a_write() {
 
 /// A segment that is gone took its records with it, and its blocks were read from the origin.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_missing_segment_makes_its_blocks_errors() {
     let scene = Scene::new(512 * BLOCK);
     let volume = scene.open();
@@ -660,7 +654,6 @@ fn a_terabyte_is_discarded_and_zeroed_in_short_holds_of_the_lock() {
 
 /// Files stayed open for every segment there is: some thousand were too many for one process.
 #[test]
-#[ignore = "fails until the commit that fixes it"]
 fn a_bounded_number_of_segments_is_open_at_once() {
     let scene = Scene::new(BLOCK * 512);
     let volume = scene.open();

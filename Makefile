@@ -65,7 +65,7 @@ bench: setup-test build ## Compare with the peers on this machine; prints one ta
 
 .PHONY: docs
 docs: setup-test build ## Write docs/cli.md anew from the program
-	$(BIN)/python tools/docs.py
+	$(BIN)/python -m stillblock.cli.reference > docs/cli.md
 
 .PHONY: wheel
 wheel: setup-demo $(STAMPS)/run ## The abi3 wheel that users install, in dist/
@@ -88,7 +88,7 @@ clean: ## Remove everything that was built or installed here
 # --- Gates ------------------------------------------------------------------------------------------------------
 
 .PHONY: gates
-gates: fmt lint types border layers docs-check
+gates: fmt lint types border layers
 
 .PHONY: fmt
 fmt: setup-test
@@ -111,10 +111,6 @@ border: setup-test build
 .PHONY: layers
 layers: setup-test
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo
-
-.PHONY: docs-check
-docs-check: setup-test build
-	$(BIN)/python tools/docs.py --check
 
 .PHONY: test-rust
 test-rust: setup-test

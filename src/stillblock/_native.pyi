@@ -4,7 +4,7 @@ Offsets, lengths and extents are bytes; extents are half-open `(start, end)`. Ev
 """
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import Literal, Self, final
 
 Extents = list[tuple[int, int]]
 
@@ -154,7 +154,7 @@ ContextSpec = tuple[str, Literal["selected", "changed"], int]
 class Server:
     """The NBD server: listeners, connections, exports by name."""
 
-    def __init__(self, *, connections_max: int = 64) -> None: ...
+    def __new__(cls, *, connections_max: int = 64) -> Self: ...
     def listen_unix(self, path: str) -> None: ...
     def listen_tcp(self, host: str, port: int) -> int: ...
     def add_volume(

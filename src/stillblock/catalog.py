@@ -132,7 +132,7 @@ class Catalog:
             self._connection.execute(
                 "DELETE FROM event WHERE id <= ?", (event_id - EVENTS_KEPT_MAX,)
             )
-        return Event(id=event_id, unix_ns=unix_ns, volume=volume, kind=kind, detail=dict(detail))
+        return Event(id=event_id, unix_ns=unix_ns, volume=volume, action=kind, detail=dict(detail))
 
     def events(
         self, *, volume: str | None = None, after_id: int = 0, count_max: int = 1000
@@ -145,7 +145,7 @@ class Catalog:
                 (after_id, volume, volume, count_max),
             ).fetchall()
         return tuple(
-            Event(id=i, unix_ns=t, volume=v, kind=k, detail=json.loads(d))
+            Event(id=i, unix_ns=t, volume=v, action=k, detail=json.loads(d))
             for i, t, v, k, d in reversed(rows)
         )
 

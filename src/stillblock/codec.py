@@ -56,6 +56,7 @@ def document(kind: str, value: object) -> dict[str, Any]:
     body = to_json(value)
     if not isinstance(body, dict):
         body = {"items": body}
+    assert not {"schema", "kind"} & body.keys(), "a field would hide the envelope's"
     return {"schema": SCHEMA, "kind": kind, **body}
 
 

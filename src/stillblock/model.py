@@ -435,5 +435,5 @@ class Event:
     id: int
     unix_ns: int
     volume: str
-    kind: str
+    action: str
     detail: dict[str, str | int | bool]

@@ -3,6 +3,7 @@
 use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Blocks a region spans: its words then fill one page of 4 KiB.
 const REGION_BLOCKS: u64 = 32_768;
@@ -12,7 +13,8 @@ const WORDS: usize = 512;
 enum Region {
     Zeros,
     Ones,
-    Mixed(Box<Mixed>),
+    /// Shared until one side changes: a copy of a bitmap costs no words.
+    Mixed(Arc<Mixed>),
 }
 
 #[derive(Clone)]
@@ -35,9 +37,9 @@ const fn mask(from: u64, to: u64) -> u64 {
 }
 
 impl Mixed {
-    fn uniform(value: bool) -> Box<Self> {
+    fn uniform(value: bool) -> Arc<Self> {
         let (word, ones) = if value { (u64::MAX, REGION_BLOCKS) } else { (0, 0) };
-        Box::new(Self { words: [word; WORDS], ones })
+        Arc::new(Self { words: [word; WORDS], ones })
     }
 
     fn assign(&mut self, start: u64, end: u64, value: bool) {
@@ -144,6 +146,7 @@ impl Bitmap {
             Region::Mixed(_) => {}
         }
         if let Region::Mixed(mixed) = region {
+            let mixed = Arc::make_mut(mixed);
             mixed.assign(start, end, value);
             if mixed.ones == 0 {
                 *region = Region::Zeros;
@@ -167,7 +170,8 @@ impl Bitmap {
         }
     }
 
-    /// Set every block that is set in `other`, which has as many blocks. O(regions) where one side is uniform.
+    /// Set every block that is set in `other`, which has as many blocks. O(regions) where one side
+    /// is uniform.
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(self.block_count, other.block_count, "bitmaps of one disk");
         for (mine, theirs) in self.regions.iter_mut().zip(&other.regions) {
@@ -175,6 +179,7 @@ impl Bitmap {
                 (Region::Ones, _) | (_, Region::Zeros) => {}
                 (Region::Zeros, _) | (_, Region::Ones) => *mine = theirs.clone(),
                 (Region::Mixed(a), Region::Mixed(b)) => {
+                    let a = Arc::make_mut(a);
                     a.ones = 0;
                     for (word, more) in a.words.iter_mut().zip(&b.words) {
                         *word |= more;
@@ -258,8 +263,8 @@ impl Bitmap {
     }
 }
 
-/// One bit a block for sets that are mostly empty or come in large pieces: whole leaves of 512 blocks are kept
-/// as ranges, others as words, and only where something is set.
+/// One bit a block for sets that are mostly empty or come in large pieces: whole leaves of 512
+/// blocks are kept as ranges, others as words, and only where something is set.
 #[derive(Clone, Default)]
 pub struct SparseBitmap {
     leaves: BTreeMap<u64, Box<[u64; 8]>>,
@@ -313,7 +318,9 @@ impl SparseBitmap {
         self.full.insert(joined.start, joined.end);
         let covered: Vec<u64> =
             self.leaves.range(leaves.start..leaves.end).map(|(&leaf, _)| leaf).collect();
-        covered.iter().for_each(|leaf| drop(self.leaves.remove(leaf)));
+        for leaf in covered {
+            self.leaves.remove(&leaf);
+        }
     }
 
     /// True if no block is set.

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::{Extent, ExtentSet, round_out};
 use crate::number::{to_u64, to_usize};
-use crate::volume::Volume;
+use crate::volume::{Patience, Volume};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -20,7 +20,8 @@ pub enum ExcludedReads {
     Error,
 }
 
-/// A snapshot that can be read while the disk is written. Holds the snapshot until it is closed or dropped.
+/// A snapshot that can be read while the disk is written. Holds the snapshot until it is closed or
+/// dropped.
 pub struct View {
     volume: Arc<Volume>,
     epoch: u32,
@@ -84,8 +85,8 @@ impl View {
         loop {
             let selection = self.selection()?;
             let read = self.read_selected(&selection, offset, buffer);
-            // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then looked for
-            // on the origin, where it need not be (P2).
+            // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then
+            // looked for on the origin, where it need not be (P2).
             if Arc::ptr_eq(&selection, &self.selection()?) {
                 return read;
             }
@@ -112,17 +113,20 @@ impl View {
     /// As [`View::read`] if no device must be waited for; false if one must.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         self.check(offset, to_u64(buffer.len()))?;
-        let blocks = round_out(offset, to_u64(buffer.len()), self.volume.block_size());
+        let (block_size, length) = (self.volume.block_size(), to_u64(buffer.len()));
+        let blocks = round_out(offset, length, block_size);
         let selection = self.selection()?;
-        let is_all_selected = selection.within(blocks).next() == Some(blocks);
-        if !is_all_selected || blocks.len() > PIECE_BLOCKS {
+        let is_whole = blocks.to_bytes(block_size) == (offset, length);
+        let is_selected = selection.within(blocks).next() == Some(blocks);
+        if !is_whole || !is_selected || blocks.len() > PIECE_BLOCKS {
             return Ok(false);
         }
-        let is_read = self.volume.try_read_unchanged(self.epoch, blocks, offset, buffer)?;
+        let is_read = self.volume.read_at_epoch(self.epoch, blocks, buffer, Patience::Try)?;
         Ok(is_read && Arc::ptr_eq(&selection, &self.selection()?))
     }
 
-    /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
+    /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the
+    /// buffer.
     fn bytes_in(&self, blocks: Extent, offset: u64, length: usize) -> (usize, usize) {
         let (start, bytes) = blocks.to_bytes(self.volume.block_size());
         let from = start.max(offset) - offset;
@@ -151,10 +155,12 @@ impl View {
         let (start, length) = blocks.to_bytes(self.volume.block_size());
         let is_whole = to_u64(from) + offset == start && to_u64(to - from) == length;
         if is_whole {
-            return self.volume.read_at_epoch(self.epoch, blocks, &mut buffer[from..to]);
+            let part = &mut buffer[from..to];
+            let read = self.volume.read_at_epoch(self.epoch, blocks, part, Patience::Wait);
+            return read.map(|_| ());
         }
         let mut content = vec![0; to_usize(length)];
-        self.volume.read_at_epoch(self.epoch, blocks, &mut content)?;
+        self.volume.read_at_epoch(self.epoch, blocks, &mut content, Patience::Wait)?;
         let skip = to_usize(offset + to_u64(from) - start);
         buffer[from..to].copy_from_slice(&content[skip..skip + (to - from)]);
         Ok(())

@@ -13,6 +13,19 @@ use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
 
 const BLOCK: usize = 4096;
 
+/// With `STILLBLOCK_TRACE` set every step is told and followed by a check.
+fn is_traced() -> bool {
+    std::env::var_os("STILLBLOCK_TRACE").is_some()
+}
+
+macro_rules! trace {
+    ($($what:tt)*) => {
+        if is_traced() {
+            eprintln!($($what)*);
+        }
+    };
+}
+
 /// A small, fast, seeded generator (xorshift64*); good enough to choose operations.
 struct Dice(u64);
 
@@ -93,9 +106,7 @@ impl Run<'_> {
     }
 
     fn touch(&mut self, at: usize, length: usize) {
-        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
-            eprintln!("touch {} {}", at / BLOCK, (at + length).div_ceil(BLOCK));
-        }
+        trace!("touch {} {}", at / BLOCK, (at + length).div_ceil(BLOCK));
         let blocks = (at / BLOCK) as u64..((at + length).div_ceil(BLOCK)) as u64;
         for snapshot in self.snapshots.values_mut() {
             snapshot.changed.extend(blocks.clone());
@@ -107,7 +118,7 @@ impl Run<'_> {
             return ExtentSet::from_extent(Extent::new(0, self.blocks()));
         }
         let blocks = usize::try_from(self.blocks()).expect("small");
-        (0..1 + self.dice.below(6))
+        (0..=self.dice.below(6))
             .map(|_| {
                 let start = self.dice.below(blocks) as u64;
                 Extent::new(start, (start + 1 + self.dice.below(40) as u64).min(self.blocks()))
@@ -123,9 +134,7 @@ impl Run<'_> {
 
     fn step(&mut self) {
         let choice = self.dice.below(100);
-        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
-            eprintln!("choice {choice}");
-        }
+        trace!("choice {choice}");
         match choice {
             0..50 => {
                 let longest = if self.dice.chance(10) { 600_000 } else { 3 * BLOCK };
@@ -200,9 +209,7 @@ impl Run<'_> {
             bookmark: None,
             is_deleted: false,
         };
-        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
-            eprintln!("epoch {epoch} {:?}", snapshot.selection);
-        }
+        trace!("epoch {epoch} {:?}", snapshot.selection);
         self.snapshots.insert(epoch, snapshot);
     }
 
@@ -250,9 +257,7 @@ impl Run<'_> {
     fn restore(&mut self) {
         let Some(source) = self.pick() else { return };
         let wanted = self.selection();
-        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
-            eprintln!("restore {source} {wanted:?}");
-        }
+        trace!("restore {source} {wanted:?}");
         let everything = ExtentSet::from_extent(Extent::new(0, self.blocks()));
         let status = self.volume.restore(RestoreRequest {
             source_epoch: source,
@@ -374,7 +379,8 @@ fn run(seed: u64) {
     let mut run = Run { dice, dir: dir.path(), volume, live, snapshots, cache, has_background };
     for _ in 0..150 {
         run.step();
-        if std::env::var_os("STILLBLOCK_TRACE").is_some() {
+        if is_traced() {
+            // Checking must not change what the seed does.
             let saved = run.dice.0;
             run.check();
             run.dice.0 = saved;

@@ -56,6 +56,7 @@ impl From<core::Instant> for Instant {
 }
 
 #[pyclass(frozen, get_all)]
+#[allow(clippy::struct_field_names)] // an epoch's number is its epoch, in Python too
 pub struct Epoch {
     epoch: u32,
     size_bytes: u64,

@@ -22,7 +22,7 @@ const NOT_SELECTED: u32 = 4;
 const LOST: u32 = 8;
 
 fn hex(uuid: [u8; 16]) -> String {
-    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(uuid))
 }
 
 /// One of a few words.
@@ -49,8 +49,8 @@ pub struct Volume(pub Arc<core::Volume>);
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        // A volume nobody closed is left as a kill would leave it; the next opening recovers. Views keep the
-        // engine itself alive.
+        // A volume nobody closed is left as a kill would leave it; the next opening recovers. Views
+        // keep the engine itself alive.
         self.0.abandon();
     }
 }

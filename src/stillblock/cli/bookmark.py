@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 from stillblock.cli.app import new_app
-from stillblock.cli.options import Change, Common, snapshot_of, volume_of
+from stillblock.cli.options import (
+    BookmarkRef,
+    Change,
+    Common,
+    SnapshotRef,
+    VolumeName,
+    snapshot_of,
+    volume_of,
+)
 from stillblock.cli.output import Output, age
 from stillblock.model import format_instant, format_size
 from stillblock.service.session import open_session
@@ -17,13 +25,11 @@ _CHANGE: Final = Change()
 
 
 @app.command
-def create(ref: str, name: str | None = None, /, *, common: Common = _COMMON) -> None:
+def create(ref: SnapshotRef, name: str | None = None, /, *, common: Common = _COMMON) -> None:
     """Track what changes after a snapshot, also once it is deleted; preserves nothing.
 
     Parameters
     ----------
-    ref
-        The snapshot, VOL@SNAP.
     name
         What to call the bookmark; default: as the snapshot.
     """
@@ -42,7 +48,7 @@ def create(ref: str, name: str | None = None, /, *, common: Common = _COMMON) ->
 
 
 @app.command(name="list")
-def list_(volume: str, /, *, common: Common = _COMMON) -> None:
+def list_(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     """List the bookmarks of a volume."""
     output = Output(common)
     with open_session(common.config(), volume_of(volume)) as session:
@@ -64,7 +70,7 @@ def list_(volume: str, /, *, common: Common = _COMMON) -> None:
 
 
 @app.command
-def delete(ref: str, /, *, change: Change = _CHANGE) -> None:
+def delete(ref: BookmarkRef, /, *, change: Change = _CHANGE) -> None:
     """Stop tracking since a bookmark; the next increment from it has to be a full copy."""
     output = Output(change)
     volume, name = snapshot_of(ref)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence  # noqa: TC003 - cyclopts reads the hints
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -62,6 +62,10 @@ def _to_size(_: type, tokens: Sequence[Token]) -> int:
         raise ValueError(str(error)) from error
 
 
+VolumeName = Annotated[str, Parameter(help="The volume.")]
+OptionalVolume = Annotated[str | None, Parameter(help="The volume; default: all.")]
+SnapshotRef = Annotated[str, Parameter(help="The snapshot, VOL@SNAP.")]
+BookmarkRef = Annotated[str, Parameter(help="The bookmark, VOL@NAME.")]
 Terms = Annotated[
     tuple[RuleTerm, ...],
     Parameter(

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
-from stillblock.cli.options import Change, Common, OnlyTerms, only_terms, snapshot_of, volume_of
+from stillblock.cli.options import (
+    Change,
+    Common,
+    OnlyTerms,
+    SnapshotRef,
+    VolumeName,
+    only_terms,
+    snapshot_of,
+    volume_of,
+)
 from stillblock.cli.output import Output, counted, percent
 from stillblock.errors import ExitCode
 from stillblock.model import PAUSE_LIMIT_MS_DEFAULT, RestoreProgress, format_size
@@ -28,7 +37,7 @@ _JSON_WAIT_MS: Final = 1000
 
 @app.command
 def run(
-    ref: str,
+    ref: SnapshotRef,
     /,
     *,
     only: OnlyTerms = (),
@@ -43,8 +52,6 @@ def run(
 
     Parameters
     ----------
-    ref
-        The snapshot, VOL@SNAP.
     pause_limit
         Longest time in milliseconds that writes may be held at the instant.
     wait
@@ -76,7 +83,7 @@ def run(
 
 
 @app.command
-def status(volume: str, /, *, common: Common = _COMMON) -> None:
+def status(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     """Show how far a restore is."""
     output = Output(common)
     with open_session(common.config(), volume_of(volume)) as session:

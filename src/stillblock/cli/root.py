@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path  # noqa: TC003 - cyclopts reads the hints
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
@@ -192,7 +192,7 @@ def _show_event(output: Output, event: Event) -> None:
         "event",
         event,
         lambda out: out.line(
-            f"{format_instant(event.unix_ns)} {event.volume} {event.kind} {detail}".rstrip()
+            f"{format_instant(event.unix_ns)} {event.volume} {event.action} {detail}".rstrip()
         ),
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
-from stillblock.cli.options import Common, Terms, volume_of
+from stillblock.cli.options import Common, Terms, VolumeName, volume_of
 from stillblock.cli.output import Output, counted, extents_rows, percent, show_left_out
 from stillblock.errors import UsageError
 from stillblock.model import format_size
@@ -21,7 +21,7 @@ _COMMON: Final = Common()
 
 @app.command(name="set")
 def set_(
-    volume: str,
+    volume: VolumeName,
     /,
     *,
     terms: Terms = (),
@@ -36,7 +36,7 @@ def set_(
 
 
 @app.command
-def add(volume: str, /, *, terms: Terms = (), common: Common = _COMMON) -> None:
+def add(volume: VolumeName, /, *, terms: Terms = (), common: Common = _COMMON) -> None:
     """Append terms to the standing rules of a volume."""
     if not terms:
         raise UsageError("say which terms with --include and --exclude")
@@ -45,7 +45,7 @@ def add(volume: str, /, *, terms: Terms = (), common: Common = _COMMON) -> None:
 
 
 @app.command
-def show(volume: str, /, *, common: Common = _COMMON) -> None:
+def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     """Show the standing rules of a volume."""
     with open_session(common.config(), volume_of(volume)) as session:
         _show(Output(common), session.show_rules())
@@ -53,7 +53,7 @@ def show(volume: str, /, *, common: Common = _COMMON) -> None:
 
 @app.command
 def explain(
-    volume: str,
+    volume: VolumeName,
     /,
     *,
     terms: Terms = (),

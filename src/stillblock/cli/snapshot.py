@@ -7,7 +7,15 @@ from typing import Annotated, Final
 from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
-from stillblock.cli.options import Change, Common, Terms, snapshot_of, volume_of
+from stillblock.cli.options import (
+    Change,
+    Common,
+    OptionalVolume,
+    SnapshotRef,
+    Terms,
+    snapshot_of,
+    volume_of,
+)
 from stillblock.cli.output import (
     Output,
     age,
@@ -18,7 +26,7 @@ from stillblock.cli.output import (
     show_left_out,
     size_exact,
 )
-from stillblock.errors import UsageError
+from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Receipt,
@@ -88,13 +96,20 @@ def create(
 
 
 @app.command(name="list")
-def list_(volume: str | None = None, /, *, common: Common = _COMMON) -> None:
+def list_(volume: OptionalVolume = None, /, *, common: Common = _COMMON) -> int:
     """List the snapshots of a volume, or of every volume that can be opened."""
     output, config = Output(common), common.config()
     found: list[SnapshotInfo] = []
+    code = ExitCode.OK
     for name in _volumes(volume, common):
-        with open_session(config, name) as session:
-            found += session.list_snapshots().snapshots
+        try:
+            with open_session(config, name) as session:
+                found += session.list_snapshots().snapshots
+        except StillblockError as error:
+            if volume is not None:
+                raise
+            output.warn(str(error))
+            code = ExitCode.PARTIAL
     rows = [
         (
             s.reference,
@@ -113,10 +128,11 @@ def list_(volume: str | None = None, /, *, common: Common = _COMMON) -> None:
         {"snapshots": found},
         lambda out: out.table(columns, rows, empty="no snapshots yet"),
     )
+    return code
 
 
 @app.command
-def show(ref: str, /, *, common: Common = _COMMON) -> None:
+def show(ref: SnapshotRef, /, *, common: Common = _COMMON) -> None:
     """Show one snapshot."""
     output = Output(common)
     volume, name = snapshot_of(ref)
@@ -129,7 +145,7 @@ def show(ref: str, /, *, common: Common = _COMMON) -> None:
 
 
 @app.command
-def receipt(ref: str, /, *, extents: bool = False, common: Common = _COMMON) -> None:
+def receipt(ref: SnapshotRef, /, *, extents: bool = False, common: Common = _COMMON) -> None:
     """Show the record of a snapshot: rules, what was left out and why, how consistent, when.
 
     Parameters
@@ -145,8 +161,14 @@ def receipt(ref: str, /, *, extents: bool = False, common: Common = _COMMON) -> 
 
 
 @app.command
-def rename(ref: str, name: str, /, *, common: Common = _COMMON) -> None:
-    """Give a snapshot another name."""
+def rename(ref: SnapshotRef, name: str, /, *, common: Common = _COMMON) -> None:
+    """Give a snapshot another name; readers of its export must have left.
+
+    Parameters
+    ----------
+    name
+        The new name.
+    """
     output = Output(common)
     volume, old = snapshot_of(ref)
     with open_session(common.config(), volume) as session:
@@ -155,7 +177,7 @@ def rename(ref: str, name: str, /, *, common: Common = _COMMON) -> None:
 
 
 @app.command
-def protect(ref: str, /, *, off: bool = False, common: Common = _COMMON) -> None:
+def protect(ref: SnapshotRef, /, *, off: bool = False, common: Common = _COMMON) -> None:
     """Refuse to delete a snapshot from now on.
 
     Parameters
@@ -179,7 +201,13 @@ def delete(
     force: Annotated[bool, Parameter(help="Also while clients use it: they are cut.")] = False,
     change: Change = _CHANGE,
 ) -> None:
-    """Delete snapshots; what only they needed is freed."""
+    """Delete snapshots; what only they needed is freed.
+
+    Parameters
+    ----------
+    refs
+        The snapshots, VOL@SNAP.
+    """
     if not refs:
         raise UsageError("say which snapshot to delete: VOL@SNAP")
     output, config = Output(change), change.config()
@@ -218,7 +246,7 @@ def delete(
 
 @app.command
 def diff(
-    ref: str, until: str | None = None, /, *, extents: bool = True, common: Common = _COMMON
+    ref: str, until: str | None = None, /, *, summary: bool = False, common: Common = _COMMON
 ) -> None:
     """Show what changed since a snapshot or bookmark, until a later one or until now.
 
@@ -228,6 +256,8 @@ def diff(
         The older instant, VOL@SNAP.
     until
         The later one, VOL@SNAP; default: now.
+    summary
+        Print the sum only.
     """
     output = Output(common)
     volume, since = snapshot_of(ref)
@@ -241,12 +271,12 @@ def diff(
 
     def render(out: Output) -> None:
         end = f"{volume}@{found.until}" if found.until else "now"
-        if extents and found.extents:
+        if found.extents and not summary:
             out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="")
             out.line()
         out.line(
-            f"{format_size(found.changed_bytes)} changed in {counted(len(found.extents), 'extent')} "
-            f"from {volume}@{found.since} to {end}"
+            f"{format_size(found.changed_bytes)} changed from {volume}@{found.since} to {end}, "
+            f"in {counted(len(found.extents), 'extent')}"
         )
 
     output.result("changes", found, render)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - cyclopts reads the hints
+from pathlib import Path
 from typing import Annotated, Final
 
 from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
-from stillblock.cli.options import Change, Common, Size, Terms, volume_of
+from stillblock.cli.options import Change, Common, Size, Terms, VolumeName, volume_of
 from stillblock.cli.output import Output, age, counted, percent, rules_text, size_exact
 from stillblock.errors import InUseError, UsageError
 from stillblock.model import BLOCK_SIZE_DEFAULT, VolumeEntry, format_instant, format_size
@@ -98,7 +98,7 @@ def list_(*, common: Common = _COMMON) -> None:
 
 
 @app.command
-def show(volume: str, /, *, common: Common = _COMMON) -> None:
+def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     """Show a volume: origin, store, rules, what its snapshots take."""
     output, config = Output(common), common.config()
     with open_session(config, volume_of(volume)) as session:
@@ -133,7 +133,7 @@ def show(volume: str, /, *, common: Common = _COMMON) -> None:
 
 
 @app.command
-def resize(volume: str, /, *, common: Common = _COMMON) -> None:
+def resize(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     """Take over the origin's present length, after it grew."""
     output, config = Output(common), common.config()
     with open_session(config, volume_of(volume)) as session:
@@ -149,7 +149,7 @@ def resize(volume: str, /, *, common: Common = _COMMON) -> None:
 
 
 @app.command
-def release(volume: str, /, *, common: Common = _COMMON) -> None:
+def release(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     """Stop cleanly: the origin is complete afterwards, and any tool can use it.
 
     If a process serves the volume, its clients are cut and it ends with its last volume.
@@ -162,7 +162,7 @@ def release(volume: str, /, *, common: Common = _COMMON) -> None:
 
 @app.command
 def recover(
-    volume: str,
+    volume: VolumeName,
     /,
     *,
     replay: bool = False,
@@ -218,7 +218,7 @@ def import_(
 
 @app.command
 def remove(
-    volume: str,
+    volume: VolumeName,
     /,
     *,
     keep_store: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stillblock.operations.volume import OpenVolume
 
-from stillblock.model import ExportInfo  # noqa: TC001 - the codec reads the hints
+from stillblock.model import ExportInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

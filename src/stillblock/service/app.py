@@ -93,7 +93,10 @@ def status_of(error: StillblockError) -> int:
 def _endpoint(host: Host, verb: Verb[Any, Any]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         volume = _volume(host, request.path_params["volume"])
-        asked = codec.from_json(verb.request, await _fields(request, verb))
+        try:
+            asked = codec.from_json(verb.request, await _fields(request, verb))
+        except codec.CodecError as error:
+            raise UsageError(f"{verb.name}: {error}") from error
         result = await run_in_threadpool(verb.run, volume, asked)
         return _json(codec.document(verb.name, result))
 

@@ -115,8 +115,7 @@ def serve(
     host = VolumeHost(config, options)
     with host:
         host.start(names)
-        on_ready(host.ready())
-        asyncio.run(host.run())
+        asyncio.run(host.run(on_ready=on_ready))
     return tuple(host.released)
 
 
@@ -190,8 +189,16 @@ class VolumeHost:
             control_sockets=tuple(str(path) for path, _ in self._control),
         )
 
-    async def run(self) -> None:
-        """Answer the control API until told to stop."""
+    async def run(
+        self,
+        *,
+        on_ready: Callable[[Ready], None] = lambda _: None,
+        handles_signals: bool = True,
+    ) -> None:
+        """Answer the control API until told to stop, then stop cleanly.
+
+        `on_ready` is called once requests are answered and signals mean a clean stop.
+        """
         settings = uvicorn.Config(
             create_app(self),
             lifespan="off",
@@ -200,13 +207,16 @@ class VolumeHost:
             server_header=False,
             timeout_graceful_shutdown=STOP_STREAMS_S,
         )
-        self._server = _ControlServer(settings)
+        self._server = _ControlServer(settings, on_started=lambda: on_ready(self.ready()))
+        self._server.should_exit = self._is_stopping  # asked to stop while starting
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if handles_signals else ():
             loop.add_signal_handler(number, self.stop)
-        await self._server.serve(sockets=[listening for _, listening in self._control])
-        # While the loop runs, a further signal only calls `stop`: it breaks nothing off.
-        await asyncio.to_thread(self._undo.close)
+        try:
+            await self._server.serve(sockets=[listening for _, listening in self._control])
+        finally:
+            # While the loop runs, a further signal only calls `stop`: it breaks nothing off.
+            await asyncio.to_thread(self._undo.close)
 
     def stop(self) -> None:
         """Ask for a clean stop; asking again changes nothing, for half a stop would help nobody."""
@@ -296,6 +306,15 @@ class _Hooks:
 
 class _ControlServer(uvicorn.Server):
     """uvicorn without its signal handlers: the host decides when to stop, and how."""
+
+    def __init__(self, settings: uvicorn.Config, *, on_started: Callable[[], None]) -> None:
+        super().__init__(settings)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then say so."""
+        await super().startup(sockets)
+        self._on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

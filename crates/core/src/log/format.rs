@@ -1,12 +1,15 @@
 //! Layout of segment files, pure: see `docs/formats/log.md`.
 //!
-//! A segment is a sequence of pages: its header, for the first segment of an epoch the epoch header, both of
-//! them twice, then batches. A batch is its head (header and descriptors), payload, and tail (the same again).
+//! A segment is a sequence of pages: its header, for the first segment of an epoch the epoch
+//! header, both of them twice, then batches. A batch is its head (header and descriptors), payload,
+//! and tail (the same again).
 
 use crate::codec::{Malformed, Reader, Writer};
 use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 
+/// Bytes of a segment header that its checksum covers.
+const COVERED: usize = 8 + 4 + 16 + 5 * 4 + 8 + 2 * 4;
 /// The unit of layout; everything starts at a multiple of it.
 pub const PAGE: u64 = 4096;
 /// First bytes of a segment file.
@@ -47,8 +50,8 @@ impl Position {
     }
 }
 
-/// Checksum of a block's content that also covers which block of which epoch it is, so that a payload that
-/// landed in the wrong place does not pass.
+/// Checksum of a block's content that also covers which block of which epoch it is, so that a
+/// payload that landed in the wrong place does not pass.
 pub fn payload_checksum(block: u64, epoch: u32, content: &[u8]) -> u32 {
     let mut identity = [0; 12];
     identity[..8].copy_from_slice(&block.to_le_bytes());
@@ -67,8 +70,8 @@ pub struct SegmentHeader {
     pub epoch: u32,
     /// 0 for the first segment of the epoch.
     pub ordinal: u32,
-    /// The segment written before this one, and the page where its last durable batch ended: what follows
-    /// there never became durable and was written again elsewhere.
+    /// The segment written before this one, and the page where its last durable batch ended: what
+    /// follows there never became durable and was written again elsewhere.
     pub previous_segment: u32,
     /// See `previous_segment`.
     pub previous_end_page: u32,
@@ -120,7 +123,6 @@ impl SegmentHeader {
             epoch_header_bytes: input.u32()?,
             epoch_header_crc: input.u32()?,
         };
-        const COVERED: usize = 8 + 4 + 16 + 5 * 4 + 8 + 2 * 4;
         let is_intact = input.u32()? == crc32c::crc32c(&page[..COVERED]);
         if is_intact && header.epoch_header_bytes <= EPOCH_HEADER_BYTES_MAX {
             Ok(header)

@@ -1,8 +1,9 @@
 //! Reading the log back: what was recorded, where it ends, and whether something in it is damaged.
 //!
-//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never returned, so
-//! nothing that depended on it happened. With something valid after it, it is *damage*: its blocks are
-//! unknown, and whoever would read them from the origin gets an error instead (P2).
+//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never
+//! returned, so nothing that depended on it happened. With something valid after it, it is
+//! *damage*: its blocks are unknown, and whoever would read them from the origin gets an error
+//! instead (P2).
 
 use super::format::{
     BATCH_BLOCKS_MAX, BatchHeader, Descriptor, EpochHeader, Kind, PAGE, Position, SegmentError,
@@ -11,7 +12,7 @@ use super::format::{
 use super::writer::{LogEnd, Segments, segment_number};
 use crate::number::{to_u64, to_usize};
 use crate::storage::Storage;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
@@ -64,8 +65,30 @@ pub struct Scan {
     pub unfinished: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
     pub unreadable: Vec<(u32, u32)>,
+    /// Files that others name as their predecessors and that are not there, or hold nothing, with
+    /// the last epoch whose records they may have held.
+    pub missing: Vec<(u32, u32)>,
     /// Where to go on.
     pub end: LogEnd,
+}
+
+impl Scan {
+    /// The log was closed before the batch `next_batch`; if it ends earlier now, its tail is gone.
+    pub fn expect_end(&mut self, next_batch: u64) {
+        let last = self.segments.values().next_back().map(|s| s.header);
+        if let Some(last) = last.filter(|_| self.end.next_sequence < next_batch) {
+            self.missing.push((last.segment + 1, last.epoch));
+        }
+    }
+
+    /// Segments that lost records, with the last epoch whose records those may have been.
+    pub fn losses(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let damaged = self
+            .damaged
+            .iter()
+            .filter_map(|(segment, _)| Some((*segment, self.segments.get(segment)?.header.epoch)));
+        damaged.chain(self.unreadable.iter().copied()).chain(self.missing.iter().copied())
+    }
 }
 
 /// Why a log cannot be read.
@@ -75,7 +98,7 @@ pub enum ScanError {
     #[error("cannot read the log: {0}")]
     Io(#[from] io::Error),
     /// Written by a newer version of the program.
-    #[error("log segment {segment:08x} has {error}")]
+    #[error("log segment {segment:08x}: {error}")]
     Version {
         /// Which file.
         segment: u32,
@@ -84,8 +107,14 @@ pub enum ScanError {
     },
 }
 
-/// Read the whole log. Writes nothing.
-pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan, ScanError> {
+/// Read the whole log. Writes nothing. `aborted` are instants that failed: what is left of their
+/// headers says nothing, least of all where the segment before ends, since that went on.
+pub fn scan(
+    segments: &Segments,
+    uuid: [u8; 16],
+    block_size: u64,
+    aborted: &BTreeSet<u32>,
+) -> Result<Scan, ScanError> {
     let mut found = Scan::default();
     let names = segments.directory().list()?;
     let mut numbers: Vec<u32> = names.iter().filter_map(|n| segment_number(n)).collect();
@@ -94,6 +123,9 @@ pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan
         found.end.segment_max = found.end.segment_max.max(segment);
         let reader = PageReader::new(segments.get(segment)?)?;
         match read_header(&reader) {
+            Ok((header, _)) if header.uuid == uuid && aborted.contains(&header.epoch) => {
+                found.unfinished.push(segment);
+            }
             Ok((header, epoch_header)) if header.uuid == uuid && header.segment == segment => {
                 found.segments.insert(segment, FoundSegment { header, epoch_header });
             }
@@ -106,9 +138,27 @@ pub fn scan(segments: &Segments, uuid: [u8; 16], block_size: u64) -> Result<Scan
             },
         }
     }
+    find_missing(&mut found);
     scan_batches(segments, uuid, &mut found)?;
-    cut_torn_payload(segments, block_size, &mut found)?;
+    cut_torn_payload(segments, block_size, &mut found);
     Ok(found)
+}
+
+/// Whole epochs are removed from the front of the log once nobody needs them; any other gap is a
+/// loss.
+fn find_missing(found: &mut Scan) {
+    let is_there = |segment: u32| {
+        found.segments.contains_key(&segment) || found.unreadable.iter().any(|u| u.0 == segment)
+    };
+    let later = found.segments.values().skip(1).map(|s| s.header);
+    let broken = later.filter(|header| !is_there(header.previous_segment));
+    found.missing = broken
+        .map(|header| {
+            let is_same_epoch = header.ordinal > 0;
+            let last = if is_same_epoch { header.epoch } else { header.epoch.saturating_sub(1) };
+            (header.previous_segment, last)
+        })
+        .collect();
 }
 
 fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result<(), ScanError> {
@@ -153,18 +203,14 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
     Ok(())
 }
 
-/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its payload
-/// is intact.
-fn cut_torn_payload(
-    segments: &Segments,
-    block_size: u64,
-    found: &mut Scan,
-) -> Result<(), ScanError> {
-    let Some(last) = found.batches.last() else { return Ok(()) };
+/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its
+/// payload is intact.
+fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
+    let Some(last) = found.batches.last() else { return };
     let is_at_end = last.segment == found.end.segment
         && last.page + last.header.total_pages() == found.end.page;
     if !is_at_end {
-        return Ok(());
+        return;
     }
     let mut content = vec![0; to_usize(block_size)];
     let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
@@ -176,7 +222,6 @@ fn cut_torn_payload(
         found.end.next_sequence = last.header.sequence;
         found.batches.pop();
     }
-    Ok(())
 }
 
 /// True if a segment file without a header holds no record: an instant that never came.

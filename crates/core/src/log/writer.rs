@@ -9,8 +9,12 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
-/// Pages of a segment file: 64 MiB, so that a year of small epochs and one huge one both have few files.
+/// Pages of a segment file: 64 MiB, so that a year of small epochs and one huge one both have few
+/// files.
 const SEGMENT_PAGES: u64 = (64 << 20) / PAGE;
+
+/// Segment files that are open at once, beside those in use: far below what a process may have.
+const OPEN_MAX: usize = 128;
 
 /// The file name of a segment.
 pub fn segment_name(segment: u32) -> String {
@@ -46,7 +50,7 @@ impl Segments {
             return Ok(Arc::clone(file));
         }
         let file = self.directory.open(&segment_name(segment))?;
-        self.open.write().insert(segment, Arc::clone(&file));
+        self.remember(segment, &file);
         Ok(file)
     }
 
@@ -58,8 +62,18 @@ impl Segments {
     fn create(&self, segment: u32) -> io::Result<Arc<dyn Storage>> {
         let file = self.directory.create(&segment_name(segment))?;
         self.directory.sync()?;
-        self.open.write().insert(segment, Arc::clone(&file));
+        self.remember(segment, &file);
         Ok(file)
+    }
+
+    fn remember(&self, segment: u32, file: &Arc<dyn Storage>) {
+        let mut open = self.open.write();
+        if open.len() >= OPEN_MAX {
+            // Any one: whoever reads it keeps it, and opening it again is cheap.
+            let other = open.keys().next().copied();
+            other.map(|other| open.remove(&other));
+        }
+        open.insert(segment, Arc::clone(file));
     }
 
     /// Remove a segment's file; its space goes back at once.
@@ -150,6 +164,11 @@ impl LogWriter {
         })
     }
 
+    /// Sequence number of the next batch; 0 if no epoch is open.
+    pub fn next_batch(&self) -> u64 {
+        if self.current.is_some() { self.next_sequence } else { 0 }
+    }
+
     /// Bytes appended since the volume was opened.
     pub fn appended_bytes(&self) -> u64 {
         self.appended_bytes
@@ -184,8 +203,9 @@ impl LogWriter {
         Ok(Prepared { segment, file: self.segments.create(segment)? })
     }
 
-    /// Make the epoch header durable: **the commit of an instant**. On an error the header may be durable
-    /// all the same; the caller must call [`Self::discard_epoch`] and not go on if that fails.
+    /// Make the epoch header durable: **the commit of an instant**. On an error the header may be
+    /// durable all the same; the caller must call [`Self::discard_epoch`] and not go on if that
+    /// fails.
     pub fn commit_epoch(&mut self, prepared: &Prepared, epoch: u32, blob: &[u8]) -> io::Result<()> {
         let header = self.header(prepared.segment, epoch, 0, blob);
         let mut copy = header.encode();
@@ -214,9 +234,10 @@ impl LogWriter {
         self.segments.directory().sync()
     }
 
-    /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch, and takes the
-    /// batch for torn if it is not intact. It must not be last once its payload is punched, and is better not last
-    /// when the volume is closed, since damage could then not be told from a torn tail.
+    /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch,
+    /// and takes the batch for torn if it is not intact. It must not be last once its payload is
+    /// punched, and is better not last when the volume is closed, since damage could then not be
+    /// told from a torn tail.
     pub fn seal(&mut self, batch: &mut BatchBuilder) -> io::Result<()> {
         let Some(epoch) = self.current.as_ref().map(|c| c.epoch) else { return Ok(()) };
         if self.is_open_ended {
@@ -227,8 +248,8 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Stop using the current segment if it is one of these; only when no record will be made until the next
-    /// instant.
+    /// Stop using the current segment if it is one of these; only when no record will be made until
+    /// the next instant.
     pub fn close_if(&mut self, segments: &[u32]) {
         if self.current.as_ref().is_some_and(|current| segments.contains(&current.segment)) {
             self.previous = self.end_of_current();
@@ -238,8 +259,9 @@ impl LogWriter {
 
     /// Append a batch and make it durable; tells the segment and the page it begins at.
     ///
-    /// After a failure the segment is closed at its last durable batch and the batch is written once more,
-    /// elsewhere; if that fails too, nothing of it is durable as far as anyone may rely on.
+    /// After a failure the segment is closed at its last durable batch and the batch is written
+    /// once more, elsewhere; if that fails too, nothing of it is durable as far as anyone may rely
+    /// on.
     pub fn append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
         let first = self.try_append(batch);
         if first.is_ok() {

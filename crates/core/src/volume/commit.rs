@@ -1,8 +1,8 @@
 //! The committer: makes old content durable, then lets the new content go to the origin.
 //!
-//! A batch of slots goes through: read the old content of pending blocks; append the records, one sync; publish
-//! them in the index; clear the bits; only then submit the new content to the origin; drop the slots when that
-//! is done (P2, P6). Nothing here waits for a client.
+//! A batch of slots goes through: read the old content of pending blocks; append the records, one
+//! sync; publish them in the index; clear the bits; only then submit the new content to the origin;
+//! drop the slots when that is done (P2, P6). Nothing here waits for a client.
 
 use super::{
     ADMIT_BYTES_MIN, COMMIT_AGE, COMMIT_BYTES, Committer, Counters, DRAIN_TIME, State, Volume,
@@ -34,8 +34,13 @@ pub(super) struct Class {
 /// The bits of blocks with slots as they were when an instant was taken.
 pub(super) type FrozenClasses = HashMap<u64, Class, foldhash::fast::FixedState>;
 
+/// How often the process says that it lives; far below the doubt that is allowed, `ALIVE_SLACK_NS`.
+const HEARTBEAT: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// Blocks of one run are read and written together up to this many.
 const RUN_BLOCKS_MAX: u64 = 64;
+/// The background thread gives up waiting for the role after this and says that the process lives.
+const ROLE_WAIT: std::time::Duration = std::time::Duration::from_secs(1);
 
 struct Work {
     block: u64,
@@ -43,6 +48,8 @@ struct Work {
     /// Union of the slots' sectors.
     mask: SectorMask,
     class: Class,
+    /// What lies beneath the slots, where that is not what the origin holds.
+    base: Option<Vec<u8>>,
 }
 
 impl State {
@@ -87,7 +94,7 @@ impl Volume {
         frozen: Option<&FrozenClasses>,
     ) -> Result<bool> {
         let started = Instant::now();
-        let (taken, arena, size_bytes) = {
+        let (mut taken, arena, size_bytes) = {
             let mut state = self.state.lock();
             let taken = state.buffer.take_batch(epoch_max, BATCH_BLOCKS_MAX);
             (taken, Arc::clone(state.buffer.arena()), state.size_bytes)
@@ -95,7 +102,14 @@ impl Volume {
         if taken.is_empty() {
             return Ok(false);
         }
-        let works = self.classify(&taken, frozen);
+        let mut works = self.classify(&taken, frozen);
+        let unreadable = self.read_bases(&mut works, size_bytes);
+        if unreadable.is_some() {
+            let is_ready = |block| works.binary_search_by_key(&block, |w| w.block).is_ok();
+            let (ready, waiting) = taken.into_iter().partition(|(block, _)| is_ready(*block));
+            taken = ready;
+            self.state.lock().buffer.put_back(&waiting);
+        }
         if let Err(error) = self.commit_works(committer, &works, &arena, size_bytes, frozen) {
             self.state.lock().buffer.put_back(&taken);
             return Err(error);
@@ -110,7 +124,25 @@ impl Volume {
         state.admitted_slots = slots.clamp(1, state.buffer.capacity());
         drop(state);
         self.room.notify_all();
-        Ok(true)
+        unreadable.map_or(Ok(true), Err)
+    }
+
+    /// Read what lies beneath slots that are brought to blocks a restore has not copied. Where the
+    /// store does not give it the slots are left out: they wait, and tell it, and no other block
+    /// waits with them (P1).
+    fn read_bases(&self, works: &mut Vec<Work>, size_bytes: u64) -> Option<Error> {
+        let mut unreadable = None;
+        works.retain_mut(|work| {
+            let valid = self.valid_bytes(work.block, size_bytes).div_ceil(crate::buffer::SECTOR);
+            if !work.class.restoring || work.mask == sectors(0, valid) {
+                return true;
+            }
+            let mut base = vec![0; to_usize(self.block_size)];
+            let read = self.read_restoring(work.block, &mut base);
+            work.base = Some(base);
+            read.map_err(|error| unreadable = Some(error)).is_ok()
+        });
+        unreadable
     }
 
     fn classify(
@@ -127,7 +159,7 @@ impl Volume {
                 Some(frozen) => frozen.get(block).copied().unwrap_or_default(),
                 None => state.class(*block),
             };
-            Work { block: *block, slots: slots.clone(), mask, class }
+            Work { block: *block, slots: slots.clone(), mask, class, base: None }
         };
         taken.iter().map(work).collect()
     }
@@ -158,8 +190,8 @@ impl Volume {
         if restored.is_empty() { Ok(()) } else { self.finish_restored(committer, &restored) }
     }
 
-    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its source: the
-    /// client's write goes on (P1).
+    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its
+    /// source: the client's write goes on (P1).
     pub(super) fn keep_old_content(
         &self,
         committer: &mut Committer,
@@ -205,8 +237,9 @@ impl Volume {
         }
     }
 
-    /// Make the batch durable and publish what it says. If the store fails twice, the originals are lost, which
-    /// is made durable in the journal's reserve; only if that fails too, the writes cannot go on.
+    /// Make the batch durable and publish what it says. If the store fails twice, the originals are
+    /// lost, which is made durable in the journal's reserve; only if that fails too, the writes
+    /// cannot go on.
     pub(super) fn record(&self, committer: &mut Committer) -> Result<()> {
         if committer.batch.is_empty() {
             return Ok(());
@@ -264,7 +297,14 @@ impl Volume {
             descriptors.iter().filter(|d| wanted(d.kind)).map(|d| d.blocks).collect()
         };
         // A change that could not be recorded must not be missed either (P5): lost covers it.
-        let lost = blocks_of(|kind| kind != Kind::Done);
+        let mut lost = blocks_of(|kind| kind != Kind::Done);
+        let record_bytes = to_u64(lost.as_slice().len()) * 16 + 1024;
+        let is_last = committer.journal.is_short_of_room(record_bytes);
+        if is_last {
+            // The last mark there is room for covers whatever is still to change: then none is
+            // needed any more.
+            lost = ExtentSet::from_extent(Extent::new(0, self.block_count(self.size_bytes())));
+        }
         let entry = Entry::Lost { epoch, blocks: lost.clone() };
         let is_done_lost = descriptors.iter().any(|d| d.kind == Kind::Done);
         if is_done_lost || committer.journal.append(&entry).is_err() {
@@ -277,6 +317,10 @@ impl Volume {
         self.index_version.fetch_add(1, Ordering::Release);
         drop(index);
         Counters::add(&self.counters.lost_blocks, lost.block_count());
+        // While an instant is taken the bits are those of the next epoch already.
+        if is_last && self.state.lock().epoch == epoch {
+            self.settle(lost.iter());
+        }
         Ok(())
     }
 
@@ -295,7 +339,7 @@ impl Volume {
         let mut composed: Vec<Option<Vec<u8>>> = Vec::with_capacity(works.len());
         for work in works {
             let is_plain = work.slots.len() == 1 && work.mask == whole && !work.class.restoring;
-            composed.push(if is_plain { None } else { Some(self.compose(work, arena)?) });
+            composed.push(if is_plain { None } else { Some(self.compose(work, arena)) });
         }
         let content = |at: usize| -> &[u8] {
             let valid = to_usize(self.valid_bytes(works[at].block, size_bytes));
@@ -304,7 +348,8 @@ impl Volume {
                 None => &arena.data(works[at].slots[0])[..valid],
             }
         };
-        // A restored block is written whole: its other sectors are still those from before the restore.
+        // A restored block is written whole: its other sectors are still those from before the
+        // restore.
         let is_whole = |work: &Work, at: usize| {
             let valid = to_u64(content(at).len()).div_ceil(crate::buffer::SECTOR);
             work.class.restoring || work.mask == sectors(0, valid)
@@ -339,23 +384,23 @@ impl Volume {
         Ok(())
     }
 
-    /// The block's slots over one another; over the snapshot's content if a restore has not copied it.
-    fn compose(&self, work: &Work, arena: &Arena) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; to_usize(self.block_size)];
-        if work.class.restoring {
-            self.read_restoring(work.block, &mut bytes)?;
-        }
+    /// The block's slots over one another; over the snapshot's content if a restore has not copied
+    /// it.
+    fn compose(&self, work: &Work, arena: &Arena) -> Vec<u8> {
+        let base = work.base.clone();
+        let mut bytes = base.unwrap_or_else(|| vec![0; to_usize(self.block_size)]);
         let state = self.state.lock();
         for (slot, info) in state.buffer.of_block(work.block) {
             if work.slots.contains(&slot) {
                 overlay_sectors(arena.data(slot), info.mask, 0, &mut bytes);
             }
         }
-        Ok(bytes)
+        bytes
     }
 
-    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails from now on,
-    /// across restarts, until somebody looked. A later sync that "succeeds" proves nothing.
+    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails
+    /// from now on, across restarts, until somebody looked. A later sync that "succeeds" proves
+    /// nothing.
     pub(super) fn latch_origin(&self, what: &str, source: std::io::Error) -> Error {
         let mut state = self.state.lock();
         if state.origin_failure.is_empty() {
@@ -368,6 +413,16 @@ impl Volume {
     /// Make completed writes to the origin durable; needs no role.
     pub(super) fn sync_origin(&self) -> Result<()> {
         Self::check_writable(&self.state.lock())?;
+        // One at a time: the kernel tells a failed write-back to one caller only, and the others
+        // would take their writes for durable. Who waited is served by a sync that began after it
+        // came.
+        let begun = self.syncs_begun.load(Ordering::Acquire);
+        let _turn = self.syncing.lock();
+        Self::check_writable(&self.state.lock())?;
+        if self.syncs_begun.load(Ordering::Acquire) > begun {
+            return Ok(());
+        }
+        self.syncs_begun.fetch_add(1, Ordering::AcqRel);
         self.origin.sync().map_err(|e| self.latch_origin("making writes durable", e))
     }
 
@@ -375,7 +430,7 @@ impl Volume {
     pub(super) fn run_background(&self) {
         loop {
             let mut state = self.state.lock();
-            while !(state.is_stopping || state.is_kicked || self.has_work(&state)) {
+            while !(state.is_stopping || state.is_kicked || has_work(&state)) {
                 let timed_out = self.work.wait_for(&mut state, std::time::Duration::from_secs(1));
                 if timed_out.timed_out() {
                     break;
@@ -397,10 +452,9 @@ impl Volume {
             state.is_kicked = false;
             let (is_empty, is_restoring) = (state.buffer.is_empty(), state.restoring.is_some());
             let is_failed = !state.origin_failure.is_empty() || !state.store_failure.is_empty();
-            let arena = Arc::clone(state.buffer.arena());
             drop(state);
-            arena.note_alive(super::open::now_unix_ns());
             if is_failed {
+                self.note_failure();
                 // Nothing to be done until the volume is opened anew; do not spin on it.
                 let mut state = self.state.lock();
                 if !state.is_stopping {
@@ -408,26 +462,66 @@ impl Volume {
                 }
                 continue;
             }
-            if let Ok(mut committer) = self.role() {
-                self.background_step(&mut committer, is_empty, is_restoring);
+            // Not for long: whoever has the role may keep it, and signs of life must go on.
+            let Some(mut committer) = self.committer.try_lock_for(ROLE_WAIT) else { continue };
+            if self.state.lock().is_closed {
+                continue;
+            }
+            let is_stuck = self.background_step(&mut committer, is_empty, is_restoring);
+            drop(committer);
+            if is_stuck {
+                // What it needs cannot be read; slots go on, and it is tried again with each batch.
+                let mut state = self.state.lock();
+                if !state.is_stopping {
+                    self.work.wait_for(&mut state, COMMIT_AGE);
+                }
             }
         }
     }
 
-    fn has_work(&self, state: &State) -> bool {
-        !state.buffer.is_empty() || state.restoring.is_some()
+    /// The heartbeat: says in the write buffer that the process lives, so that whoever finds it
+    /// killed can tell its last writes to the origin from somebody else's. A thread of its own,
+    /// since the committer may wait for a device for long.
+    pub(super) fn run_heartbeat(&self) {
+        let mut state = self.state.lock();
+        while !state.is_stopping {
+            state.buffer.arena().note_alive(super::open::now_unix_ns());
+            self.stopping.wait_for(&mut state, HEARTBEAT);
+        }
     }
 
-    fn background_step(&self, committer: &mut Committer, is_empty: bool, is_restoring: bool) {
-        // Errors are latched where they occur and reported to the next flush; here nobody waits for them.
+    /// A failed origin is one across restarts, a kill included.
+    fn note_failure(&self) {
+        let Ok(mut committer) = self.role() else { return };
+        let reason = self.state.lock().origin_failure.clone();
+        if !reason.is_empty() && !committer.is_failure_noted {
+            let entry = Entry::OriginFailed { reason: reason.into_bytes() };
+            committer.is_failure_noted = committer.journal.append(&entry).is_ok();
+        }
+    }
+
+    /// True if the restore cannot go on now.
+    fn background_step(
+        &self,
+        committer: &mut Committer,
+        is_empty: bool,
+        is_restoring: bool,
+    ) -> bool {
+        // Errors are latched where they occur and reported to the next flush; here nobody waits for
+        // them.
         if !is_empty {
             let epoch = committer.epoch;
             let _ = self.commit_batch(committer, epoch, None);
         }
-        if is_restoring {
-            let _ = self.restore_step(committer);
+        if is_restoring && self.restore_step(committer).is_err() {
+            return true;
         }
+        false
     }
+}
+
+fn has_work(state: &State) -> bool {
+    !state.buffer.is_empty() || state.restoring.is_some()
 }
 
 impl Committer {

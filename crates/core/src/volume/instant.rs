@@ -1,8 +1,9 @@
 //! Taking a snapshot: a flip with no I/O inside, then a commit behind it.
 //!
-//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the origin is made
-//! durable (unchanged blocks will be read from it), and the header of the new epoch is written: that header is
-//! the commit. Only then may newer slots be committed, and only then is the snapshot acknowledged.
+//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the
+//! origin is made durable (unchanged blocks will be read from it), and the header of the new epoch
+//! is written: that header is the commit. Only then may newer slots be committed, and only then is
+//! the snapshot acknowledged.
 
 use super::commit::FrozenClasses;
 use super::restore::PreparedRestore;
@@ -19,7 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant as Clock};
 
-/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is left after.
+/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is
+/// left after.
 const DRAIN_ROUNDS: u32 = 2;
 
 /// What to keep, and how long writers may be held.
@@ -85,7 +87,9 @@ impl Volume {
         let flip = match flipped {
             Ok(flip) => flip,
             Err(error) => {
-                self.forget_prepared(committer, &prepared);
+                // If it stays it is an empty file without a header: a scan knows it for what it is,
+                // and removes it.
+                let _ = committer.log.discard_epoch(&prepared);
                 return Err(error);
             }
         };
@@ -131,12 +135,16 @@ impl Volume {
         Ok(())
     }
 
-    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight already.
+    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
+    /// already.
     fn flip(&self, epoch: u32, selection: &Arc<ExtentSet>, limit: Duration) -> Result<Flip> {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
-        let selected = Bitmap::from_set(blocks, selection);
+        // Bits change only in the hands of the committer role, which is ours: what is made of them
+        // here is what they are at the flip, where both bitmaps are swapped in.
+        let mut pending = self.state.lock().pending.clone();
+        pending.merge(&Bitmap::from_set(blocks, selection));
 
         let mut state = self.state.lock();
         let closed = Clock::now();
@@ -149,10 +157,9 @@ impl Volume {
             return Err(error);
         }
         let frozen = state.freeze_classes();
-        state.unsettled = unsettled;
-        // The words of a fresh bitmap were made above; with few snapshots this is a swap of regions.
-        state.pending.merge(&selected);
-        for (&block, _) in &frozen {
+        let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
+        let old_pending = std::mem::replace(&mut state.pending, pending);
+        for &block in frozen.keys() {
             let value = selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
         }
@@ -164,11 +171,13 @@ impl Volume {
         let pause = closed.elapsed();
         drop(state);
         self.gate_opened.notify_all();
+        drop((old_unsettled, old_pending));
         self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
         Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
     }
 
-    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the instant.
+    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the
+    /// instant.
     fn wait_drained(
         &self,
         state: &mut MutexGuard<'_, State>,
@@ -179,7 +188,8 @@ impl Volume {
             let waited = self.drained.wait_until(state, closed + limit);
             if waited.timed_out() && state.straight_in_flight > 0 {
                 return Err(Error::PauseTimeout(format!(
-                    "{} writes did not finish within the pause limit of {} ms; no snapshot was taken, \
+                    "{} writes did not finish within the pause limit of {} ms; no snapshot was \
+                     taken, \
                      writes go on; try again or raise --pause-limit",
                     state.straight_in_flight,
                     limit.as_millis()
@@ -247,24 +257,17 @@ impl Volume {
                 blocks,
                 total_blocks: count,
                 remaining_blocks: count,
+                unreadable: std::collections::BTreeSet::new(),
+                failure: String::new(),
             });
             self.kick(&mut state);
         }
         Ok(())
     }
 
-    fn forget_prepared(&self, committer: &mut Committer, prepared: &Prepared) {
-        if let Err(error) = committer.log.discard_epoch(prepared) {
-            // An empty file without a header: a scan knows it for what it is, and removes it.
-            let mut state = self.state.lock();
-            if state.store_failure.is_empty() {
-                state.store_failure = error.to_string();
-            }
-        }
-    }
-
-    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be durable in
-    /// spite of the error; if it can neither be removed nor denied, nothing more may be recorded.
+    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
+    /// durable in spite of the error; if it can neither be removed nor denied, nothing more may be
+    /// recorded.
     fn abort_instant(
         &self,
         committer: &mut Committer,
@@ -275,14 +278,14 @@ impl Volume {
         let is_denied = committer.journal.append(&Entry::Aborted { epoch }).is_ok();
         let is_removed = committer.log.discard_epoch(prepared).is_ok();
         let before = committer.epoch;
+        // Made before the state is locked: the registry comes first in the order of locks.
+        let (unsettled, pending) = self.bits(before, self.block_count(self.size_bytes()));
         let mut state = self.state.lock();
         if !is_denied && !is_removed {
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
         }
         state.epoch = before;
         state.buffer.merge_epochs(before);
-        let blocks = self.block_count(state.size_bytes);
-        let (unsettled, pending) = self.bits(before, blocks);
         (state.unsettled, state.pending) = (unsettled, pending);
         error
     }

@@ -1,25 +1,34 @@
 //! One origin with its store: the state that every request meets, and who may change it.
 //!
 //! - [`open`] makes, opens and closes volumes, and rebuilds all state from the store.
-//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes behind it.
+//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
+//!   behind it.
+//! - [`past`] reads what blocks were at an instant.
 //! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
 //!
-//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the log, to decide in
-//! the journal, to change bits downwards and to begin epochs. Any thread may take the role: the background
-//! thread, a flush, a snapshot. Clients never need it for reads, straight writes and writes that find a slot.
+//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
+//! log, to decide in the journal, to change bits downwards and to begin epochs. Any thread may take
+//! the role: the background thread, a flush, a snapshot. Clients never need it for reads, straight
+//! writes and writes that find a slot.
 //!
-//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held across I/O.
-//! `punching` is taken by readers of preserved content, last, and across their read of the store.
+//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held
+//! across I/O. `syncing` comes after `committer` and before the others, across a sync of the
+//! origin. `punching` is taken by readers of preserved content, last, and across their read of the
+//! store.
 
 mod commit;
 mod instant;
 pub mod open;
+mod past;
 mod read;
 mod release;
 mod restore;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
+pub(crate) use past::Patience;
 pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
@@ -36,7 +45,7 @@ use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_u64;
 use crate::storage::Storage;
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -55,6 +64,7 @@ const DRAIN_TIME: Duration = Duration::from_millis(500);
 const ADMIT_BYTES_MIN: u64 = 4 << 20;
 
 /// What requests see and change; every access is short and in memory.
+#[allow(clippy::struct_excessive_bools)] // five questions, each with its own answer
 struct State {
     /// Writes admitted now belong to it.
     epoch: u32,
@@ -90,6 +100,11 @@ struct Restoring {
     blocks: Bitmap,
     total_blocks: u64,
     remaining_blocks: u64,
+    /// Blocks whose content could not be read, until all others are done; then they are tried
+    /// again.
+    unreadable: BTreeSet<u64>,
+    /// Why; empty if all went well.
+    failure: String,
 }
 
 /// What only the holder of the role touches.
@@ -104,6 +119,8 @@ struct Committer {
     /// Segment files and the epoch each belongs to.
     segments: BTreeMap<u32, u32>,
     drain_bytes_per_second: u64,
+    /// The journal says that the origin failed.
+    is_failure_noted: bool,
 }
 
 /// Counters since the volume was opened.
@@ -171,18 +188,24 @@ pub struct Volume {
     /// Grows with every publication in the index: whoever read the origin looks whether it did.
     index_version: AtomicU64,
     punching: RwLock<()>,
+    /// Held while the origin is synced.
+    syncing: Mutex<()>,
+    /// Syncs of the origin so far.
+    syncs_begun: AtomicU64,
     gate_opened: Condvar,
     drained: Condvar,
     room: Condvar,
     work: Condvar,
     restore_ended: Condvar,
+    stopping: Condvar,
     /// First changes are committed before they are acknowledged.
     is_write_through: bool,
     has_background: bool,
-    background: Mutex<Option<JoinHandle<()>>>,
+    background: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the volume is open: store and origin belong to this process.
     locks: Mutex<Vec<std::fs::File>>,
-    /// The origin belongs to others from now on: nothing may be read through this volume any more (P2).
+    /// The origin belongs to others from now on: nothing may be read through this volume any more
+    /// (P2).
     is_released: AtomicBool,
     /// Gives the origin's lock back, though views may keep it open.
     release_origin: Box<dyn Fn() + Send + Sync>,

@@ -1,9 +1,9 @@
-//! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is written
-//! before it is decided what there is.
+//! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is
+//! written before it is decided what there is.
 
 use super::{Committer, Counters, Restoring, State, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, read_left};
+use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, note_replaying, read_left};
 use crate::epochs::{Bookmark, Epoch, Epochs};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -14,8 +14,9 @@ use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
 use crate::log::scan::{Scan, scan};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
-use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions};
+use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions, Storage};
 use parking_lot::{Condvar, Mutex, RwLock};
+use rustix::fs::FlockOperation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -171,7 +172,8 @@ fn lock_whole(file: &File, kind: libc::c_int) -> bool {
         l_len: 0,
         l_pid: 0,
     };
-    // SAFETY: the descriptor is open and `whole` is a valid, initialised lock that outlives the call.
+    // SAFETY: the descriptor is open and `whole` is a valid, initialised lock that outlives the
+    // call.
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) == 0 }
 }
 
@@ -179,7 +181,6 @@ fn lock_store(store: &Path) -> Result<File> {
     let path = store.join(LOCK_NAME);
     let opened = File::options().create(true).truncate(false).write(true).open(&path);
     let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
-    use rustix::fs::FlockOperation;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(_) => Err(Error::Locked(format!(
@@ -208,7 +209,7 @@ fn is_writable(dir: &Path) -> bool {
 }
 
 fn hex(uuid: [u8; 16]) -> String {
-    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(uuid))
 }
 
 fn random_uuid() -> Result<[u8; 16]> {
@@ -293,7 +294,7 @@ struct Decided {
     size_bytes: u64,
     generation: u64,
     opened: Option<([u8; 16], Vec<u8>)>,
-    closed: Option<OriginIdentity>,
+    closed: Option<(OriginIdentity, u64)>,
     aborted: BTreeSet<u32>,
     restores_ended: BTreeSet<u32>,
     lost: Vec<(u32, ExtentSet)>,
@@ -331,7 +332,7 @@ impl Decided {
                 self.opened = Some((*boot_id, buffer.clone()));
                 self.closed = None;
             }
-            Entry::Closed { identity } => self.closed = Some(*identity),
+            Entry::Closed { identity, next_batch } => self.closed = Some((*identity, *next_batch)),
             Entry::VolumeMeta(meta) => self.meta.clone_from(meta),
             Entry::Narrowed { epoch, .. }
             | Entry::Deleted { epoch }
@@ -380,6 +381,13 @@ impl Decided {
         }
         for entry in &self.entries {
             apply(&mut epochs, entry);
+        }
+        for (segment, last) in scan.losses() {
+            for found in epochs.0.range_mut(..=last).map(|(_, found)| found) {
+                found.suspect = format!(
+                    "log segment {segment:08x} is missing or damaged; what it held gives errors"
+                );
+            }
         }
         epochs.drop_dead();
         epochs
@@ -453,23 +461,18 @@ fn index_of(scan: &Scan, decided: &Decided) -> Index {
     for (epoch, blocks) in &decided.lost {
         index.insert_lost(*epoch, blocks);
     }
-    for (segment, _) in &scan.damaged {
-        if let Some(found) = scan.segments.get(segment) {
-            index.mark_damaged(found.header.epoch);
-        }
-    }
-    for (_, epoch) in &scan.unreadable {
-        index.mark_damaged(*epoch);
+    for (_, epoch) in scan.losses() {
+        index.mark_damaged(epoch);
     }
     index
 }
 
 /// The restore that was running, and how far it was.
 fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring> {
-    let headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
+    let mut headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
     let ended =
         |epoch: u32| decided.restores_ended.contains(&epoch) || decided.aborted.contains(&epoch);
-    let header = headers.filter(|h| h.restore.is_some() && !ended(h.epoch)).next_back()?;
+    let header = headers.rfind(|h| h.restore.is_some() && !ended(h.epoch))?;
     let restore = header.restore.as_ref()?;
     let mut bitmap = Bitmap::from_set(blocks, &restore.blocks);
     let done = scan.batches.iter().filter(|b| b.header.epoch == header.epoch);
@@ -482,6 +485,8 @@ fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring
         safety_epoch: header.epoch,
         total_blocks: restore.blocks.block_count(),
         remaining_blocks: bitmap.count(),
+        unreadable: BTreeSet::new(),
+        failure: String::new(),
         blocks: bitmap,
     })
 }
@@ -493,6 +498,8 @@ struct Parts {
     journal: Journal,
     scan: Scan,
     origin: Arc<FileStorage>,
+    /// The origin as the engine reads and writes it.
+    storage: Arc<dyn Storage>,
     origin_path: PathBuf,
     segments: Arc<Segments>,
     store_lock: File,
@@ -500,25 +507,47 @@ struct Parts {
 
 /// Open a volume: it belongs to this process until it is closed or dropped.
 pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
+    open_through(request, &|origin| origin, &|directory| directory)
+}
+
+/// As [`open`], with something between the engine and its devices: tests put faults there.
+pub fn open_through(
+    request: OpenRequest,
+    origin_through: &dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>,
+    directory_through: &dyn Fn(Arc<dyn Directory>) -> Arc<dyn Directory>,
+) -> Result<Arc<Volume>> {
     let store_lock = match lock_store(&request.store) {
         Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::NotFound(format!("no store at {}", request.store.display())));
         }
         other => other?,
     };
-    let directory = FileDirectory::new(&request.store);
-    let opened = Journal::open(&directory).map_err(Error::from);
+    let directory = directory_through(Arc::new(FileDirectory::new(&request.store)));
+    let opened = Journal::open(&*directory).map_err(Error::from);
     let (journal, entries) = opened.map_err(|error| not_a_store(&request.store, error))?;
     let decided = Decided::from(entries).ok_or_else(|| {
         Error::Damaged(format!("{} has no first record", request.store.display()))
     })?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = Arc::new(open_origin(&origin_path, request.direct)?);
+    let storage = origin_through(Arc::clone(&origin) as Arc<dyn Storage>);
     let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
-    let segments = Arc::new(Segments::new(Arc::new(log_directory)));
-    let scan = scan(&segments, decided.uuid, decided.block_size)?;
-    let parts =
-        Parts { request, decided, journal, scan, origin, origin_path, segments, store_lock };
+    let segments = Arc::new(Segments::new(directory_through(Arc::new(log_directory))));
+    let mut scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
+    if let Some((_, next_batch)) = decided.closed {
+        scan.expect_end(next_batch);
+    }
+    let parts = Parts {
+        request,
+        decided,
+        journal,
+        scan,
+        origin,
+        storage,
+        origin_path,
+        segments,
+        store_lock,
+    };
     parts.assemble()
 }
 
@@ -532,7 +561,7 @@ impl Parts {
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
         let has_unfinished = !self.scan.unfinished.is_empty();
-        let volume = self.build()?;
+        let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
                 "{} failed to keep what it was given; check the device, then volume recover",
@@ -540,13 +569,13 @@ impl Parts {
             )));
         }
         volume.settle_the_past(doubt, owes_space || has_unfinished)?;
-        volume.start(boot, generation, buffer_path, buffer_bytes)?;
+        if is_failed {
+            volume.committer.lock().journal.append(&Entry::Recovered)?;
+        }
+        volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
-            let worker = Arc::clone(&volume);
-            let thread = std::thread::Builder::new().name("committer".into());
-            let handle = thread.spawn(move || worker.run_background());
-            let handle = handle.map_err(Error::store("starting the committer"))?;
-            *volume.background.lock() = Some(handle);
+            volume.spawn("committer", Volume::run_background)?;
+            volume.spawn("heartbeat", Volume::run_heartbeat)?;
         }
         Ok(volume)
     }
@@ -571,7 +600,7 @@ impl Parts {
             )));
         }
         let Some((last_boot, buffer)) = &self.decided.opened else { return Ok(Past::default()) };
-        if let Some(closed) = self.decided.closed {
+        if let Some((closed, _)) = self.decided.closed {
             let is_other = closed.bytes != identity.bytes
                 || closed.modified_unix_ns != identity.modified_unix_ns
                 || closed.inode != identity.inode;
@@ -590,6 +619,17 @@ impl Parts {
     fn examine_left(&self, buffer: &[u8], identity: OriginIdentity) -> Result<Past> {
         let path = path_of(buffer);
         let left = read_left(&path).map_err(Error::store("reading the write buffer"))?;
+        if let (Some(Err(version)), Recover::Refuse | Recover::Replay) =
+            (&left, self.request.recover)
+        {
+            return Err(Error::Version(format!(
+                "the write buffer {} has version {version}, newer than this program's; open the \
+                 volume with the \
+                 stillblock that wrote it, or volume recover --discard it",
+                path.display()
+            )));
+        }
+        let left = left.and_then(std::result::Result::ok);
         let is_ours = |left: &LeftBuffer| {
             left.identity.uuid == self.decided.uuid
                 && left.identity.generation == self.decided.generation
@@ -600,7 +640,8 @@ impl Parts {
                 return Ok(Past::default());
             }
             return Err(Error::RecoveryNeeded(format!(
-                "the volume was not closed and its write buffer {} is gone: acknowledged writes that were not \
+                "the volume was not closed and its write buffer {} is gone: acknowledged writes \
+                 that were not \
                  flushed are lost; volume recover --discard accepts that",
                 path.display()
             )));
@@ -611,21 +652,22 @@ impl Parts {
         if (same_origin && !is_touched) || recover != Recover::Refuse {
             let suspect = (is_touched || !same_origin)
                 .then(|| "the origin was written outside after the server was killed".to_owned());
-            let left = (recover != Recover::Discard).then_some(left);
+            let left = (recover != Recover::Discard).then_some((path, left));
             return Ok(Past { suspect, left });
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
         Err(Error::RecoveryNeeded(format!(
-            "the server was killed with {} blocks in its write buffer, and {} was written since by something else; \
+            "the server was killed with {} blocks in its write buffer, and {} was written since \
+             by something else; \
              volume recover --replay writes them over it, --discard forgets them",
             blocks.len(),
             self.origin_path.display()
         )))
     }
 
-    fn build(self) -> Result<Arc<Volume>> {
-        let Self { request, decided, journal, scan, origin, origin_path, segments, store_lock } =
-            self;
+    fn build(self, is_write_through: bool) -> Result<Arc<Volume>> {
+        let Self { request, decided, journal, scan, origin, .. } = self;
+        let Self { storage, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
@@ -647,6 +689,7 @@ impl Parts {
             epoch_max,
             segments: in_segments,
             drain_bytes_per_second: 0,
+            is_failure_noted: false,
         };
         // Slots until the past is settled; nobody can be acknowledged by them.
         let arena =
@@ -679,7 +722,7 @@ impl Parts {
             block_size: decided.block_size,
             store_path: request.store,
             origin_path,
-            origin,
+            origin: storage,
             origin_identity: Box::new(move || identify(identified.file())),
             segments,
             meta: Mutex::new(decided.meta.clone()),
@@ -689,14 +732,19 @@ impl Parts {
             index: RwLock::new(index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            syncing: Mutex::new(()),
+            syncs_begun: AtomicU64::new(0),
             gate_opened: Condvar::new(),
             drained: Condvar::new(),
             room: Condvar::new(),
             work: Condvar::new(),
             restore_ended: Condvar::new(),
-            is_write_through: request.cache == Cache::WriteThrough,
+            stopping: Condvar::new(),
+            // Without a place that outlives the process nothing may be acknowledged from memory
+            // (P6).
+            is_write_through,
             has_background: request.has_background,
-            background: Mutex::new(None),
+            background: Mutex::default(),
             locks: Mutex::new(vec![store_lock]),
             is_released: AtomicBool::new(false),
             release_origin,
@@ -710,7 +758,16 @@ impl Parts {
 #[derive(Default)]
 struct Past {
     suspect: Option<String>,
-    left: Option<LeftBuffer>,
+    left: Option<(PathBuf, LeftBuffer)>,
+}
+
+/// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
+fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer and only returns free memory to the system.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 fn slots_for(bytes: u64, block_size: u64) -> u32 {
@@ -719,8 +776,17 @@ fn slots_for(bytes: u64, block_size: u64) -> u32 {
 }
 
 impl Volume {
-    /// Finish what was interrupted. A process that was killed had its writes taken by the kernel, but not made
-    /// durable: sync before anything is trusted.
+    fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> Result<()> {
+        let worker = Arc::clone(self);
+        let thread = std::thread::Builder::new().name(name.into());
+        let handle = thread.spawn(move || run(&worker));
+        let handle = handle.map_err(Error::store(format!("starting the {name}")))?;
+        self.background.lock().push(handle);
+        Ok(())
+    }
+
+    /// Finish what was interrupted. A process that was killed had its writes taken by the kernel,
+    /// but not made durable: sync before anything is trusted.
     fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
@@ -754,9 +820,10 @@ impl Volume {
         if let Some(reason) = past.suspect {
             self.mark_suspect(&mut committer, &reason)?;
         }
-        if let Some(left) = past.left {
-            self.replay(&mut committer, &left)?;
+        if let Some((path, left)) = past.left {
+            self.replay(&mut committer, &path, &left)?;
         }
+        return_memory();
         Ok(())
     }
 
@@ -786,10 +853,13 @@ impl Volume {
         Ok(())
     }
 
-    /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are in the log
-    /// or still on the origin, and the file stays until all is durable.
-    fn replay(&self, committer: &mut Committer, left: &LeftBuffer) -> Result<()> {
+    /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are
+    /// in the log or still on the origin, and the file stays until all is durable.
+    fn replay(&self, committer: &mut Committer, path: &Path, left: &LeftBuffer) -> Result<()> {
         let epoch = committer.epoch;
+        // Interrupted, it is done again; the origin is then as new as this.
+        let alive = || note_replaying(path, now_unix_ns()).map_err(Error::store("write buffer"));
+        alive()?;
         for slot in &left.slots {
             let is_full = {
                 let mut state = self.state.lock();
@@ -801,12 +871,14 @@ impl Volume {
             };
             if is_full {
                 self.commit_until(committer, epoch, u64::MAX, None)?;
+                alive()?;
             }
         }
         self.commit_until(committer, epoch, u64::MAX, None)?;
         self.sync_origin()?;
         let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-        committer.journal.append(&Entry::Closed { identity })?;
+        let next_batch = committer.log.next_batch();
+        committer.journal.append(&Entry::Closed { identity, next_batch })?;
         Ok(())
     }
 
@@ -815,13 +887,13 @@ impl Volume {
         &self,
         boot: [u8; 16],
         generation: u64,
-        buffer_path: Option<PathBuf>,
+        buffer_path: Option<&Path>,
         buffer_bytes: u64,
     ) -> Result<()> {
         let mut committer = self.committer.lock();
         let origin = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
         let identity = BufferIdentity { uuid: self.uuid, generation, boot_id: boot, origin };
-        let arena = match &buffer_path {
+        let arena = match buffer_path {
             Some(path) => {
                 let slots = slots_for(buffer_bytes, self.block_size);
                 let arena = Arena::shared(path, slots, self.block_size, &identity);
@@ -837,7 +909,7 @@ impl Volume {
             boot_id: boot,
             generation,
             origin: bytes_of(&self.origin_path),
-            buffer: buffer_path.as_deref().map(bytes_of).unwrap_or_default(),
+            buffer: buffer_path.map(bytes_of).unwrap_or_default(),
         };
         committer.journal.append(&entry)?;
         let mut state = self.state.lock();
@@ -846,38 +918,49 @@ impl Volume {
         Ok(())
     }
 
-    /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool can use it.
-    /// A running restore is suspended: until it goes on the origin alone is not the restored disk.
+    /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool
+    /// can use it. A running restore is suspended: until it goes on the origin alone is not the
+    /// restored disk.
     pub fn close(&self) -> Result<()> {
-        {
-            let mut committer = self.role()?;
-            let epoch = committer.epoch;
-            // Close the gate for good: what was admitted before drains, nothing else comes.
-            let upto = {
-                let mut state = self.state.lock();
-                state.is_closed = true;
-                while state.straight_in_flight > 0 {
-                    self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
-                }
-                state.buffer.last_sequence()
-            };
-            let drained = self.commit_until(&mut committer, epoch, upto, None);
-            let synced = drained.and_then(|()| self.sync_origin());
-            if let Err(error) = synced {
-                let reason = error.to_string().into_bytes();
-                // The store knows that it was not closed; this says why.
-                let _ = committer.journal.append(&Entry::OriginFailed { reason });
-                drop(committer);
-                self.abandon();
-                return Err(error);
+        let mut committer = self.role()?;
+        let epoch = committer.epoch;
+        // Close the gate for good: what was admitted before drains, nothing else comes.
+        let upto = {
+            let mut state = self.state.lock();
+            state.is_closed = true;
+            while state.straight_in_flight > 0 {
+                self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
             }
-            let Committer { log, batch, .. } = &mut *committer;
-            log.seal(batch).map_err(Error::store("sealing the log"))?;
-            let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-            committer.journal.append(&Entry::Closed { identity })?;
-            self.state.lock().buffer.arena().remove();
+            state.buffer.last_sequence()
+        };
+        let drained = self.commit_until(&mut committer, epoch, upto, None);
+        let synced = drained.and_then(|()| self.sync_origin());
+        if let Err(error) = synced {
+            let reason = error.to_string().into_bytes();
+            // The store knows that it was not closed; this says why, unless the store is what
+            // failed.
+            if !self.state.lock().origin_failure.is_empty() {
+                let _ = committer.journal.append(&Entry::OriginFailed { reason });
+            }
+            drop(committer);
+            self.abandon();
+            return Err(error);
         }
+        let closed = self.note_closed(&mut committer);
+        drop(committer);
         self.abandon();
+        closed
+    }
+
+    fn note_closed(&self, committer: &mut Committer) -> Result<()> {
+        let Committer { log, batch, .. } = committer;
+        // A full store may refuse; without it the next opening verifies the last batch, as after a
+        // power cut.
+        let _ = log.seal(batch);
+        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        let next_batch = committer.log.next_batch();
+        committer.journal.append(&Entry::Closed { identity, next_batch })?;
+        self.state.lock().buffer.arena().remove();
         Ok(())
     }
 
@@ -892,8 +975,9 @@ impl Volume {
         self.room.notify_all();
         self.gate_opened.notify_all();
         self.restore_ended.notify_all();
-        let handle = self.background.lock().take();
-        if let Some(handle) = handle {
+        self.stopping.notify_all();
+        let handles = std::mem::take(&mut *self.background.lock());
+        for handle in handles {
             // It never panics while nobody else does; there is nothing to learn from it here.
             let _ = handle.join();
         }

@@ -1,4 +1,5 @@
-//! Reads of the live disk: the origin, under the slots that wait, over what a restore has not copied yet.
+//! Reads of the live disk: the origin, under the slots that wait, over what a restore has not
+//! copied yet.
 
 use super::{State, Volume};
 use crate::error::{Error, Result};
@@ -85,8 +86,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Read the base without a lock, then put the slots over it, unless the base moved meanwhile: a slot that
-    /// was dropped in between is on the origin now, and was not when we looked.
+    /// Read the base without a lock, then put the slots over it, unless the base moved meanwhile: a
+    /// slot that was dropped in between is on the origin now, and was not when we looked.
     fn try_merge(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         let blocks = self.extent_of(offset, to_u64(buffer.len()));
         let (version, restoring) = {
@@ -202,8 +203,8 @@ impl Volume {
 const STATUS_BLOCKS: u64 = 16_384;
 
 impl Volume {
-    /// Where a snapshot's selected bytes `[start, end)` are data and where holes; appends to `found` up to
-    /// `extents_max` extents beyond what it holds.
+    /// Where a snapshot's selected bytes `[start, end)` are data and where holes; appends to
+    /// `found` up to `extents_max` extents beyond what it holds.
     pub(crate) fn allocation_at(
         &self,
         epoch: u32,
@@ -219,8 +220,9 @@ impl Volume {
             let first = at / self.block_size;
             let blocks = Extent::new(first, self.block_count(end).min(first + STATUS_BLOCKS));
             let piece_end = end.min(blocks.end * self.block_size);
-            // The origin before the records: a block without one has not changed up to here, so what the origin
-            // had is what the snapshot has. The other way round a block that is zeroed meanwhile would be a hole.
+            // The origin before the records: a block without one has not changed up to here, so
+            // what the origin had is what the snapshot has. The other way round a block that is
+            // zeroed meanwhile would be a hole.
             let mut origin = Vec::new();
             self.allocation_of_origin(at, piece_end, &mut origin)?;
             contents.clear();

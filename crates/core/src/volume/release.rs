@@ -1,7 +1,8 @@
 //! Letting go: deleting and narrowing snapshots, bookmarks, and giving back the space nobody needs.
 //!
-//! In this order: the decision is durable in the journal; the index forgets; readers of the older index are
-//! gone; the space is punched; the journal says so. Interrupted, it is done again when the volume is opened.
+//! In this order: the decision is durable in the journal; the index forgets; readers of the older
+//! index are gone; the space is punched; the journal says so. Interrupted, it is done again when
+//! the volume is opened.
 
 use super::{Committer, State, Volume};
 use crate::epochs::{Bookmark, Epoch};
@@ -129,7 +130,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views then fail.
+    /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views
+    /// then fail.
     pub fn delete_snapshot(&self, epoch: u32, force: bool) -> Result<u64> {
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
@@ -137,7 +139,8 @@ impl Volume {
         let pins = self.epochs.read().0.get(&epoch).map_or(0, |e| e.pins);
         if pins > 0 && !force {
             return Err(Error::InUse(format!(
-                "snapshot {epoch} is in use by {pins} readers; close them, or delete it with --force"
+                "snapshot {epoch} is in use by {pins} readers; close them, or delete it with \
+                 --force"
             )));
         }
         committer.journal.append(&Entry::Deleted { epoch })?;
@@ -181,8 +184,8 @@ impl Volume {
         self.let_go(&mut committer).map(|_| ())
     }
 
-    /// The bits and the index follow the registry; then the space goes back. Holds the role: no batch is under
-    /// way, and only requests that set nothing run beside it.
+    /// The bits and the index follow the registry; then the space goes back. Holds the role: no
+    /// batch is under way, and only requests that set nothing run beside it.
     fn let_go(&self, committer: &mut Committer) -> Result<u64> {
         let gone = self.forget_unneeded(committer.epoch);
         self.rebuild_bits(committer.epoch);
@@ -321,8 +324,9 @@ impl Volume {
         found.map(Arc::clone).ok_or_else(|| unknown(epoch, "snapshot"))
     }
 
-    /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To now it is advisory:
-    /// it includes writes that are still on their way, and what a restore is still to copy.
+    /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To
+    /// now it is advisory: it includes writes that are still on their way, and what a restore is
+    /// still to copy.
     pub fn changed(&self, since: u32, until: Option<u32>) -> Result<ExtentSet> {
         let (tracked, from_bytes, to_bytes) = {
             let epochs = self.epochs.read();
@@ -341,8 +345,9 @@ impl Volume {
             };
             (tracked, from.origin_bytes, to_bytes)
         };
-        // What is on its way first, then what is recorded: a slot is dropped only once its record can be found
-        // (P5). The other way round a change that is committed meanwhile would be in neither.
+        // What is on its way first, then what is recorded: a slot is dropped only once its record
+        // can be found (P5). The other way round a change that is committed meanwhile would be in
+        // neither.
         let under_way = if until.is_none() { self.changes_under_way() } else { ExtentSet::new() };
         let recorded = {
             let index = self.index.read();
@@ -401,8 +406,9 @@ impl Volume {
         Ok(new)
     }
 
-    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it brought home
-    /// after the disk grew, its last sector would go over what the origin has there now (P1).
+    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it
+    /// brought home after the disk grew, its last sector would go over what the origin has there
+    /// now (P1).
     fn lock_without_slots(
         &self,
         committer: &mut Committer,
@@ -419,8 +425,9 @@ impl Volume {
     }
 }
 
-/// Call for every preserved block with the epoch of the copy before it, 0 if there is none. `records` are ordered
-/// by block, then epoch; `others` are copies that have no content of their own, by epoch.
+/// Call for every preserved block with the epoch of the copy before it, 0 if there is none.
+/// `records` are ordered by block, then epoch; `others` are copies that have no content of their
+/// own, by epoch.
 fn for_each_copy(
     records: &[Record],
     others: &[(u32, ExtentSet)],

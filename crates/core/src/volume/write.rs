@@ -1,8 +1,8 @@
 //! Writes, zeroes, discards and flushes as clients make them.
 //!
-//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if they are settled
-//! and have no slot; into *slots* if not; or, if large and covering whole blocks, *past the buffer*: preserve,
-//! sync, submit.
+//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if
+//! they are settled and have no slot; into *slots* if not; or, if large and covering whole blocks,
+//! *past the buffer*: preserve, sync, submit.
 
 use super::{COMMIT_BYTES, Committer, Counters, PIECE_BYTES, State, Volume};
 use crate::buffer::SECTOR;
@@ -16,10 +16,14 @@ use parking_lot::MutexGuard;
 const BYPASS_BYTES_MIN: u64 = 256 << 10;
 /// Blocks that take slots under one hold of the state lock.
 const SLOTS_AT_ONCE: u64 = 16;
-/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each block.
+/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each
+/// block.
 const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
 /// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
 const HOLE_BLOCKS_MAX: u64 = 1 << 18;
+
+/// Blocks that are looked at one by one under one hold of the state lock: well below a millisecond.
+const LOOK_BLOCKS_MAX: u64 = 1 << 14;
 
 /// Old content is read in runs of this many blocks.
 const RUN_BLOCKS: u64 = 64;
@@ -40,6 +44,12 @@ enum Content<'a> {
 }
 
 impl State {
+    /// Changes whenever a block may have been written without leaving a trace in its slots: past
+    /// the buffer, after which only an instant makes it a first change again; or by growth.
+    fn version(&self) -> (u64, u32, u64) {
+        (self.buffer.dropped(), self.epoch, self.size_bytes)
+    }
+
     fn way(&self, block: u64) -> Way {
         let is_held =
             self.unsettled.get(block) || self.buffer.has(block) || self.is_restoring(block);
@@ -52,8 +62,9 @@ impl State {
         if self.buffer.is_empty() && self.restoring.is_none() {
             return (way, self.unsettled.run(extent.start, extent.end).1);
         }
-        let end = (extent.start + 1..extent.end).find(|&block| self.way(block) != way);
-        (way, end.unwrap_or(extent.end))
+        let end = extent.end.min(extent.start + LOOK_BLOCKS_MAX);
+        let differing = (extent.start + 1..end).find(|&block| self.way(block) != way);
+        (way, differing.unwrap_or(end))
     }
 }
 
@@ -142,8 +153,8 @@ impl Volume {
         }
     }
 
-    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the caller, having
-    /// waited, must look again how the blocks are treated.
+    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the
+    /// caller, having waited, must look again how the blocks are treated.
     fn put_slots(&self, mut state: MutexGuard<'_, State>, at: u64, data: &[u8]) -> Result<u64> {
         let wanted = self.extent_of(at, to_u64(data.len())).len().min(SLOTS_AT_ONCE);
         let admitted = state.admitted_slots.saturating_sub(state.buffer.used());
@@ -175,7 +186,7 @@ impl Volume {
         if was_empty || (!was_enough && state.buffer.used() >= enough) {
             self.work.notify_one();
         }
-        let sequence = state.buffer.last_sequence();
+        let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
         Counters::add(&self.counters.buffered_writes, 1);
         if self.is_write_through {
@@ -207,9 +218,10 @@ impl Volume {
         (at % SECTOR != 0 || is_end_partial).then_some(first)
     }
 
-    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for them, unless the
-    /// block was written meanwhile; then once more. Holds the role: a change past the buffer that was under way
-    /// would otherwise lose the rest of those sectors to what was read here before it.
+    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for
+    /// them, unless the block was written meanwhile; then once more. Holds the role: a change past
+    /// the buffer that was under way would otherwise lose the rest of those sectors to what was
+    /// read here before it.
     fn put_patched(
         &self,
         state: MutexGuard<'_, State>,
@@ -221,7 +233,7 @@ impl Volume {
         let role = self.role()?;
         let state = self.admit()?;
         let size_bytes = state.size_bytes;
-        let seen = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let seen = (state.buffer.newest_sequence(block), state.version());
         let block_end = ((block + 1) * self.block_size).min(size_bytes);
         let end = (at + to_u64(data.len())).min(block_end);
         let start_out = at / SECTOR * SECTOR;
@@ -233,7 +245,7 @@ impl Volume {
         let skip = to_usize(at - start_out);
         patched[skip..skip + length].copy_from_slice(&data[..length]);
         let mut state = self.admit()?;
-        let now = (state.buffer.newest_sequence(block), state.buffer.dropped());
+        let now = (state.buffer.newest_sequence(block), state.version());
         let has_room = state.buffer.free_count() > 0;
         if now != seen || state.way(block) != Way::Slots || !has_room {
             return Ok(0);
@@ -243,7 +255,7 @@ impl Volume {
         if was_empty {
             self.work.notify_one();
         }
-        let sequence = state.buffer.last_sequence();
+        let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
         drop(role);
         if self.is_write_through {
@@ -259,8 +271,8 @@ impl Volume {
         self.commit_until(&mut committer, epoch, sequence, None)
     }
 
-    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots that come while
-    /// this runs belong to writes that overlap it in time; they follow.
+    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots
+    /// that come while this runs belong to writes that overlap it in time; they follow.
     fn change_past_buffer(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
         let pieces = match content {
             Content::Data(_) => to_u64(BATCH_BLOCKS_MAX),
@@ -276,6 +288,15 @@ impl Volume {
                 Self::check_store(&state)?;
                 state.size_bytes
             };
+            if matches!(content, Content::Discard) {
+                // Asked again: an instant, a slot or a restore may have come before the role did.
+                let (run, is_needed) = self.state.lock().trim_run(piece);
+                if is_needed {
+                    start = run.end;
+                    continue;
+                }
+                piece = run;
+            }
             let skip = (start - blocks.start) * self.block_size;
             self.commit_slots_of(&mut committer, piece)?;
             piece = self.preserve_piece(&mut committer, piece, size_bytes, content)?;
@@ -302,10 +323,11 @@ impl Volume {
 
     pub(super) fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
         let newest = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             if state.buffer.is_empty() {
                 return Ok(());
             }
+            state.buffer.hold();
             let few = blocks.len() <= to_u64(state.buffer.used());
             if few {
                 (blocks.start..blocks.end).map(|b| state.buffer.newest_sequence(b)).max()
@@ -321,7 +343,8 @@ impl Volume {
         }
     }
 
-    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far that is.
+    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far
+    /// that is.
     fn preserve_piece(
         &self,
         committer: &mut Committer,
@@ -368,8 +391,9 @@ impl Volume {
         Ok(if data >= limit { end } else { data / self.block_size })
     }
 
-    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped. Holes of the
-    /// origin are known to be zero without reading them, which pays where whole ranges are zeroed.
+    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped.
+    /// Holes of the origin are known to be zero without reading them, which pays where whole ranges
+    /// are zeroed.
     fn keep_extents(
         &self,
         committer: &mut Committer,
@@ -483,8 +507,9 @@ impl Volume {
         Ok(())
     }
 
-    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot, a slot or a
-    /// restore, nothing is done: a discard never costs a copy, and one that was put off could hit newer data.
+    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot,
+    /// a slot or a restore, nothing is done: a discard never costs a copy, and one that was put off
+    /// could hit newer data.
     pub fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<()> {
         let size_bytes = {
             let state = self.state.lock();
@@ -506,11 +531,11 @@ impl Volume {
     /// Every write that was acknowledged before this call is on stable storage when it returns.
     pub fn flush(&self) -> Result<()> {
         let (is_empty, sequence) = {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             if state.is_closed {
                 return Err(Error::Closed);
             }
-            (state.buffer.is_empty(), state.buffer.last_sequence())
+            (state.buffer.is_empty(), state.buffer.hold())
         };
         if !is_empty {
             self.commit_now(sequence)?;
@@ -523,8 +548,11 @@ impl Volume {
         let blocks = self.extent_of(offset, length);
         let has_slots = {
             let state = self.state.lock();
-            !state.buffer.is_empty()
-                && (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+            if blocks.len() <= to_u64(state.buffer.used()) {
+                (blocks.start..blocks.end).any(|block| state.buffer.has(block))
+            } else {
+                state.buffer.blocks().any(|block| blocks.contains(block))
+            }
         };
         if has_slots {
             let mut committer = self.role()?;
@@ -545,7 +573,8 @@ impl State {
             let end = self.pending.run(extent.start, extent.end).1;
             return (Extent::new(extent.start, end), first);
         }
-        let end = (extent.start + 1..extent.end).find(|&block| is_needed(block) != first);
-        (Extent::new(extent.start, end.unwrap_or(extent.end)), first)
+        let end = extent.end.min(extent.start + LOOK_BLOCKS_MAX);
+        let differing = (extent.start + 1..end).find(|&block| is_needed(block) != first);
+        (Extent::new(extent.start, differing.unwrap_or(end)), first)
     }
 }

@@ -1,0 +1,420 @@
+"""The library face: volumes, snapshots and views in this process, without NBD. See docs/api.md."""
+
+from __future__ import annotations
+
+import io
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from stillblock import native
+from stillblock.config import Config
+from stillblock.errors import LockedError, UsageError
+from stillblock.model import (
+    BLOCK_SIZE_DEFAULT,
+    PAUSE_LIMIT_MS_DEFAULT,
+    Extents,
+    Receipt,
+    RuleTerm,
+    SnapshotInfo,
+    check_name,
+)
+from stillblock.operations import bookmarks, restore, snapshots, volumes
+from stillblock.operations.volume import EngineOptions, OpenVolume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from typing_extensions import Buffer
+
+_PIECE_BYTES: Final = 8 * 1024 * 1024
+"""Long reads are made in pieces of this size: memory stays bounded, calls stay few."""
+
+
+def create(
+    name: str,
+    *,
+    origin: str | Path,
+    store: str | Path | None = None,
+    block_size: int = BLOCK_SIZE_DEFAULT,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    state_dir: str | Path | None = None,
+) -> None:
+    """Make a volume of a raw file or block device; raise a `RefusedError` where it would harm.
+
+    `include` and `exclude` are its standing rules, the inclusions first.
+    """
+    config = _config(state_dir)
+    request = volumes.AddRequest(
+        name=name,
+        origin=Path(origin),
+        store=None if store is None else Path(store),
+        block_size=block_size,
+        rules=_terms(include, exclude),
+    )
+    volumes.add_volume(config, volumes.plan_add(config, request))
+
+
+def open(  # noqa: A001 - it reads as stillblock.open
+    name: str,
+    *,
+    state_dir: str | Path | None = None,
+    cache: native.Cache = "writeback",
+    direct: bool = False,
+    recover: native.Recovery = "refuse",
+) -> Volume:
+    """Open a volume that nobody serves; raise `LockedError` if somebody does.
+
+    `recover` decides about writes that a killed server had acknowledged.
+    """
+    from stillblock.service.client import find_server  # noqa: PLC0415 - only to explain
+
+    config = _config(state_dir)
+    check_name(name, what="volume")
+    if find_server(config, name) is not None:
+        raise LockedError(
+            f"{name} is served by another process",
+            hint=f"use its NBD exports, or stop it with `stillblock volume release {name}`",
+        )
+    options = EngineOptions(cache=cache, direct=direct, recover=recover)
+    return Volume(OpenVolume.open(config, name, options))
+
+
+class Volume:
+    """A volume open in this process. Thread-safe; every call releases the GIL while it waits."""
+
+    def __init__(self, opened: OpenVolume) -> None:
+        self._opened = opened
+        self._views: weakref.WeakSet[View] = weakref.WeakSet()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Volume {self.name}>"
+
+    def close(self) -> None:
+        """Stop cleanly: views are closed, the origin is a complete raw disk."""
+        for view in tuple(self._views):
+            view.close()
+        self._opened.close()
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self._opened.name
+
+    @property
+    def size(self) -> int:
+        """The live disk's size in bytes."""
+        return self._opened.engine.size_bytes
+
+    @property
+    def block_size(self) -> int:
+        """The unit of tracking and preserving."""
+        return self._opened.engine.block_size
+
+    # The live disk
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read the live disk."""
+        return self._opened.engine.pread(offset=offset, length=length)
+
+    def pwrite(
+        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
+    ) -> None:
+        """Write the live disk; durable after the next `flush`, or at once with `fua`."""
+        self._opened.engine.pwrite(data, offset=offset, fua=fua)
+
+    def write_zeroes(self, *, offset: int, length: int) -> None:
+        """Zero a range of the live disk."""
+        self._opened.engine.write_zeroes(offset=offset, length=length)
+
+    def trim(self, *, offset: int, length: int) -> None:
+        """Tell that a range of the live disk is not needed any more."""
+        self._opened.engine.trim(offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make every write before this durable."""
+        self._opened.engine.flush()
+
+    # Snapshots and bookmarks
+
+    def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+        only_these: bool = False,
+        pause_limit_ms: int = PAUSE_LIMIT_MS_DEFAULT,
+        description: str = "",
+    ) -> Snapshot:
+        """Take a snapshot, durable when this returns; without a name, named by the UTC time.
+
+        The terms follow the volume's standing rules, the inclusions first; with `only_these` they
+        stand alone. Raise `RuleError`, `NameTakenError`, or `PauseTimeoutError` when writes could
+        not be held within the limit.
+        """
+        receipt = snapshots.create_snapshot(
+            self._opened,
+            snapshots.SnapshotRequest(
+                name=name,
+                terms=_terms(include, exclude),
+                only_these=only_these,
+                pause_limit_ms=pause_limit_ms,
+                description=description,
+            ),
+        )
+        return Snapshot(self, receipt.snapshot)
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Return every snapshot, oldest first."""
+        return tuple(Snapshot(self, i) for i in snapshots.list_snapshots(self._opened).snapshots)
+
+    def find(self, name: str) -> Snapshot:
+        """Return a snapshot by name, unique id prefix or `latest`; raise `NotFoundError`."""
+        target = snapshots.SnapshotTarget(snapshot=name)
+        return Snapshot(self, snapshots.show_snapshot(self._opened, target))
+
+    def bookmarks(self) -> tuple[Bookmark, ...]:
+        """Return every bookmark, oldest first."""
+        return tuple(
+            Bookmark(self, info.name) for info in bookmarks.list_bookmarks(self._opened).bookmarks
+        )
+
+    def changed_since(self, since: Snapshot | Bookmark) -> Extents:
+        """Return what changed from an instant until now, among the blocks it tracks."""
+        request = snapshots.ChangesRequest(since=_instant_name(since))
+        return snapshots.changes(self._opened, request).extents
+
+    def _view(self, epoch: int, excluded_reads: native.ExcludedReads) -> View:
+        view = View(self._opened.engine.view(epoch=epoch, excluded_reads=excluded_reads))
+        self._views.add(view)
+        return view
+
+
+class Snapshot:
+    """A snapshot of an open volume."""
+
+    def __init__(self, volume: Volume, info: SnapshotInfo) -> None:
+        self._volume = volume
+        self._taken = info
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self._taken.reference}>"
+
+    @property
+    def name(self) -> str:
+        """What it is called now."""
+        return self.info.name
+
+    @property
+    def id(self) -> str:
+        """What stays when it is renamed."""
+        return self._taken.id
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """What is true of it now: sizes, protection, holders."""
+        target = snapshots.SnapshotTarget(snapshot=self.id)
+        return snapshots.show_snapshot(self._volume._opened, target)  # noqa: SLF001 - one module
+
+    @property
+    def receipt(self) -> Receipt:
+        """The record: rules, resolved extents, what was left out and why, consistency, when."""
+        target = snapshots.SnapshotTarget(snapshot=self.id)
+        return snapshots.read_receipt(self._volume._opened, target)  # noqa: SLF001
+
+    def view(self, *, excluded_reads: native.ExcludedReads = "zeros") -> View:
+        """Open it for reading. The view holds the snapshot until it is closed."""
+        return self._volume._view(self._taken.epoch, excluded_reads)  # noqa: SLF001
+
+    def changed_since(self, other: Snapshot | Bookmark) -> Extents:
+        """Return what changed from an older instant to this one, among the blocks that tracks."""
+        request = snapshots.ChangesRequest(since=_instant_name(other), until=self.id)
+        return snapshots.changes(self._volume._opened, request).extents  # noqa: SLF001
+
+    def bookmark(self, name: str | None = None) -> Bookmark:
+        """Keep tracking what changes after this, also once it is deleted."""
+        request = bookmarks.BookmarkRequest(snapshot=self.id, name=name)
+        made = bookmarks.create_bookmark(self._volume._opened, request)  # noqa: SLF001
+        return Bookmark(self._volume, made.name)
+
+    def rename(self, name: str) -> None:
+        """Give it another name."""
+        request = snapshots.RenameRequest(snapshot=self.id, name=name)
+        snapshots.rename_snapshot(self._volume._opened, request)  # noqa: SLF001
+
+    def protect(self, *, is_protected: bool = True) -> None:
+        """Refuse to delete it from now on, or allow it again."""
+        request = snapshots.ProtectRequest(snapshot=self.id, is_protected=is_protected)
+        snapshots.protect_snapshot(self._volume._opened, request)  # noqa: SLF001
+
+    def delete(self, *, force: bool = False) -> int:
+        """Delete it; return the bytes freed. Raise `InUseError` while views hold it."""
+        request = snapshots.DeleteRequest(snapshot=self.id, force=force)
+        return snapshots.delete_snapshot(self._volume._opened, request).freed_bytes  # noqa: SLF001
+
+    def restore(self, *, only: Iterable[str] = (), wait: bool = True) -> Snapshot:
+        """Put it back in place, or what `only` names of it; return the snapshot that undoes that.
+
+        The disk reads as restored at once; with `wait` all is on the origin when this returns.
+        """
+        opened = self._volume._opened  # noqa: SLF001
+        request = restore.RestoreRequest(snapshot=self.id, only=_terms(only, ()))
+        progress = restore.start_restore(opened, request)
+        safety = self._volume.find(progress.safety or "")
+        while wait and progress.is_running:
+            progress = restore.wait_restore(opened, restore.WaitRequest())
+        return safety
+
+
+class Bookmark:
+    """What is left of a snapshot for increments."""
+
+    def __init__(self, volume: Volume, name: str) -> None:
+        self._volume = volume
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<Bookmark {self._volume.name}@{self.name}>"
+
+    def delete(self) -> None:
+        """Stop tracking since it."""
+        target = bookmarks.BookmarkTarget(bookmark=self.name)
+        bookmarks.delete_bookmark(self._volume._opened, target)  # noqa: SLF001 - one module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewExtent:
+    """A range of a view whose bytes are of one kind."""
+
+    start: int
+    end: int
+    is_selected: bool
+    """False: the snapshot left it out; it reads as zeros, whatever was there."""
+    is_zero: bool
+    is_lost: bool
+    """True: the original could not be kept; reading it raises `SnapshotLostError`."""
+
+
+class View(io.RawIOBase):
+    """A snapshot as a seekable binary file. `pread` is thread-safe; the file position is not."""
+
+    def __init__(self, inner: native.View) -> None:
+        super().__init__()
+        self._inner = inner
+        self._position = 0
+
+    @property
+    def size(self) -> int:
+        """The disk's size at the instant."""
+        return self._inner.size_bytes
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read at an offset; past the end is a `UsageError`."""
+        self._check_open()
+        return self._inner.pread(offset=offset, length=length)
+
+    def extents(self, *, offset: int = 0, length: int | None = None) -> tuple[ViewExtent, ...]:
+        """Return what kind of bytes lie where, in order."""
+        self._check_open()
+        span = self.size - offset if length is None else length
+        return tuple(
+            ViewExtent(
+                start=start,
+                end=end,
+                is_selected=not flags & native.NOT_SELECTED,
+                is_zero=bool(flags & native.ZERO),
+                is_lost=bool(flags & native.LOST),
+            )
+            for start, end, flags in self._inner.extents(offset=offset, length=span)
+        )
+
+    # io.RawIOBase
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in the file."""
+        self._check_open()
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move the position; return it."""
+        self._check_open()
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
+        if whence not in bases:
+            raise ValueError(f"whence {whence} is none of 0, 1, 2")
+        position = bases[whence] + offset
+        if position < 0:
+            raise ValueError(f"position {position} is before the start")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Read into a buffer from the position on; return how much, 0 at the end."""
+        target = memoryview(buffer).cast("B")
+        data = self._next(len(target))
+        target[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        """Read from the position to the end."""
+        parts: list[bytes] = []
+        while part := self._next(_PIECE_BYTES):
+            parts.append(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Let the snapshot go."""
+        if not self.closed:
+            self._inner.close()
+        super().close()
+
+    def _next(self, length: int) -> bytes:
+        self._check_open()
+        span = min(length, _PIECE_BYTES, max(0, self.size - self._position))
+        if span == 0:
+            return b""
+        data = self._inner.pread(offset=self._position, length=span)
+        self._position += len(data)
+        return data
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on a closed view")
+
+
+def _config(state_dir: str | Path | None) -> Config:
+    config = Config.load(state_dir=None if state_dir is None else Path(state_dir))
+    config.ensure()
+    return config
+
+
+def _terms(include: Iterable[str], exclude: Iterable[str]) -> tuple[RuleTerm, ...]:
+    for given in (include, exclude):
+        if isinstance(given, str):
+            raise UsageError(f"{given!r} should be a list of terms: [{given!r}]")
+    return tuple(
+        RuleTerm(include=is_included, text=text)
+        for is_included, texts in ((True, include), (False, exclude))
+        for text in texts
+    )
+
+
+def _instant_name(instant: Snapshot | Bookmark) -> str:
+    return instant.id if isinstance(instant, Snapshot) else instant.name

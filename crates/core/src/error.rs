@@ -135,6 +135,7 @@ impl From<JournalError> for Error {
             JournalError::Version(_) => {
                 Self::Version(format!("{error}; use a newer stillblock to open this store"))
             }
+            JournalError::TooLarge { .. } => Self::Usage(error.to_string()),
             JournalError::Damaged { .. } | JournalError::Broken => Self::Damaged(error.to_string()),
         }
     }

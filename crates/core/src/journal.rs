@@ -284,6 +284,12 @@ pub enum JournalError {
     /// Written by a newer version of the program.
     #[error("journal version {0} is newer than this program's {JOURNAL_VERSION}")]
     Version(u32),
+    /// More than a record may hold; nothing was written.
+    #[error("a record of {bytes} bytes is more than the journal's {RECORD_BYTES_MAX}")]
+    TooLarge {
+        /// What it would take.
+        bytes: usize,
+    },
     /// An earlier write failed: nothing more is decided until the volume is opened anew.
     #[error("an earlier journal write failed; open the volume anew")]
     Broken,
@@ -331,6 +337,11 @@ impl Journal {
         Ok((journal, entries))
     }
 
+    /// Make what was read durable: a killed process may have written it and not synced.
+    pub fn sync(&self) -> Result<(), JournalError> {
+        Ok(self.file.sync()?)
+    }
+
     /// True if the reserve is running out: what still has to be said of a full store must be said
     /// in one record.
     pub fn is_short_of_room(&self, record_bytes: u64) -> bool {
@@ -343,6 +354,10 @@ impl Journal {
             return Err(JournalError::Broken);
         }
         let (kind, payload) = entry.encode();
+        if payload.len() > to_usize(u64::from(RECORD_BYTES_MAX)) {
+            // It could not be read back, and the journal would end there.
+            return Err(JournalError::TooLarge { bytes: payload.len() });
+        }
         let record = encode_record(self.next_sequence, kind, &payload);
         let end = self.end + to_u64(record.len());
         if end + RESERVE_BYTES / 2 > self.allocated {

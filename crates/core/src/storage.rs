@@ -326,6 +326,7 @@ impl Storage for FileStorage {
     }
 
     fn zero_at(&self, offset: u64, length: u64, may_punch: bool) -> io::Result<()> {
+        let shared = self.unaligned_writes.read();
         if may_punch
             && self.fallocate(
                 FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -338,10 +339,12 @@ impl Storage for FileStorage {
         if self.fallocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length)? {
             return Ok(());
         }
+        drop(shared);
         self.write_zeroes_plainly(offset, length)
     }
 
     fn discard_at(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _shared = self.unaligned_writes.read();
         self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length)?;
         Ok(())
     }

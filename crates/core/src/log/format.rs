@@ -23,7 +23,7 @@ pub const DESCRIPTOR_BYTES: usize = 16;
 /// Blocks a batch preserves at most: with their descriptors exactly four pages of head.
 pub const BATCH_BLOCKS_MAX: usize = 1020;
 /// An epoch header beyond this was not written by us: 16 bytes an extent, for 16 million of them.
-const EPOCH_HEADER_BYTES_MAX: u32 = 256 << 20;
+pub const EPOCH_HEADER_BYTES_MAX: u32 = 256 << 20;
 
 const HEAD_MAGIC: u32 = u32::from_le_bytes(*b"SBBH");
 const TAIL_MAGIC: u32 = u32::from_le_bytes(*b"SBBT");

@@ -13,8 +13,9 @@ use crate::epochs::Epoch;
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
-use crate::log::format::EpochHeader;
+use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader};
 use crate::log::writer::Prepared;
+use crate::number::to_u64;
 use parking_lot::MutexGuard;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -78,6 +79,16 @@ impl Volume {
         request: SnapshotRequest,
         restore: Option<&PreparedRestore>,
     ) -> Result<Instant> {
+        // Half of what can be read back: a restore lists its blocks beside the selection.
+        let header_bytes =
+            to_u64(request.meta.len()) + 16 * to_u64(request.selection.as_slice().len());
+        if header_bytes > u64::from(EPOCH_HEADER_BYTES_MAX) / 2 {
+            return Err(Error::Usage(format!(
+                "a snapshot of so many parts takes {header_bytes} bytes of header, more than {}; select larger \
+                 ranges",
+                EPOCH_HEADER_BYTES_MAX / 2
+            )));
+        }
         let selection = self.share_selection(request.selection);
         let epoch = committer.epoch_max + 1;
         let prepared = committer.log.prepare_epoch();

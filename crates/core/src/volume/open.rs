@@ -790,6 +790,7 @@ impl Volume {
     fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
+        committer.journal.sync()?;
         if let Some(segment) = committer.segments.keys().next_back() {
             let file = self.segments.get(*segment).map_err(Error::store("log segment"))?;
             file.sync().map_err(Error::store("log segment"))?;

@@ -485,7 +485,7 @@ impl Volume {
     pub(super) fn run_heartbeat(&self) {
         let mut state = self.state.lock();
         while !state.is_stopping {
-            state.buffer.arena().note_alive(super::open::now_unix_ns());
+            state.buffer.arena().note_alive(super::host::now_unix_ns());
             self.stopping.wait_for(&mut state, HEARTBEAT);
         }
     }

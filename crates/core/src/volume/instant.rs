@@ -177,7 +177,7 @@ impl Volume {
         state.epoch = epoch;
         let upto = state.buffer.last_sequence();
         let size_bytes = state.size_bytes;
-        let created_unix_ns = super::open::now_unix_ns();
+        let created_unix_ns = super::host::now_unix_ns();
         state.is_gate_closed = false;
         let pause = closed.elapsed();
         drop(state);

@@ -1,6 +1,7 @@
 //! One origin with its store: the state that every request meets, and who may change it.
 //!
-//! - [`open`] makes, opens and closes volumes, and rebuilds all state from the store.
+//! - [`open`] makes, opens and closes volumes; [`decided`] rebuilds all state from the store, [`recover`]
+//!   finishes what was interrupted, [`host`] asks the operating system.
 //! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
 //!   behind it.
 //! - [`past`] reads what blocks were at an instant.
@@ -17,10 +18,13 @@
 //! store.
 
 mod commit;
+mod decided;
+mod host;
 mod instant;
 pub mod open;
 mod past;
 mod read;
+mod recover;
 mod release;
 mod restore;
 #[cfg(test)]

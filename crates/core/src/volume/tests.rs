@@ -517,7 +517,7 @@ fn a_replay_that_was_interrupted_is_replayed_again() {
     for block in 0..20 {
         put(&volume, block * 2, 0xA1);
     }
-    let long_ago = super::open::now_unix_ns() - 10_000_000_000;
+    let long_ago = super::host::now_unix_ns() - 10_000_000_000;
     volume.state.lock().buffer.arena().note_alive(long_ago);
     volume.abandon();
     drop(volume);

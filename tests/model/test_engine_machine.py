@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -395,8 +396,7 @@ class EngineMachine(RuleBasedStateMachine):
         for start, data in writes:
             after[start : start + len(data)] = data
         calls: list[Callable[[], None]] = [
-            lambda start=start, data=data: self.volume.pwrite(data, offset=start)  # type: ignore[misc]
-            for start, data in writes
+            partial(self.volume.pwrite, data, offset=start) for start, data in writes
         ]
         calls.append(lambda: self._read_either(before, bytes(after)))
         if self.reference.snapshots:

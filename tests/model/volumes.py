@@ -42,7 +42,8 @@ def make_volume(
 
 def open_volume(folder: Path, **options: object) -> native.Volume:
     """Open it, with the write buffer in the same directory."""
-    return native.Volume.open(folder / "store", buffer_dir=folder, **options)  # type: ignore[arg-type]
+    store = folder / "store"
+    return native.Volume.open(store, buffer_dir=folder, **options)  # type: ignore[arg-type]
 
 
 def take(volume: native.Volume, *extents: tuple[int, int], meta: bytes = b"") -> int:

@@ -84,8 +84,8 @@ impl Volume {
             to_u64(request.meta.len()) + 16 * to_u64(request.selection.as_slice().len());
         if header_bytes > u64::from(EPOCH_HEADER_BYTES_MAX) / 2 {
             return Err(Error::Usage(format!(
-                "a snapshot of so many parts takes {header_bytes} bytes of header, more than {}; select larger \
-                 ranges",
+                "a snapshot of so many parts takes {header_bytes} bytes of header, more than \
+                 {}; select larger ranges",
                 EPOCH_HEADER_BYTES_MAX / 2
             )));
         }

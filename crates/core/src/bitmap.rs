@@ -170,7 +170,8 @@ impl Bitmap {
         }
     }
 
-    /// Set every block that is set in `other`, which has as many blocks. O(regions) where one side is uniform.
+    /// Set every block that is set in `other`, which has as many blocks. O(regions) where one side
+    /// is uniform.
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(self.block_count, other.block_count, "bitmaps of one disk");
         for (mine, theirs) in self.regions.iter_mut().zip(&other.regions) {
@@ -262,8 +263,8 @@ impl Bitmap {
     }
 }
 
-/// One bit a block for sets that are mostly empty or come in large pieces: whole leaves of 512 blocks are kept
-/// as ranges, others as words, and only where something is set.
+/// One bit a block for sets that are mostly empty or come in large pieces: whole leaves of 512
+/// blocks are kept as ranges, others as words, and only where something is set.
 #[derive(Clone, Default)]
 pub struct SparseBitmap {
     leaves: BTreeMap<u64, Box<[u64; 8]>>,

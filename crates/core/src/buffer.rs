@@ -1,11 +1,12 @@
 //! The write buffer: first changes wait here, acknowledged, until their originals are durable.
 //!
-//! It is a disk's volatile cache. When it lives in a mapped file of a memory filesystem it outlives the process:
-//! a server that is killed and started again finds every acknowledged write. The file is described in
-//! `docs/formats/buffer.md`.
+//! It is a disk's volatile cache. When it lives in a mapped file of a memory filesystem it outlives
+//! the process: a server that is killed and started again finds every acknowledged write. The file
+//! is described in `docs/formats/buffer.md`.
 //!
-//! A slot holds the sectors of one block that one write brought. Published, it never changes; a rewrite takes a
-//! new slot. All methods but [`Arena::data`] are called under the volume's state lock.
+//! A slot holds the sectors of one block that one write brought. Published, it never changes; a
+//! rewrite takes a new slot. All methods but [`Arena::data`] are called under the volume's state
+//! lock.
 
 use crate::codec::{Reader, Writer};
 use crate::journal::OriginIdentity;
@@ -104,7 +105,8 @@ impl Arena {
         let file = File::from(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?);
         let length = Self::bytes_for(slot_count, block_size);
         file.set_len(length)?;
-        // All of it now: a memory filesystem that is full later would kill the process that writes to the mapping.
+        // All of it now: a memory filesystem that is full later would kill the process that writes
+        // to the mapping.
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
         let memory = MmapRaw::map_raw(&file)?;
         let mut header = Writer::default();
@@ -130,8 +132,8 @@ impl Arena {
         PAGE + headers.next_multiple_of(PAGE) + to_usize(u64::from(slot)) * self.block_size
     }
 
-    /// The content of a published slot: one block, of which only the slot's sectors mean anything. It stays until
-    /// the slot is released, which only the committer does.
+    /// The content of a published slot: one block, of which only the slot's sectors mean anything.
+    /// It stays until the slot is released, which only the committer does.
     pub fn data(&self, slot: u32) -> &[u8] {
         let at = self.data_at(slot);
         assert!(at + self.block_size <= self.memory.len());
@@ -142,8 +144,9 @@ impl Arena {
     #[allow(clippy::mut_from_ref)] // exclusive because the slot is free and the state lock is held
     fn slot_memory(&self, at: usize, length: usize) -> &mut [u8] {
         assert!(at + length <= self.memory.len());
-        // SAFETY: the range lies inside the mapping. The callers hold the state lock and own the slot: it is on
-        // the free list's way out, so no reference from `data` exists, and no other thread writes it.
+        // SAFETY: the range lies inside the mapping. The callers hold the state lock and own the
+        // slot: it is on the free list's way out, so no reference from `data` exists, and no other
+        // thread writes it.
         unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(at), length) }
     }
 
@@ -167,7 +170,8 @@ impl Arena {
         header[36..40].copy_from_slice(&crc.to_le_bytes());
         let at = Self::header_at(slot) + size_of::<u32>();
         self.slot_memory(at, header.len()).copy_from_slice(&header);
-        // The process may be killed between any two stores: the mark that makes the slot count comes last.
+        // The process may be killed between any two stores: the mark that makes the slot count
+        // comes last.
         fence(Ordering::Release);
         self.state_of(slot).store(SLOT_LIVE, Ordering::Release);
     }
@@ -228,8 +232,9 @@ pub fn note_replaying(path: &Path, unix_ns: u64) -> io::Result<()> {
     file.write_all_at(&unix_ns.to_le_bytes(), to_u64(ALIVE_AT))
 }
 
-/// Read the file that a killed process left; `None` if there is none, or none that is intact.
-pub fn read_left(path: &Path) -> io::Result<Option<LeftBuffer>> {
+/// Read the file that a killed process left; `None` if there is none, or none that is intact; the
+/// version if that is newer than ours.
+pub fn read_left(path: &Path) -> io::Result<Option<Result<LeftBuffer, u32>>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -238,10 +243,14 @@ pub fn read_left(path: &Path) -> io::Result<Option<LeftBuffer>> {
     Ok(parse_left(&bytes))
 }
 
-fn parse_left(bytes: &[u8]) -> Option<LeftBuffer> {
+fn parse_left(bytes: &[u8]) -> Option<Result<LeftBuffer, u32>> {
     let mut input = Reader::new(bytes.get(..FILE_HEADER_BYTES)?);
-    if input.array::<8>().ok()? != FILE_MAGIC || input.u32().ok()? != FILE_VERSION {
+    if input.array::<8>().ok()? != FILE_MAGIC {
         return None;
+    }
+    let version = input.u32().ok()?;
+    if version > FILE_VERSION {
+        return Some(Err(version));
     }
     let uuid = input.array().ok()?;
     let generation = input.u64().ok()?;
@@ -280,7 +289,7 @@ fn parse_left(bytes: &[u8]) -> Option<LeftBuffer> {
     slots.sort_by_key(|slot| slot.sequence);
     let identity = BufferIdentity { uuid, generation, boot_id, origin };
     let alive_unix_ns = u64::from_le_bytes(bytes[ALIVE_AT..ALIVE_AT + 8].try_into().ok()?);
-    Some(LeftBuffer { identity, alive_unix_ns, slots })
+    Some(Ok(LeftBuffer { identity, alive_unix_ns, slots }))
 }
 
 /// What is known of a slot in use.
@@ -366,15 +375,16 @@ impl WriteBuffer {
         self.next_sequence - 1
     }
 
-    /// The sequence number of the latest write, for somebody who waits until it is committed. A rewrite does not
-    /// drop its slot any more: it has a later number, and who waits for the earlier one would not wait for it.
+    /// The sequence number of the latest write, for somebody who waits until it is committed. A
+    /// rewrite does not drop its slot any more: it has a later number, and who waits for the
+    /// earlier one would not wait for it.
     pub fn hold(&mut self) -> u64 {
         self.held_upto = self.last_sequence();
         self.held_upto
     }
 
-    /// Grows whenever slots go after their content reached the origin: a reader that looked at the origin before
-    /// must look again.
+    /// Grows whenever slots go after their content reached the origin: a reader that looked at the
+    /// origin before must look again.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
@@ -395,8 +405,9 @@ impl WriteBuffer {
         self.of_block(block).last().map_or(0, |(_, info)| info.sequence)
     }
 
-    /// Take `data` as the content of the sectors of `block` from byte `offset_in_block` on. Needs a free slot.
-    /// `offset_in_block` is a multiple of a sector; so is the length, but at the end of an odd-sized disk.
+    /// Take `data` as the content of the sectors of `block` from byte `offset_in_block` on. Needs a
+    /// free slot. `offset_in_block` is a multiple of a sector; so is the length, but at the end of
+    /// an odd-sized disk.
     pub fn put(&mut self, block: u64, epoch: u32, offset_in_block: u64, data: &[u8]) {
         let end = offset_in_block + to_u64(data.len());
         let mask = sectors(offset_in_block / SECTOR, end.div_ceil(SECTOR));
@@ -409,7 +420,8 @@ impl WriteBuffer {
         self.next_sequence += 1;
         let start = self.arena.data_at(slot) + to_usize(at);
         self.arena.slot_memory(start, data.len()).copy_from_slice(data);
-        // The odd end of a disk: its last sector counts whole should the disk grow, and held something else before.
+        // The odd end of a disk: its last sector counts whole should the disk grow, and held
+        // something else before.
         let rest = to_usize((at + to_u64(data.len())).next_multiple_of(SECTOR) - at) - data.len();
         self.arena.slot_memory(start + data.len(), rest).fill(0);
         let info = SlotInfo { block, sequence, epoch, mask, is_in_batch: false };
@@ -445,15 +457,16 @@ impl WriteBuffer {
         self.put_masked(left.block, epoch, left.mask, 0, &left.data);
     }
 
-    /// Patch a block's content with what its slots hold: `content` begins at byte `from` of the block.
+    /// Patch a block's content with what its slots hold: `content` begins at byte `from` of the
+    /// block.
     pub fn overlay(&self, block: u64, from: u64, content: &mut [u8]) {
         for (slot, info) in self.of_block(block) {
             overlay_sectors(self.arena.data(slot), info.mask, from, content);
         }
     }
 
-    /// Move the oldest slots of epochs up to `epoch_max` into a batch, of at most `blocks_max` blocks. Grouped by
-    /// block, blocks ascending, slots of a block oldest first.
+    /// Move the oldest slots of epochs up to `epoch_max` into a batch, of at most `blocks_max`
+    /// blocks. Grouped by block, blocks ascending, slots of a block oldest first.
     pub fn take_batch(&mut self, epoch_max: u32, blocks_max: usize) -> Vec<(u64, BlockSlots)> {
         let mut batch: HashMap<u64, BlockSlots, foldhash::fast::FixedState> = HashMap::default();
         let mut later = Vec::new();
@@ -533,7 +546,8 @@ impl WriteBuffer {
     }
 }
 
-/// Copy the sectors of `mask` from a slot's block into `content`, which begins at byte `from` of the block.
+/// Copy the sectors of `mask` from a slot's block into `content`, which begins at byte `from` of
+/// the block.
 pub fn overlay_sectors(data: &[u8], mask: SectorMask, from: u64, content: &mut [u8]) {
     let end = from + to_u64(content.len());
     for (first, last) in sector_runs(mask) {

@@ -1,4 +1,5 @@
-//! Fixed-width little-endian fields, written to and read from byte strings; reading checks every length.
+//! Fixed-width little-endian fields, written to and read from byte strings; reading checks every
+//! length.
 
 use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};

@@ -54,8 +54,8 @@ impl Epochs {
         self.0.iter().filter_map(|(&epoch, e)| Some((epoch, e.selection.as_ref()?)))
     }
 
-    /// True if a copy of `block` made in `epoch` is the one that some live snapshot reads, given that the copy
-    /// before it was made in `previous` (0 if there was none).
+    /// True if a copy of `block` made in `epoch` is the one that some live snapshot reads, given
+    /// that the copy before it was made in `previous` (0 if there was none).
     pub fn needs(&self, block: u64, epoch: u32, previous: u32) -> bool {
         let between = self.0.range(previous + 1..=epoch);
         between.filter_map(|(_, e)| e.selection.as_ref()).any(|set| set.contains(block))

@@ -1,4 +1,5 @@
-//! What can go wrong with a volume, by who must act: each kind is an exception class and an exit code above.
+//! What can go wrong with a volume, by who must act: each kind is an exception class and an exit
+//! code above.
 
 use crate::export::ExportError;
 use crate::extent::ExtentSet;

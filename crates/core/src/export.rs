@@ -26,7 +26,8 @@ pub enum ExportError {
 /// Block sizes told to clients, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockSizes {
-    /// Smallest aligned request the export accepts; a power of two, 1 if any byte range is accepted.
+    /// Smallest aligned request the export accepts; a power of two, 1 if any byte range is
+    /// accepted.
     pub minimum: u32,
     /// The size that costs least; a power of two.
     pub preferred: u32,
@@ -41,7 +42,8 @@ pub struct ZeroRequest {
     pub may_punch: bool,
     /// Answer only when the zeroes are on stable storage.
     pub fua: bool,
-    /// Fail with [`ExportError::NotSupported`], having changed nothing, unless faster than writing zeroes.
+    /// Fail with [`ExportError::NotSupported`], having changed nothing, unless faster than writing
+    /// zeroes.
     pub fast_only: bool,
 }
 
@@ -63,9 +65,9 @@ pub const STATE_ZERO: u32 = 2;
 
 /// A disk that a server can hand out: a live volume, a snapshot's view, a clone.
 ///
-/// Ranges were checked against [`Export::size_bytes`] and for read-only by the caller. All methods block the
-/// calling thread for as long as the device takes and may be called from many threads at once. Requests in
-/// flight at the same time are not ordered against each other, as on any disk.
+/// Ranges were checked against [`Export::size_bytes`] and for read-only by the caller. All methods
+/// block the calling thread for as long as the device takes and may be called from many threads at
+/// once. Requests in flight at the same time are not ordered against each other, as on any disk.
 pub trait Export: Send + Sync {
     /// Size in bytes; constant while a client is connected.
     fn size_bytes(&self) -> u64;
@@ -79,8 +81,9 @@ pub trait Export: Send + Sync {
     /// One line for people, shown by `nbdinfo --list`.
     fn description(&self) -> String;
 
-    /// Fill `buffer` from `offset_bytes` if that needs no waiting for a device; `Ok(false)` if it does, and then
-    /// the content of `buffer` is undefined and the caller goes on with [`Export::read`] on another thread.
+    /// Fill `buffer` from `offset_bytes` if that needs no waiting for a device; `Ok(false)` if it
+    /// does, and then the content of `buffer` is undefined and the caller goes on with
+    /// [`Export::read`] on another thread.
     fn try_read(&self, offset_bytes: u64, buffer: &mut [u8]) -> Result<bool, ExportError>;
 
     /// Fill `buffer` from `offset_bytes`.
@@ -106,12 +109,14 @@ pub trait Export: Send + Sync {
     /// Bring the range into the cache; a hint.
     fn cache(&self, offset_bytes: u64, length_bytes: u64) -> Result<(), ExportError>;
 
-    /// Names of the metadata contexts offered besides `base:allocation`, such as `x-stillblock:selected`.
+    /// Names of the metadata contexts offered besides `base:allocation`, such as
+    /// `x-stillblock:selected`.
     fn contexts(&self) -> Vec<String>;
 
-    /// Status of the range in one context (`base:allocation` or one of [`Export::contexts`]): consecutive extents
-    /// that start at `offset_bytes`, at most `extents_max` of them, ending at or before the end of the range; never
-    /// empty for a non-empty range. Neighbours with equal flags are merged.
+    /// Status of the range in one context (`base:allocation` or one of [`Export::contexts`]):
+    /// consecutive extents that start at `offset_bytes`, at most `extents_max` of them, ending at
+    /// or before the end of the range; never empty for a non-empty range. Neighbours with equal
+    /// flags are merged.
     fn block_status(
         &self,
         context: &str,

@@ -7,7 +7,8 @@ use crate::volume::Volume;
 use parking_lot::RwLock;
 use std::sync::Arc;
 
-/// Largest payload taken in one request: what clients send at most, and what the protocol says not to refuse.
+/// Largest payload taken in one request: what clients send at most, and what the protocol says not
+/// to refuse.
 const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 
 /// What a metadata context beside `base:allocation` shows.
@@ -15,7 +16,8 @@ const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 pub enum ContextKind {
     /// Flag 1 where the snapshot selects.
     Selected,
-    /// Flag 1 where blocks changed since the instant of this epoch: to the view's own instant, or to now.
+    /// Flag 1 where blocks changed since the instant of this epoch: to the view's own instant, or
+    /// to now.
     Changed {
         /// Since when.
         since: u32,

@@ -61,8 +61,8 @@ pub const fn round_out(offset_bytes: u64, length_bytes: u64, block_size: u64) ->
     }
 }
 
-/// The blocks that a byte range covers whole. The last block of a volume counts as covered when the range
-/// reaches `size_bytes`, whatever the block would hold beyond.
+/// The blocks that a byte range covers whole. The last block of a volume counts as covered when the
+/// range reaches `size_bytes`, whatever the block would hold beyond.
 pub fn round_in(offset_bytes: u64, length_bytes: u64, block_size: u64, size_bytes: u64) -> Extent {
     let end_bytes = offset_bytes + length_bytes;
     let start = offset_bytes.div_ceil(block_size);
@@ -248,7 +248,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn set_algebra_is_that_of_sets_of_blocks(a in extents(), b in extents(), probe in 0u64..230) {
+        fn set_algebra_is_that_of_sets_of_blocks(
+            a in extents(),
+            b in extents(),
+            probe in 0u64..230,
+        ) {
             let (x, y) = (ExtentSet::from_unsorted(a.clone()), ExtentSet::from_unsorted(b.clone()));
             let (m, n) = (model(&a), model(&b));
             prop_assert_eq!(blocks(&x), m.clone());
@@ -259,11 +263,15 @@ mod tests {
             prop_assert_eq!(x.block_count(), m.len() as u64);
             let window = Extent::new(probe, probe + 17);
             let inside: Vec<_> = x.within(window).collect();
-            prop_assert_eq!(model(&inside), m.into_iter().filter(|&v| window.contains(v)).collect());
+            let expected = m.into_iter().filter(|&v| window.contains(v)).collect();
+            prop_assert_eq!(model(&inside), expected);
         }
 
         #[test]
-        fn rounding_out_covers_and_rounding_in_is_covered(offset in 0u64..10_000, length in 0u64..10_000) {
+        fn rounding_out_covers_and_rounding_in_is_covered(
+            offset in 0u64..10_000,
+            length in 0u64..10_000,
+        ) {
             let out = round_out(offset, length, 4096);
             let inner = round_in(offset, length, 4096, u64::MAX);
             if length > 0 {

@@ -1,8 +1,9 @@
 //! Which block has which record in which epoch, in memory.
 //!
-//! Preserved content: 24 bytes a block, in sorted runs that are merged as they grow, with the newest in a small
-//! tree. Runs are immutable; the committer builds new ones outside the lock and swaps them in. Old content that
-//! was zero, or was lost, is kept as extents an epoch; changes without content as one bit.
+//! Preserved content: 24 bytes a block, in sorted runs that are merged as they grow, with the
+//! newest in a small tree. Runs are immutable; the committer builds new ones outside the lock and
+//! swaps them in. Old content that was zero, or was lost, is kept as extents an epoch; changes
+//! without content as one bit.
 
 use crate::bitmap::SparseBitmap;
 use crate::extent::{Extent, ExtentSet};
@@ -108,14 +109,15 @@ impl Index {
         self.tree.len() + self.runs.iter().map(|r| r.len()).sum::<usize>()
     }
 
-    /// True if nothing at all is recorded for the blocks since `epoch`; may say false when nothing is.
+    /// True if nothing at all is recorded for the blocks since `epoch`; may say false when nothing
+    /// is.
     fn is_clear(&self, blocks: Extent, epoch: u32) -> bool {
         let is_bare = self.tree.is_empty() && self.runs.is_empty();
         blocks.is_empty() || (is_bare && self.epochs.range(epoch..).next().is_none())
     }
 
-    /// For each of `blocks` that changed since the instant of `epoch`: what it was then. Ascending, appended to
-    /// `found`, which is empty. Blocks not in it are unchanged: the origin has them.
+    /// For each of `blocks` that changed since the instant of `epoch`: what it was then. Ascending,
+    /// appended to `found`, which is empty. Blocks not in it are unchanged: the origin has them.
     pub fn contents(&self, blocks: Extent, epoch: u32, found: &mut Vec<(u64, Content)>) {
         debug_assert!(found.is_empty());
         if self.is_clear(blocks, epoch) {
@@ -208,8 +210,8 @@ impl Index {
         if self.epochs.range(since..).all(|(_, extents)| extents.lost.is_empty()) {
             return all;
         }
-        // A copy from the same or an earlier epoch serves the snapshot in spite of a loss. By extents: after a
-        // store was full, the whole disk may be lost.
+        // A copy from the same or an earlier epoch serves the snapshot in spite of a loss. By
+        // extents: after a store was full, the whole disk may be lost.
         let mut kept_by_epoch: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
         let runs = self.runs.iter().flat_map(|run| run.iter().map(Record::key));
         for (block, epoch) in runs.chain(self.tree.keys().copied()).filter(|key| key.1 >= since) {
@@ -245,7 +247,8 @@ impl Index {
         })
     }
 
-    /// Per epoch, the blocks whose old content was zero or is lost: copies without content of their own.
+    /// Per epoch, the blocks whose old content was zero or is lost: copies without content of their
+    /// own.
     pub fn contentless_extents(&self) -> Vec<(u32, ExtentSet)> {
         let kept = self.epochs.iter().filter(|(_, e)| !e.zero.is_empty() || !e.lost.is_empty());
         kept.map(|(&epoch, e)| (epoch, e.zero.to_set().union(&e.lost))).collect()
@@ -278,15 +281,16 @@ impl Index {
         self.epochs = self.epochs.split_off(&first);
     }
 
-    /// The runs and tree to be merged, if the tree has grown enough. To be called by the committer, which is the
-    /// only one that changes the index; the work is then done without any lock.
+    /// The runs and tree to be merged, if the tree has grown enough. To be called by the committer,
+    /// which is the only one that changes the index; the work is then done without any lock.
     pub fn compaction(&self) -> Option<Compaction> {
         if self.tree.len() < TREE_RECORDS_MAX {
             return None;
         }
         let mut total = self.tree.len();
         let mut first = self.runs.len();
-        // Merge while the next older run is not much larger: each record is then moved O(log n) times.
+        // Merge while the next older run is not much larger: each record is then moved O(log n)
+        // times.
         while first > 0 && self.runs[first - 1].len() <= 2 * total {
             first -= 1;
             total += self.runs[first].len();

@@ -1,8 +1,9 @@
-//! The volume journal: every decision that is not the commit of an instant, in order, durable before it acts.
+//! The volume journal: every decision that is not the commit of an instant, in order, durable
+//! before it acts.
 //!
-//! Records start at multiples of 512 bytes; see `docs/formats/journal.md`. A record that is not intact ends the
-//! journal if nothing valid follows it; with something valid after it the journal is damaged, and the store is
-//! refused rather than guessed at.
+//! Records start at multiples of 512 bytes; see `docs/formats/journal.md`. A record that is not
+//! intact ends the journal if nothing valid follows it; with something valid after it the journal
+//! is damaged, and the store is refused rather than guessed at.
 
 use crate::codec::{Malformed, Reader, Writer};
 use crate::extent::ExtentSet;
@@ -67,6 +68,9 @@ pub enum Entry {
     Closed {
         /// What it is now.
         identity: OriginIdentity,
+        /// Sequence number the next batch of the log will have, 0 if there is no log: a log that
+        /// ends earlier has lost its tail.
+        next_batch: u64,
     },
     /// The volume's opaque bytes.
     VolumeMeta(Vec<u8>),
@@ -157,8 +161,9 @@ impl Entry {
                 out.raw(boot_id).u64(*generation).bytes(origin).bytes(buffer);
                 2
             }
-            Self::Closed { identity } => {
+            Self::Closed { identity, next_batch } => {
                 put_identity(&mut out, identity);
+                out.u64(*next_batch);
                 3
             }
             Self::VolumeMeta(meta) => {
@@ -231,7 +236,7 @@ impl Entry {
                 origin: input.bytes()?.to_vec(),
                 buffer: input.bytes()?.to_vec(),
             },
-            3 => Self::Closed { identity: take_identity(&mut input)? },
+            3 => Self::Closed { identity: take_identity(&mut input)?, next_batch: input.u64()? },
             4 => Self::VolumeMeta(input.bytes()?.to_vec()),
             5 => Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
             6 => Self::Narrowed { epoch: input.u32()?, selection: input.extents()? },
@@ -337,7 +342,8 @@ impl Journal {
         Ok(self.file.sync()?)
     }
 
-    /// True if the reserve is running out: what still has to be said of a full store must be said in one record.
+    /// True if the reserve is running out: what still has to be said of a full store must be said
+    /// in one record.
     pub fn is_short_of_room(&self, record_bytes: u64) -> bool {
         self.end + record_bytes + RESERVE_BYTES / 4 > self.allocated
     }

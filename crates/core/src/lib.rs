@@ -1,7 +1,8 @@
-//! The data path of stillblock: what happens for every request, and nothing that happens for an operation.
+//! The data path of stillblock: what happens for every request, and nothing that happens for an
+//! operation.
 //!
-//! Read first: [`volume`] (one origin with its store), then [`log`] (what is kept), then [`buffer`] and
-//! `volume::commit` (how a first change is made safe before it reaches the origin).
+//! Read first: [`volume`] (one origin with its store), then [`log`] (what is kept), then [`buffer`]
+//! and `volume::commit` (how a first change is made safe before it reaches the origin).
 
 pub mod bitmap;
 pub mod buffer;

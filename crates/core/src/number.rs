@@ -1,4 +1,5 @@
-//! Conversions between `u64` offsets and `usize` lengths, which are the same size on every target we build for.
+//! Conversions between `u64` offsets and `usize` lengths, which are the same size on every target
+//! we build for.
 
 const _: () = assert!(size_of::<usize>() == size_of::<u64>(), "stillblock needs a 64-bit target");
 

@@ -1,8 +1,10 @@
-//! The one small face of everything the engine reads and writes: a byte device and a directory of them.
+//! The one small face of everything the engine reads and writes: a byte device and a directory of
+//! them.
 //!
-//! Implementations: files and block devices here; memory, faulty and crash-simulating ones in `testing`.
-//! Contract: a write that was submitted may reach the medium wholly, by sectors in any subset, or not at all
-//! until a later [`Storage::sync`] returned; a failed sync leaves all unsynced writes in doubt.
+//! Implementations: files and block devices here; memory, faulty and crash-simulating ones in
+//! `testing`. Contract: a write that was submitted may reach the medium wholly, by sectors in any
+//! subset, or not at all until a later [`Storage::sync`] returned; a failed sync leaves all
+//! unsynced writes in doubt.
 
 use crate::number::{to_u64, to_usize};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
@@ -57,13 +59,14 @@ pub trait Storage: Send + Sync {
     /// Return when every completed write is on stable storage.
     fn sync(&self) -> io::Result<()>;
 
-    /// The first byte at or after `offset` and before `end` that may be something else than zero; `end` if none.
+    /// The first byte at or after `offset` and before `end` that may be something else than zero;
+    /// `end` if none.
     fn next_data(&self, offset: u64, _end: u64) -> io::Result<u64> {
         Ok(offset)
     }
 
-    /// The first byte after `offset`, which is in data, where a hole begins, at most `end`. Some filesystems look
-    /// through all the data between: not for the path of a write.
+    /// The first byte after `offset`, which is in data, where a hole begins, at most `end`. Some
+    /// filesystems look through all the data between: not for the path of a write.
     fn next_hole(&self, _offset: u64, end: u64) -> io::Result<u64> {
         Ok(end)
     }
@@ -80,7 +83,8 @@ pub trait Storage: Send + Sync {
     fn set_len(&self, length: u64) -> io::Result<()>;
 }
 
-/// A flat directory of devices. What was created, renamed or removed is durable after [`Directory::sync`].
+/// A flat directory of devices. What was created, renamed or removed is durable after
+/// [`Directory::sync`].
 pub trait Directory: Send + Sync {
     /// Open an existing file for reading and writing.
     fn open(&self, name: &str) -> io::Result<Arc<dyn Storage>>;
@@ -137,7 +141,8 @@ impl FileStorage {
         let unit = if is_block_device {
             u64::from(rustix::fs::ioctl_blksszget(&file)?)
         } else {
-            // Every filesystem we know accepts direct I/O in pages; many accept less, none may be relied on.
+            // Every filesystem we know accepts direct I/O in pages; many accept less, none may be
+            // relied on.
             4096
         };
         let alignment = direct.then_some(DirectAlignment { unit });

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::{Extent, ExtentSet, round_out};
 use crate::number::{to_u64, to_usize};
-use crate::volume::Volume;
+use crate::volume::{Patience, Volume};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -20,11 +20,11 @@ pub enum ExcludedReads {
     Error,
 }
 
-/// A snapshot that can be read while the disk is written. Holds the snapshot until it is closed or dropped.
+/// A snapshot that can be read while the disk is written. Holds the snapshot until it is closed or
+/// dropped.
 pub struct View {
     volume: Arc<Volume>,
     epoch: u32,
-    selection: Arc<ExtentSet>,
     size_bytes: u64,
     excluded: ExcludedReads,
     is_closed: AtomicBool,
@@ -33,10 +33,10 @@ pub struct View {
 impl View {
     /// Open the view of a snapshot.
     pub fn open(volume: &Arc<Volume>, epoch: u32, excluded: ExcludedReads) -> Result<Self> {
-        let (selection, size_bytes) = volume.pin(epoch)?;
+        let size_bytes = volume.pin(epoch)?;
         let volume = Arc::clone(volume);
         let is_closed = AtomicBool::new(false);
-        Ok(Self { volume, epoch, selection, size_bytes, excluded, is_closed })
+        Ok(Self { volume, epoch, size_bytes, excluded, is_closed })
     }
 
     /// Which snapshot.
@@ -54,32 +54,15 @@ impl View {
         &self.volume
     }
 
-    /// What the snapshot selected when the view was opened.
-    pub fn selection(&self) -> &ExtentSet {
-        &self.selection
+    /// What the snapshot selects now; an error once it was deleted.
+    pub fn selection(&self) -> Result<Arc<ExtentSet>> {
+        self.volume.snapshot_selection(self.epoch)
     }
 
     /// Let the snapshot go; reads fail from now on.
     pub fn close(&self) {
         if !self.is_closed.swap(true, Ordering::AcqRel) {
             self.volume.unpin(self.epoch);
-        }
-    }
-
-    /// What the snapshot selects now: it may have been narrowed, or deleted by force, since the view was opened.
-    fn selected_now(&self) -> Result<Arc<ExtentSet>> {
-        self.volume.selected_by(self.epoch)
-    }
-
-    /// Call `read` until the selection it was given is still the snapshot's afterwards. What a snapshot lets go of
-    /// is not preserved any more from that decision on: a read across it may have seen the live disk (P2).
-    fn while_selected<T>(&self, mut read: impl FnMut(&ExtentSet) -> Result<T>) -> Result<T> {
-        loop {
-            let selection = self.selected_now()?;
-            let result = read(&selection);
-            if Arc::ptr_eq(&selection, &self.selected_now()?) {
-                return result;
-            }
         }
     }
 
@@ -99,10 +82,18 @@ impl View {
     /// Fill `buffer` from `offset` with what the disk held at the instant.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.check(offset, to_u64(buffer.len()))?;
-        self.while_selected(|selection| self.read_of(selection, offset, buffer))
+        loop {
+            let selection = self.selection()?;
+            let read = self.read_selected(&selection, offset, buffer);
+            // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then
+            // looked for on the origin, where it need not be (P2).
+            if Arc::ptr_eq(&selection, &self.selection()?) {
+                return read;
+            }
+        }
     }
 
-    fn read_of(&self, selection: &ExtentSet, offset: u64, buffer: &mut [u8]) -> Result<()> {
+    fn read_selected(&self, selection: &ExtentSet, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let block_size = self.volume.block_size();
         let all = round_out(offset, to_u64(buffer.len()), block_size);
         let mut at = all.start;
@@ -122,17 +113,20 @@ impl View {
     /// As [`View::read`] if no device must be waited for; false if one must.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         self.check(offset, to_u64(buffer.len()))?;
-        let blocks = round_out(offset, to_u64(buffer.len()), self.volume.block_size());
-        self.while_selected(|selection| {
-            let is_all_selected = selection.within(blocks).next() == Some(blocks);
-            if !is_all_selected || blocks.len() > PIECE_BLOCKS {
-                return Ok(false);
-            }
-            self.volume.try_read_unchanged(self.epoch, blocks, offset, buffer)
-        })
+        let (block_size, length) = (self.volume.block_size(), to_u64(buffer.len()));
+        let blocks = round_out(offset, length, block_size);
+        let selection = self.selection()?;
+        let is_whole = blocks.to_bytes(block_size) == (offset, length);
+        let is_selected = selection.within(blocks).next() == Some(blocks);
+        if !is_whole || !is_selected || blocks.len() > PIECE_BLOCKS {
+            return Ok(false);
+        }
+        let is_read = self.volume.read_at_epoch(self.epoch, blocks, buffer, Patience::Try)?;
+        Ok(is_read && Arc::ptr_eq(&selection, &self.selection()?))
     }
 
-    /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the buffer.
+    /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the
+    /// buffer.
     fn bytes_in(&self, blocks: Extent, offset: u64, length: usize) -> (usize, usize) {
         let (start, bytes) = blocks.to_bytes(self.volume.block_size());
         let from = start.max(offset) - offset;
@@ -161,10 +155,12 @@ impl View {
         let (start, length) = blocks.to_bytes(self.volume.block_size());
         let is_whole = to_u64(from) + offset == start && to_u64(to - from) == length;
         if is_whole {
-            return self.volume.read_at_epoch(self.epoch, blocks, &mut buffer[from..to]);
+            let part = &mut buffer[from..to];
+            let read = self.volume.read_at_epoch(self.epoch, blocks, part, Patience::Wait);
+            return read.map(|_| ());
         }
         let mut content = vec![0; to_usize(length)];
-        self.volume.read_at_epoch(self.epoch, blocks, &mut content)?;
+        self.volume.read_at_epoch(self.epoch, blocks, &mut content, Patience::Wait)?;
         let skip = to_usize(offset + to_u64(from) - start);
         buffer[from..to].copy_from_slice(&content[skip..skip + (to - from)]);
         Ok(())
@@ -178,18 +174,8 @@ impl View {
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>> {
         self.check(offset, length)?;
-        self.while_selected(|selection| self.allocation_of(selection, offset, length, extents_max))
-    }
-
-    fn allocation_of(
-        &self,
-        selection: &ExtentSet,
-        offset: u64,
-        length: u64,
-        extents_max: usize,
-    ) -> Result<Vec<StatusExtent>> {
         let mut found = Vec::new();
-        let selected = status_of(selection, self.volume.block_size(), offset, length, usize::MAX);
+        let selected = self.selected(offset, length, usize::MAX)?;
         for part in selected {
             if found.len() >= extents_max {
                 break;
@@ -208,9 +194,8 @@ impl View {
 
     /// Selected blocks whose content could not be kept.
     pub fn lost(&self) -> ExtentSet {
-        let selection = self.selected_now();
-        selection
-            .map_or_else(|_| ExtentSet::new(), |s| self.volume.lost_of(self.epoch).intersection(&s))
+        let selection = self.selection().unwrap_or_default();
+        self.volume.lost_of(self.epoch).intersection(&selection)
     }
 
     /// Which parts the snapshot selects: flags 1 selected, 0 not.
@@ -221,7 +206,7 @@ impl View {
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>> {
         self.check(offset, length)?;
-        let selection = self.selected_now()?;
+        let selection = self.selection()?;
         Ok(status_of(&selection, self.volume.block_size(), offset, length, extents_max))
     }
 }

@@ -16,7 +16,8 @@ use stillblock_core::export::{BlockSizes, Export, ExportError, StatusExtent, Zer
 use stillblock_core::nbd::wire::{self, command, option};
 use stillblock_core::nbd::{Limits, Server, ServerError};
 
-/// A disk in memory of which everything but the first MiB is "on a device", which waits while the gate is closed.
+/// A disk in memory of which everything but the first MiB is "on a device", which waits while the
+/// gate is closed.
 struct SlowDisk {
     memory: MemoryDisk,
     gate: Gate,

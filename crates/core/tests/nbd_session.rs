@@ -1,4 +1,5 @@
-//! The NBD session as bytes in, bytes out: one test for each rule of the protocol that clients rely on.
+//! The NBD session as bytes in, bytes out: one test for each rule of the protocol that clients rely
+//! on.
 
 #[path = "../examples/serve_memory/memory.rs"]
 mod memory;
@@ -971,12 +972,16 @@ proptest! {
             (0_u32..13, 0_u16..10, any::<u16>(), any::<u64>(), any::<u32>(),
              prop::collection::vec(any::<u8>(), 0..60)), 0..12),
     ) {
-        let mut input = if has_handshake { opening(mode, "huge", &["base:allocation"]) } else { FLAGS.to_vec() };
+        let mut input = FLAGS.to_vec();
+        if has_handshake {
+            input = opening(mode, "huge", &["base:allocation"]);
+        }
         for (kind, command, flags, offset, length, data) in parts {
             if !has_handshake {
                 input.extend(opt(kind, &data));
             } else if mode == Mode::Extended {
-                input.extend(request_extended(command, flags & 0x3f, offset, u64::from(length), &data));
+                let length = u64::from(length);
+                input.extend(request_extended(command, flags & 0x3f, offset, length, &data));
             } else {
                 input.extend(request(command, flags & 0x1f, offset, length, &data));
             }

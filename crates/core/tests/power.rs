@@ -1,8 +1,8 @@
 //! Power cuts and kills at any storage step, and again while the volume is opened after one.
 //!
-//! Storage here forgets: at a cut, of what was written since the last sync each sector survives or not. A kill
-//! keeps everything, and the write buffer with it. After either, the live disk must be one that was allowed (P6)
-//! and every snapshot exact (P2).
+//! Storage here forgets: at a cut, of what was written since the last sync each sector survives or
+//! not. A kill keeps everything, and the write buffer with it. After either, the live disk must be
+//! one that was allowed (P6) and every snapshot exact (P2).
 //!
 //! A seed that fails is printed; run it alone with `STILLBLOCK_SEED=n cargo test --test power`.
 
@@ -160,8 +160,8 @@ impl World {
         }
     }
 
-    /// The kernel outlives the process: what was written is there, synced or not, and forgotten as unsynced only
-    /// by a sync.
+    /// The kernel outlives the process: what was written is there, synced or not, and forgotten as
+    /// unsynced only by a sync.
     fn kill(&self) {
         self.is_off.store(false, Ordering::Relaxed);
         self.fuse.store(-1, Ordering::Relaxed);
@@ -479,8 +479,8 @@ impl Run<'_> {
         snapshot.selection = snapshot.selection.intersection(selection);
     }
 
-    /// From the restore's instant on, and across any cut, its blocks are those of the source. Blocks that did not
-    /// change since are not written, and hold the same.
+    /// From the restore's instant on, and across any cut, its blocks are those of the source.
+    /// Blocks that did not change since are not written, and hold the same.
     fn restored(&mut self, source: u32, wanted: &ExtentSet) {
         let from = &self.snapshots[&source];
         for block in from.selection.intersection(wanted).iter().flat_map(|e| e.start..e.end) {
@@ -528,7 +528,8 @@ impl Run<'_> {
         content
     }
 
-    /// Everything stops: cut the power or kill the process, open again, perhaps stopped once more, and look.
+    /// Everything stops: cut the power or kill the process, open again, perhaps stopped once more,
+    /// and look.
     fn stop(&mut self, doing: Doing, _: &Error) {
         self.stops += 1;
         self.volume.abandon();
@@ -579,7 +580,8 @@ impl Run<'_> {
                 }
                 exact = None;
                 if !was_cut {
-                    // Acknowledged writes survive a kill; this one was not acknowledged and may be there in parts.
+                    // Acknowledged writes survive a kill; this one was not acknowledged and may be
+                    // there in parts.
                     for (sector, set) in self.allowed.iter_mut().enumerate() {
                         let inside = (first..first + count).contains(&sector);
                         *set = BTreeSet::from([self.live[sector]]);
@@ -629,7 +631,8 @@ impl Run<'_> {
                 self.live[sector], self.allowed[sector]
             );
         }
-        // Opening syncs, but what is replayed is only as durable as before; a volume that was cut has no buffer.
+        // Opening syncs, but what is replayed is only as durable as before; a volume that was cut
+        // has no buffer.
         self.live = now;
         self.all_flushed();
     }

@@ -1,4 +1,5 @@
-//! Every error of the core becomes one exception with the name of its kind; classes are Python's business.
+//! Every error of the core becomes one exception with the name of its kind; classes are Python's
+//! business.
 
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;

@@ -1,4 +1,5 @@
-//! The Python extension module: registration only. What each class does is written in `_native.pyi`.
+//! The Python extension module: registration only. What each class does is written in
+//! `_native.pyi`.
 // The conversions that PyO3 generates need their arguments by value.
 #![allow(clippy::needless_pass_by_value)]
 

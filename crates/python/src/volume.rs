@@ -49,8 +49,8 @@ pub struct Volume(pub Arc<core::Volume>);
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        // A volume nobody closed is left as a kill would leave it; the next opening recovers. Views keep the
-        // engine itself alive.
+        // A volume nobody closed is left as a kill would leave it; the next opening recovers. Views
+        // keep the engine itself alive.
         self.0.abandon();
     }
 }

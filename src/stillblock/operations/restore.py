@@ -196,7 +196,7 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
     for partition in partitions:
         inside = intersection(extents, ((partition.start, partition.end),))
         rest = difference(rest, inside)
-        parts.append((str(partition), inside))
+        parts.append((partition.label, inside))
     parts.append((_OUTSIDE if partitions else "whole disk", rest))
     return tuple(
         RestorePart(label=label, extents=found, write_bytes=total_bytes(found))

@@ -1,4 +1,5 @@
-//! The smallest embedding of the server: one disk in memory, on a Unix socket, until standard input ends.
+//! The smallest embedding of the server: one disk in memory, on a Unix socket, until standard input
+//! ends.
 //!
 //! ```text
 //! cargo run --release --example serve_memory -- /tmp/memory.sock 1024

@@ -7,7 +7,8 @@ use super::format::{
 use crate::extent::Extent;
 use crate::number::{to_u64, to_usize};
 
-/// Descriptors a batch holds: a preserved block each, as many runs of zero originals, and as many of changes.
+/// Descriptors a batch holds: a preserved block each, as many runs of zero originals, and as many
+/// of changes.
 pub const DESCRIPTORS_MAX: usize = 3 * BATCH_BLOCKS_MAX;
 
 /// The content a block had, as the index will know it.
@@ -78,7 +79,8 @@ impl BatchBuilder {
         &mut self.bytes[start..end]
     }
 
-    /// Record the contents that were put into [`Self::room`] as those of `blocks`; zeroes take no space.
+    /// Record the contents that were put into [`Self::room`] as those of `blocks`; zeroes take no
+    /// space.
     pub fn keep(&mut self, blocks: Extent) {
         let size = to_usize(self.block_size);
         let mut source = self.payload_start();

@@ -1,7 +1,8 @@
 //! Layout of segment files, pure: see `docs/formats/log.md`.
 //!
-//! A segment is a sequence of pages: its header, for the first segment of an epoch the epoch header, both of
-//! them twice, then batches. A batch is its head (header and descriptors), payload, and tail (the same again).
+//! A segment is a sequence of pages: its header, for the first segment of an epoch the epoch
+//! header, both of them twice, then batches. A batch is its head (header and descriptors), payload,
+//! and tail (the same again).
 
 use crate::codec::{Malformed, Reader, Writer};
 use crate::extent::{Extent, ExtentSet};
@@ -49,8 +50,8 @@ impl Position {
     }
 }
 
-/// Checksum of a block's content that also covers which block of which epoch it is, so that a payload that
-/// landed in the wrong place does not pass.
+/// Checksum of a block's content that also covers which block of which epoch it is, so that a
+/// payload that landed in the wrong place does not pass.
 pub fn payload_checksum(block: u64, epoch: u32, content: &[u8]) -> u32 {
     let mut identity = [0; 12];
     identity[..8].copy_from_slice(&block.to_le_bytes());
@@ -69,8 +70,8 @@ pub struct SegmentHeader {
     pub epoch: u32,
     /// 0 for the first segment of the epoch.
     pub ordinal: u32,
-    /// The segment written before this one, and the page where its last durable batch ended: what follows
-    /// there never became durable and was written again elsewhere.
+    /// The segment written before this one, and the page where its last durable batch ended: what
+    /// follows there never became durable and was written again elsewhere.
     pub previous_segment: u32,
     /// See `previous_segment`.
     pub previous_end_page: u32,

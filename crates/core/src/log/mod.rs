@@ -1,7 +1,8 @@
 //! The epoch log: what is preserved and recorded, in batches, in segment files.
 //!
-//! [`format`] is the layout, pure; [`writer`] appends, one durable batch after another; [`scan`] reads a log
-//! back and tells a torn tail from damage. The page for people is `docs/formats/log.md`.
+//! [`format`] is the layout, pure; [`writer`] appends, one durable batch after another; [`scan`]
+//! reads a log back and tells a torn tail from damage. The page for people is
+//! `docs/formats/log.md`.
 
 pub mod batch;
 pub mod format;

@@ -1,8 +1,9 @@
 //! Reading the log back: what was recorded, where it ends, and whether something in it is damaged.
 //!
-//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never returned, so
-//! nothing that depended on it happened. With something valid after it, it is *damage*: its blocks are
-//! unknown, and whoever would read them from the origin gets an error instead (P2).
+//! A batch that is not intact is the *torn tail* if nothing valid follows it: its sync never
+//! returned, so nothing that depended on it happened. With something valid after it, it is
+//! *damage*: its blocks are unknown, and whoever would read them from the origin gets an error
+//! instead (P2).
 
 use super::format::{
     BATCH_BLOCKS_MAX, BatchHeader, Descriptor, EpochHeader, Kind, PAGE, Position, SegmentError,
@@ -60,14 +61,34 @@ pub struct Scan {
     pub batches: Vec<FoundBatch>,
     /// Segments that lost a batch, with the page where it began.
     pub damaged: Vec<(u32, u64)>,
-    /// First and last epoch of segments that should be there and are not: their batches are missing in the count.
-    pub missing: Vec<(u32, u32)>,
     /// Files without an intact header that hold nothing: instants that never came.
     pub unfinished: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
     pub unreadable: Vec<(u32, u32)>,
+    /// Files that others name as their predecessors and that are not there, or hold nothing, with
+    /// the last epoch whose records they may have held.
+    pub missing: Vec<(u32, u32)>,
     /// Where to go on.
     pub end: LogEnd,
+}
+
+impl Scan {
+    /// The log was closed before the batch `next_batch`; if it ends earlier now, its tail is gone.
+    pub fn expect_end(&mut self, next_batch: u64) {
+        let last = self.segments.values().next_back().map(|s| s.header);
+        if let Some(last) = last.filter(|_| self.end.next_sequence < next_batch) {
+            self.missing.push((last.segment + 1, last.epoch));
+        }
+    }
+
+    /// Segments that lost records, with the last epoch whose records those may have been.
+    pub fn losses(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let damaged = self
+            .damaged
+            .iter()
+            .filter_map(|(segment, _)| Some((*segment, self.segments.get(segment)?.header.epoch)));
+        damaged.chain(self.unreadable.iter().copied()).chain(self.missing.iter().copied())
+    }
 }
 
 /// Why a log cannot be read.
@@ -77,7 +98,7 @@ pub enum ScanError {
     #[error("cannot read the log: {0}")]
     Io(#[from] io::Error),
     /// Written by a newer version of the program.
-    #[error("log segment {segment:08x} has {error}")]
+    #[error("log segment {segment:08x}: {error}")]
     Version {
         /// Which file.
         segment: u32,
@@ -86,8 +107,8 @@ pub enum ScanError {
     },
 }
 
-/// Read the whole log. Writes nothing. `aborted` are instants that failed: what is left of their headers says
-/// nothing, least of all where the segment before ends, since that went on.
+/// Read the whole log. Writes nothing. `aborted` are instants that failed: what is left of their
+/// headers says nothing, least of all where the segment before ends, since that went on.
 pub fn scan(
     segments: &Segments,
     uuid: [u8; 16],
@@ -117,9 +138,27 @@ pub fn scan(
             },
         }
     }
+    find_missing(&mut found);
     scan_batches(segments, uuid, &mut found)?;
     cut_torn_payload(segments, block_size, &mut found);
     Ok(found)
+}
+
+/// Whole epochs are removed from the front of the log once nobody needs them; any other gap is a
+/// loss.
+fn find_missing(found: &mut Scan) {
+    let is_there = |segment: u32| {
+        found.segments.contains_key(&segment) || found.unreadable.iter().any(|u| u.0 == segment)
+    };
+    let later = found.segments.values().skip(1).map(|s| s.header);
+    let broken = later.filter(|header| !is_there(header.previous_segment));
+    found.missing = broken
+        .map(|header| {
+            let is_same_epoch = header.ordinal > 0;
+            let last = if is_same_epoch { header.epoch } else { header.epoch.saturating_sub(1) };
+            (header.previous_segment, last)
+        })
+        .collect();
 }
 
 fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result<(), ScanError> {
@@ -129,15 +168,7 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
         .values()
         .map(|s| (s.header.previous_segment, u64::from(s.header.previous_end_page)))
         .collect();
-    let mut before: Option<(u32, u64)> = None;
     for (&segment, info) in &found.segments {
-        if let Some((epoch, expected)) = before
-            && info.header.first_batch > expected
-        {
-            // The first segment of an epoch says nothing of that epoch's; a later one does.
-            let last = info.header.epoch - u32::from(info.header.ordinal == 0);
-            found.missing.push((epoch, last.max(epoch)));
-        }
         let reader = PageReader::new(segments.get(segment)?)?;
         let end_page = ends.get(&segment).copied();
         let mut cursor = Cursor {
@@ -162,7 +193,6 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
         if end_page.is_some_and(|end| cursor.page < end) {
             found.damaged.push((segment, cursor.page));
         }
-        before = Some((info.header.epoch, cursor.expected));
         let header = info.header;
         found.end.segment = segment;
         found.end.epoch = header.epoch;
@@ -173,8 +203,8 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
     Ok(())
 }
 
-/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its payload
-/// is intact.
+/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its
+/// payload is intact.
 fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
     let Some(last) = found.batches.last() else { return };
     let is_at_end = last.segment == found.end.segment

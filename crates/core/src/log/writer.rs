@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
-/// Pages of a segment file: 64 MiB, so that a year of small epochs and one huge one both have few files.
+/// Pages of a segment file: 64 MiB, so that a year of small epochs and one huge one both have few
+/// files.
 const SEGMENT_PAGES: u64 = (64 << 20) / PAGE;
 
 /// Segment files that are open at once, beside those in use: far below what a process may have.
@@ -163,6 +164,11 @@ impl LogWriter {
         })
     }
 
+    /// Sequence number of the next batch; 0 if no epoch is open.
+    pub fn next_batch(&self) -> u64 {
+        if self.current.is_some() { self.next_sequence } else { 0 }
+    }
+
     /// Bytes appended since the volume was opened.
     pub fn appended_bytes(&self) -> u64 {
         self.appended_bytes
@@ -197,8 +203,9 @@ impl LogWriter {
         Ok(Prepared { segment, file: self.segments.create(segment)? })
     }
 
-    /// Make the epoch header durable: **the commit of an instant**. On an error the header may be durable
-    /// all the same; the caller must call [`Self::discard_epoch`] and not go on if that fails.
+    /// Make the epoch header durable: **the commit of an instant**. On an error the header may be
+    /// durable all the same; the caller must call [`Self::discard_epoch`] and not go on if that
+    /// fails.
     pub fn commit_epoch(&mut self, prepared: &Prepared, epoch: u32, blob: &[u8]) -> io::Result<()> {
         let header = self.header(prepared.segment, epoch, 0, blob);
         let mut copy = header.encode();
@@ -227,9 +234,10 @@ impl LogWriter {
         self.segments.directory().sync()
     }
 
-    /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch, and takes the
-    /// batch for torn if it is not intact. It must not be last once its payload is punched, and is better not last
-    /// when the volume is closed, since damage could then not be told from a torn tail.
+    /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch,
+    /// and takes the batch for torn if it is not intact. It must not be last once its payload is
+    /// punched, and is better not last when the volume is closed, since damage could then not be
+    /// told from a torn tail.
     pub fn seal(&mut self, batch: &mut BatchBuilder) -> io::Result<()> {
         let Some(epoch) = self.current.as_ref().map(|c| c.epoch) else { return Ok(()) };
         if self.is_open_ended {
@@ -240,8 +248,8 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Stop using the current segment if it is one of these; only when no record will be made until the next
-    /// instant.
+    /// Stop using the current segment if it is one of these; only when no record will be made until
+    /// the next instant.
     pub fn close_if(&mut self, segments: &[u32]) {
         if self.current.as_ref().is_some_and(|current| segments.contains(&current.segment)) {
             self.previous = self.end_of_current();
@@ -251,8 +259,9 @@ impl LogWriter {
 
     /// Append a batch and make it durable; tells the segment and the page it begins at.
     ///
-    /// After a failure the segment is closed at its last durable batch and the batch is written once more,
-    /// elsewhere; if that fails too, nothing of it is durable as far as anyone may rely on.
+    /// After a failure the segment is closed at its last durable batch and the batch is written
+    /// once more, elsewhere; if that fails too, nothing of it is durable as far as anyone may rely
+    /// on.
     pub fn append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
         let first = self.try_append(batch);
         if first.is_ok() {

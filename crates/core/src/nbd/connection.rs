@@ -1,4 +1,5 @@
-//! The thread of one connection: reads as much as the socket gives, runs all of it, answers with one write.
+//! The thread of one connection: reads as much as the socket gives, runs all of it, answers with
+//! one write.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,12 +20,14 @@ const REPLY_BYTES_MAX: usize = 256 << 10;
 const INBOX_BYTES: usize = 256 << 10;
 /// A larger inbox, grown for a large payload, is kept for the next one up to this.
 const INBOX_KEPT_BYTES_MAX: usize = 4 << 20;
-/// If at least this much of a payload is missing, nothing after it is read along, and so nothing has to be moved.
+/// If at least this much of a payload is missing, nothing after it is read along, and so nothing
+/// has to be moved.
 const EXACT_READ_BYTES_MIN: usize = 64 << 10;
 /// An incomplete message up to this long is moved to the front, to have room for a large read.
 const MOVED_BYTES_MAX: usize = 4 << 10;
 
-/// Serve until the client goes, the server stops or the connection fails. Returns when nothing is in flight.
+/// Serve until the client goes, the server stops or the connection fails. Returns when nothing is
+/// in flight.
 pub fn serve(link: &Arc<Link>, host: &Host, handshake_timeout: Duration) {
     let mut connection = Connection::new(link, host, Instant::now() + handshake_timeout);
     // However it ends, the socket is closed next, so there is nobody to tell why.
@@ -195,8 +198,8 @@ impl Inbox {
         }
     }
 
-    /// Make room behind `end`; returns how much is missing of the message at the front. Memory grows only when what
-    /// there is has been filled, never because a length was announced.
+    /// Make room behind `end`; returns how much is missing of the message at the front. Memory
+    /// grows only when what there is has been filled, never because a length was announced.
     fn make_room(&mut self) -> usize {
         let pending = self.end - self.start;
         if pending == 0 {

@@ -18,7 +18,8 @@ pub enum Patience {
     AsNeeded,
 }
 
-/// Execute and write the reply; false if that would have needed patience, and then nothing was done or written.
+/// Execute and write the reply; false if that would have needed patience, and then nothing was done
+/// or written.
 pub fn execute(agreed: &Agreed, request: &Request, patience: Patience, out: &mut Output) -> bool {
     let export = agreed.export.as_ref();
     let style = agreed.terms.style;
@@ -78,8 +79,8 @@ pub fn execute(agreed: &Agreed, request: &Request, patience: Patience, out: &mut
     true
 }
 
-/// The error number that fits. `ENOTSUP` is only for fast zeroing; from anything else it would be our bug, and a
-/// client could do nothing with it.
+/// The error number that fits. `ENOTSUP` is only for fast zeroing; from anything else it would be
+/// our bug, and a client could do nothing with it.
 fn refusal(error: ExportError, command: Command) -> Refusal {
     let is_fast_zero = matches!(command, Command::WriteZeroes { how, .. } if how.fast_only);
     if error == ExportError::NotSupported && !is_fast_zero {
@@ -127,8 +128,9 @@ fn check_extents(
     Ok(())
 }
 
-/// True for requests that a connection's own thread starts whatever else there is to do: reads, which it gives away
-/// if they need a device, and plain writes, which an export takes without waiting for one.
+/// True for requests that a connection's own thread starts whatever else there is to do: reads,
+/// which it gives away if they need a device, and plain writes, which an export takes without
+/// waiting for one.
 pub fn is_quick(request: &Request) -> bool {
     matches!(request.command, Command::Read { .. } | Command::Write { fua: false })
 }

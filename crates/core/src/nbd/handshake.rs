@@ -1,7 +1,9 @@
-//! The handshake: the client's flags, then options, until one of them starts the transmission phase.
+//! The handshake: the client's flags, then options, until one of them starts the transmission
+//! phase.
 //!
-//! Each option is taken whole (its data has at most 64 KiB) and must be consumed exactly; what does not parse or
-//! leaves bytes over is `ERR_INVALID` and changes nothing, and the stream stays in step.
+//! Each option is taken whole (its data has at most 64 KiB) and must be consumed exactly; what does
+//! not parse or leaves bytes over is `ERR_INVALID` and changes nothing, and the stream stays in
+//! step.
 
 use std::sync::Arc;
 
@@ -14,7 +16,8 @@ use crate::export::{BlockSizes, Export};
 const OPTION_BYTES_MAX: u32 = 64 << 10;
 /// Options of one handshake, beyond those for listing. Real clients send fewer than ten.
 const OPTIONS_MAX: usize = 64;
-/// More options allowed for each export, because clients that list ask about each over one connection.
+/// More options allowed for each export, because clients that list ask about each over one
+/// connection.
 const OPTIONS_PER_EXPORT: usize = 4;
 /// Contexts one connection may select: each adds a chunk to every status reply.
 const CONTEXTS_MAX: usize = 16;
@@ -254,7 +257,8 @@ impl Handshake {
         Agreed { export: Arc::clone(&found.export), terms, contexts }
     }
 
-    /// INFO and GO: the same but for what follows; so an INFO computes what a GO would, and both answer alike.
+    /// INFO and GO: the same but for what follows; so an INFO computes what a GO would, and both
+    /// answer alike.
     fn info(
         &mut self,
         kind: u32,
@@ -365,7 +369,8 @@ impl Handshake {
         let mut cursor = Cursor(data);
         let name = cursor.string().ok_or(MALFORMED)?;
         let count = cursor.u32().ok_or(MALFORMED)?;
-        // Grows with what is really there: 64 KiB hold at most 16 Ki queries, whatever `count` says.
+        // Grows with what is really there: 64 KiB hold at most 16 Ki queries, whatever `count`
+        // says.
         let mut queries = Vec::new();
         for _ in 0..count {
             queries.push(cursor.string().ok_or(MALFORMED)?);

@@ -1,8 +1,9 @@
-//! What the threads that work for one connection share: its sending side, and the count of what is in flight.
+//! What the threads that work for one connection share: its sending side, and the count of what is
+//! in flight.
 //!
-//! One thread at a time sends, and holds no lock while it does. A worker never waits for a client: what the socket
-//! does not take at once is left to whoever is sending, or to a thread made for it. So a client that does not read
-//! its replies holds up nobody but itself.
+//! One thread at a time sends, and holds no lock while it does. A worker never waits for a client:
+//! what the socket does not take at once is left to whoever is sending, or to a thread made for it.
+//! So a client that does not read its replies holds up nobody but itself.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,8 +13,8 @@ use parking_lot::{Condvar, Mutex};
 use super::reply::Output;
 use super::socket::Socket;
 
-/// Requests of one connection that are with workers or whose replies wait to be sent; then its socket is not read.
-/// Clients keep 16 to 64 in flight.
+/// Requests of one connection that are with workers or whose replies wait to be sent; then its
+/// socket is not read. Clients keep 16 to 64 in flight.
 pub const REQUESTS_IN_FLIGHT_MAX: usize = 128;
 /// Memory of those. One request needs at most 32 MiB, so two of the largest fit.
 pub const BYTES_IN_FLIGHT_MAX: usize = 64 << 20;
@@ -103,7 +104,8 @@ impl Link {
         Charge { link: Arc::clone(self), bytes }
     }
 
-    /// Send, and wait for the client as long as the send timeout allows: only for the connection's own thread.
+    /// Send, and wait for the client as long as the send timeout allows: only for the connection's
+    /// own thread.
     pub fn send(&self, bytes: &[u8]) -> Result<(), Broken> {
         if bytes.is_empty() {
             return Ok(());
@@ -119,7 +121,8 @@ impl Link {
         if self.send_backlog(is_sent) { Ok(()) } else { Err(Broken) }
     }
 
-    /// Send a reply, and what others leave meanwhile, without waiting for the client; takes what is in `reply`.
+    /// Send a reply, and what others leave meanwhile, without waiting for the client; takes what is
+    /// in `reply`.
     pub fn deliver(self: &Arc<Self>, reply: &mut Output, charge: Charge) {
         let mut state = self.state.lock();
         if state.is_broken {
@@ -158,7 +161,8 @@ impl Link {
         }
     }
 
-    /// Let another thread wait for the client. At most one exists at a time, as it is the one that sends.
+    /// Let another thread wait for the client. At most one exists at a time, as it is the one that
+    /// sends.
     fn send_backlog_elsewhere(self: &Arc<Self>) {
         let link = Arc::clone(self);
         let thread = std::thread::Builder::new().name("nbd-drain".to_owned());
@@ -167,8 +171,9 @@ impl Link {
         }
     }
 
-    /// Send what others left, then stop being the one that sends. With `is_intact` false, or once sending fails, the
-    /// replies are given up and the connection is cut. Returns true if all was sent.
+    /// Send what others left, then stop being the one that sends. With `is_intact` false, or once
+    /// sending fails, the replies are given up and the connection is cut. Returns true if all was
+    /// sent.
     fn send_backlog(&self, mut is_intact: bool) -> bool {
         loop {
             if !is_intact {

@@ -1,6 +1,7 @@
 //! Threads for requests that have to wait for a device, so that a connection goes on meanwhile.
 //!
-//! Each export has its own: if a disk hangs, all its workers may hang with it, and no other export notices.
+//! Each export has its own: if a disk hangs, all its workers may hang with it, and no other export
+//! notices.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +20,8 @@ const IDLE_MAX: Duration = Duration::from_secs(5);
 
 /// A request given away by its connection.
 pub struct Job {
-    /// Dropped before the charge, so that a connection with nothing in flight is the only one to hold its export.
+    /// Dropped before the charge, so that a connection with nothing in flight is the only one to
+    /// hold its export.
     pub agreed: Arc<Agreed>,
     /// What to do.
     pub request: OwnedRequest,

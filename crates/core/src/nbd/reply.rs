@@ -3,7 +3,8 @@
 use super::wire::{self, ErrorNumber, chunk};
 use crate::export::{ExportError, StatusExtent};
 
-/// A growing buffer whose bytes stay initialised, so that a read can fill it in place and reuse costs nothing.
+/// A growing buffer whose bytes stay initialised, so that a read can fill it in place and reuse
+/// costs nothing.
 #[derive(Debug, Default)]
 pub struct Output {
     /// Initialised up to its length; the content is `bytes[..end]`.
@@ -12,8 +13,8 @@ pub struct Output {
 }
 
 impl Output {
-    /// What a buffer may keep when it is emptied; above, the memory goes back. A few large requests stay fast, and
-    /// a client that once asked for 32 MiB does not hold them for its lifetime.
+    /// What a buffer may keep when it is emptied; above, the memory goes back. A few large requests
+    /// stay fast, and a client that once asked for 32 MiB does not hold them for its lifetime.
     const KEPT_BYTES_MAX: usize = 4 << 20;
 
     /// Number of bytes written.
@@ -131,8 +132,8 @@ pub enum ReplyStyle {
     Extended,
 }
 
-/// A descriptor of a compact status chunk must be below 2^32; this is the last multiple of every block size allowed
-/// (64 KiB at most), so that a split never falls into a block.
+/// A descriptor of a compact status chunk must be below 2^32; this is the last multiple of every
+/// block size allowed (64 KiB at most), so that a split never falls into a block.
 const STATUS_BYTES_MAX: u64 = 0xffff_0000;
 
 impl ReplyStyle {
@@ -167,7 +168,8 @@ impl ReplyStyle {
         out.put(message);
     }
 
-    /// Start the successful reply of a read; returns the place for the data. If the read fails, truncate.
+    /// Start the successful reply of a read; returns the place for the data. If the read fails,
+    /// truncate.
     pub fn begin_read(self, out: &mut Output, head: ReplyHead, length_bytes: u32) -> &mut [u8] {
         if self == Self::Simple {
             put_simple(out, head, 0);
@@ -183,9 +185,9 @@ impl ReplyStyle {
         out.extend_for(usize::try_from(length_bytes).expect("usize has at least 32 bits"))
     }
 
-    /// End the reply which [`Self::begin_read`] started at `start` and which was filled since: zeroes go as a hole if
-    /// the client takes holes. Looking costs nothing for data (it ends at the first byte that differs) and far less
-    /// for zeroes than sending them.
+    /// End the reply which [`Self::begin_read`] started at `start` and which was filled since:
+    /// zeroes go as a hole if the client takes holes. Looking costs nothing for data (it ends at
+    /// the first byte that differs) and far less for zeroes than sending them.
     pub fn end_read(
         self,
         out: &mut Output,
@@ -207,7 +209,8 @@ impl ReplyStyle {
         out.put_u32(length_bytes);
     }
 
-    /// The status of one context; `is_last` if no other context follows. `extents` are consecutive and not empty.
+    /// The status of one context; `is_last` if no other context follows. `extents` are consecutive
+    /// and not empty.
     pub fn put_status(
         self,
         out: &mut Output,
@@ -247,7 +250,8 @@ impl ReplyStyle {
                 }
             }
         }
-        // The number of descriptors is known only now: the length is the last field of the 20-byte header.
+        // The number of descriptors is known only now: the length is the last field of the 20-byte
+        // header.
         out.bytes[start + 16..start + 20].copy_from_slice(&payload_bytes.to_be_bytes());
     }
 

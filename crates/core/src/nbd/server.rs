@@ -29,13 +29,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Limits {
     /// Connections at a time; each costs a thread and some 512 KiB. More are closed at once.
     pub connections_max: usize,
-    /// Threads for requests that wait for a device, for each export; the queue depth the device sees.
+    /// Threads for requests that wait for a device, for each export; the queue depth the device
+    /// sees.
     pub workers_per_export_max: usize,
     /// A client must have chosen an export by then.
     pub handshake_timeout: Duration,
     /// A client that takes nothing for so long is cut.
     pub send_timeout: Duration,
-    /// On [`Server::stop`] and forced [`Server::remove`]: how long to wait for the end of what is in flight.
+    /// On [`Server::stop`] and forced [`Server::remove`]: how long to wait for the end of what is
+    /// in flight.
     pub stop_timeout: Duration,
 }
 
@@ -106,7 +108,8 @@ pub struct Server {
 struct Shared {
     limits: Limits,
     is_stopping: AtomicBool,
-    /// Held for look-ups and book-keeping only: never while calling an export or waiting for a socket.
+    /// Held for look-ups and book-keeping only: never while calling an export or waiting for a
+    /// socket.
     registry: Mutex<Registry>,
     /// A connection ended.
     ended: Condvar,
@@ -130,7 +133,8 @@ struct Registered {
 }
 
 struct Entry {
-    /// Serial and name. The export itself is not held here: its last use ends before the entry goes.
+    /// Serial and name. The export itself is not held here: its last use ends before the entry
+    /// goes.
     attached: Option<(u64, String)>,
     peer: String,
     since: Instant,
@@ -167,8 +171,8 @@ impl Server {
         Self { shared, listeners: Mutex::default() }
     }
 
-    /// Listen on a Unix socket that only our own user can connect to. A socket file nobody listens on is replaced,
-    /// one in use is an error.
+    /// Listen on a Unix socket that only our own user can connect to. A socket file nobody listens
+    /// on is replaced, one in use is an error.
     pub fn listen_unix(&self, path: impl AsRef<Path>) -> Result<(), ServerError> {
         self.start(Listener::unix(path.as_ref())?)
     }
@@ -218,8 +222,9 @@ impl Server {
         Ok(())
     }
 
-    /// Withdraw an export; returns the number of connections that used it. In use, it is refused unless forced; then
-    /// its connections are cut and have ended on return, so that nothing uses the export any more.
+    /// Withdraw an export; returns the number of connections that used it. In use, it is refused
+    /// unless forced; then its connections are cut and have ended on return, so that nothing uses
+    /// the export any more.
     pub fn remove(&self, name: &str, force: bool) -> Result<usize, ServerError> {
         let mut registry = self.shared.registry.lock();
         let Some(found) = registry.exports.get(name).cloned() else {
@@ -269,8 +274,9 @@ impl Server {
         registry.connections.values().map(info).collect()
     }
 
-    /// Take nothing new, finish and answer what is in flight, close all connections, remove the socket files. Clients
-    /// that do not take their answers within the stop timeout are cut. Waits for the exports as long as they need.
+    /// Take nothing new, finish and answer what is in flight, close all connections, remove the
+    /// socket files. Clients that do not take their answers within the stop timeout are cut. Waits
+    /// for the exports as long as they need.
     pub fn stop(&self) {
         let shared = &self.shared;
         shared.is_stopping.store(true, Ordering::SeqCst);
@@ -306,7 +312,8 @@ impl Drop for Server {
     }
 }
 
-/// Panics of connections are caught where they happen, and a thread that panicked nonetheless is gone all the same.
+/// Panics of connections are caught where they happen, and a thread that panicked nonetheless is
+/// gone all the same.
 fn join(thread: JoinHandle<()>) {
     let _ = thread.join();
 }

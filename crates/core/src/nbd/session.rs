@@ -1,7 +1,8 @@
-//! One connection's side of the conversation as a state machine without I/O: bytes in; requests and replies out.
+//! One connection's side of the conversation as a state machine without I/O: bytes in; requests and
+//! replies out.
 //!
-//! The caller owns the bytes. It calls [`Session::advance`] with everything received and not yet consumed, until
-//! that asks for more; how the bytes were split on the way makes no difference.
+//! The caller owns the bytes. It calls [`Session::advance`] with everything received and not yet
+//! consumed, until that asks for more; how the bytes were split on the way makes no difference.
 
 use super::handshake::{self, Agreed, Directory, Handshake, Outcome};
 use super::reply::{Output, Refusal, ReplyHead};
@@ -87,7 +88,8 @@ impl Session {
         }
     }
 
-    /// True if `input` starts with a complete message, or one that needs no more bytes to be refused.
+    /// True if `input` starts with a complete message, or one that needs no more bytes to be
+    /// refused.
     pub fn has_complete(&self, input: &[u8]) -> bool {
         let Phase::Transmission { agreed, skip: None } = &self.phase else {
             return !input.is_empty();

@@ -18,7 +18,8 @@ use super::server::ServerError;
 
 /// Connections the kernel keeps until they are accepted.
 const BACKLOG: i32 = 64;
-/// Room for replies in the kernel: a thread that has sent one can go on. The kernel clamps it to what it allows.
+/// Room for replies in the kernel: a thread that has sent one can go on. The kernel clamps it to
+/// what it allows.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
 
 /// A connected stream socket.
@@ -129,7 +130,8 @@ impl Listener {
             None,
         )
         .map_err(|error| failed(error.into()))?;
-        // Before bind: the file is then made with these rights, and is never open to others for a moment.
+        // Before bind: the file is then made with these rights, and is never open to others for a
+        // moment.
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(|error| failed(error.into()))?;
         let address = SocketAddrUnix::new(path).map_err(|error| failed(error.into()))?;
         match rustix::net::bind(&fd, &address) {

@@ -1,12 +1,12 @@
-//! Requests of the transmission phase: decode, then check completely, once. What passes here keeps every rule that
-//! [`crate::export::Export`] asks of its caller.
+//! Requests of the transmission phase: decode, then check completely, once. What passes here keeps
+//! every rule that [`crate::export::Export`] asks of its caller.
 
 use super::reply::{Refusal, ReplyHead, ReplyStyle};
 use super::wire::{self, Cursor, ErrorNumber, command, command_flag};
 use crate::export::{BlockSizes, ZeroRequest};
 
-/// The largest payload we tell clients and accept: what the protocol calls portable. Memory for one request is
-/// bounded by it.
+/// The largest payload we tell clients and accept: what the protocol calls portable. Memory for one
+/// request is bounded by it.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 
 /// Block sizes as the protocol wants them, whatever the export says.
@@ -119,22 +119,24 @@ impl Header {
         self.kind == command::DISC
     }
 
-    /// Bytes that follow the header; `None` if they are too many to be waited for, and the connection must end.
-    /// A compact payload is always taken off the wire, however long: its length has 32 bits and it is never stored
-    /// unless it is acceptable. An extended one is not (the protocol asks for the hard disconnect).
+    /// Bytes that follow the header; `None` if they are too many to be waited for, and the
+    /// connection must end. A compact payload is always taken off the wire, however long: its
+    /// length has 32 bits and it is never stored unless it is acceptable. An extended one is not
+    /// (the protocol asks for the hard disconnect).
     pub fn payload_bytes(&self, terms: &Terms) -> Option<u64> {
         if terms.style != ReplyStyle::Extended {
             return Some(if self.kind == command::WRITE { self.length_bytes } else { 0 });
         }
-        // A write has a payload even if the client forgets to say so, as QEMU does (10.0): data taken for requests
-        // would be far worse than leniency.
+        // A write has a payload even if the client forgets to say so, as QEMU does (10.0): data
+        // taken for requests would be far worse than leniency.
         if self.flags & command_flag::PAYLOAD_LEN == 0 && self.kind != command::WRITE {
             return Some(0);
         }
         (self.length_bytes <= u64::from(PAYLOAD_BYTES_MAX)).then_some(self.length_bytes)
     }
 
-    /// Judge by everything but the payload's content; `Ok` means that [`Self::request`] may be built.
+    /// Judge by everything but the payload's content; `Ok` means that [`Self::request`] may be
+    /// built.
     pub fn check(&self, terms: &Terms) -> Result<(), Refusal> {
         self.check_flags(terms)?;
         let is_write = matches!(self.kind, command::WRITE | command::WRITE_ZEROES | command::TRIM);

@@ -1,6 +1,7 @@
 //! Numbers of the NBD protocol and the cursor that reads them: no state, no decisions.
 //!
-//! Every number is big-endian on the wire. Names follow the protocol text with the `NBD_` prefix left out.
+//! Every number is big-endian on the wire. Names follow the protocol text with the `NBD_` prefix
+//! left out.
 
 /// First eight bytes of the greeting.
 pub const MAGIC_GREETING: u64 = 0x4e42_444d_4147_4943;
@@ -158,7 +159,8 @@ pub const REQUEST_BYTES: usize = 28;
 /// An extended request without payload.
 pub const REQUEST_EXTENDED_BYTES: usize = 32;
 
-/// Takes big-endian numbers and strings off the front of bytes that came from a peer; never past their end.
+/// Takes big-endian numbers and strings off the front of bytes that came from a peer; never past
+/// their end.
 #[derive(Debug, Clone, Copy)]
 pub struct Cursor<'a>(pub &'a [u8]);
 

@@ -1,8 +1,8 @@
 //! The committer: makes old content durable, then lets the new content go to the origin.
 //!
-//! A batch of slots goes through: read the old content of pending blocks; append the records, one sync; publish
-//! them in the index; clear the bits; only then submit the new content to the origin; drop the slots when that
-//! is done (P2, P6). Nothing here waits for a client.
+//! A batch of slots goes through: read the old content of pending blocks; append the records, one
+//! sync; publish them in the index; clear the bits; only then submit the new content to the origin;
+//! drop the slots when that is done (P2, P6). Nothing here waits for a client.
 
 use super::{
     ADMIT_BYTES_MIN, COMMIT_AGE, COMMIT_BYTES, Committer, Counters, DRAIN_TIME, State, Volume,
@@ -33,6 +33,9 @@ pub(super) struct Class {
 
 /// The bits of blocks with slots as they were when an instant was taken.
 pub(super) type FrozenClasses = HashMap<u64, Class, foldhash::fast::FixedState>;
+
+/// How often the process says that it lives; far below the doubt that is allowed, `ALIVE_SLACK_NS`.
+const HEARTBEAT: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Blocks of one run are read and written together up to this many.
 const RUN_BLOCKS_MAX: u64 = 64;
@@ -124,8 +127,9 @@ impl Volume {
         unreadable.map_or(Ok(true), Err)
     }
 
-    /// Read what lies beneath slots that are brought to blocks a restore has not copied. Where the store does not
-    /// give it the slots are left out: they wait, and tell it, and no other block waits with them (P1).
+    /// Read what lies beneath slots that are brought to blocks a restore has not copied. Where the
+    /// store does not give it the slots are left out: they wait, and tell it, and no other block
+    /// waits with them (P1).
     fn read_bases(&self, works: &mut Vec<Work>, size_bytes: u64) -> Option<Error> {
         let mut unreadable = None;
         works.retain_mut(|work| {
@@ -186,8 +190,8 @@ impl Volume {
         if restored.is_empty() { Ok(()) } else { self.finish_restored(committer, &restored) }
     }
 
-    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its source: the
-    /// client's write goes on (P1).
+    /// Read the old content of pending blocks into the batch. What cannot be read is lost at its
+    /// source: the client's write goes on (P1).
     pub(super) fn keep_old_content(
         &self,
         committer: &mut Committer,
@@ -233,8 +237,9 @@ impl Volume {
         }
     }
 
-    /// Make the batch durable and publish what it says. If the store fails twice, the originals are lost, which
-    /// is made durable in the journal's reserve; only if that fails too, the writes cannot go on.
+    /// Make the batch durable and publish what it says. If the store fails twice, the originals are
+    /// lost, which is made durable in the journal's reserve; only if that fails too, the writes
+    /// cannot go on.
     pub(super) fn record(&self, committer: &mut Committer) -> Result<()> {
         if committer.batch.is_empty() {
             return Ok(());
@@ -296,7 +301,8 @@ impl Volume {
         let record_bytes = to_u64(lost.as_slice().len()) * 16 + 1024;
         let is_last = committer.journal.is_short_of_room(record_bytes);
         if is_last {
-            // The last mark there is room for covers whatever is still to change: then none is needed any more.
+            // The last mark there is room for covers whatever is still to change: then none is
+            // needed any more.
             lost = ExtentSet::from_extent(Extent::new(0, self.block_count(self.size_bytes())));
         }
         let entry = Entry::Lost { epoch, blocks: lost.clone() };
@@ -342,7 +348,8 @@ impl Volume {
                 None => &arena.data(works[at].slots[0])[..valid],
             }
         };
-        // A restored block is written whole: its other sectors are still those from before the restore.
+        // A restored block is written whole: its other sectors are still those from before the
+        // restore.
         let is_whole = |work: &Work, at: usize| {
             let valid = to_u64(content(at).len()).div_ceil(crate::buffer::SECTOR);
             work.class.restoring || work.mask == sectors(0, valid)
@@ -377,7 +384,8 @@ impl Volume {
         Ok(())
     }
 
-    /// The block's slots over one another; over the snapshot's content if a restore has not copied it.
+    /// The block's slots over one another; over the snapshot's content if a restore has not copied
+    /// it.
     fn compose(&self, work: &Work, arena: &Arena) -> Vec<u8> {
         let base = work.base.clone();
         let mut bytes = base.unwrap_or_else(|| vec![0; to_usize(self.block_size)]);
@@ -390,8 +398,9 @@ impl Volume {
         bytes
     }
 
-    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails from now on,
-    /// across restarts, until somebody looked. A later sync that "succeeds" proves nothing.
+    /// An acknowledged write did not reach the origin, or may not have: every flush and write fails
+    /// from now on, across restarts, until somebody looked. A later sync that "succeeds" proves
+    /// nothing.
     pub(super) fn latch_origin(&self, what: &str, source: std::io::Error) -> Error {
         let mut state = self.state.lock();
         if state.origin_failure.is_empty() {
@@ -404,8 +413,9 @@ impl Volume {
     /// Make completed writes to the origin durable; needs no role.
     pub(super) fn sync_origin(&self) -> Result<()> {
         Self::check_writable(&self.state.lock())?;
-        // One at a time: the kernel tells a failed write-back to one caller only, and the others would take
-        // their writes for durable. Who waited is served by a sync that began after it came.
+        // One at a time: the kernel tells a failed write-back to one caller only, and the others
+        // would take their writes for durable. Who waited is served by a sync that began after it
+        // came.
         let begun = self.syncs_begun.load(Ordering::Acquire);
         let _turn = self.syncing.lock();
         Self::check_writable(&self.state.lock())?;
@@ -442,9 +452,7 @@ impl Volume {
             state.is_kicked = false;
             let (is_empty, is_restoring) = (state.buffer.is_empty(), state.restoring.is_some());
             let is_failed = !state.origin_failure.is_empty() || !state.store_failure.is_empty();
-            let arena = Arc::clone(state.buffer.arena());
             drop(state);
-            arena.note_alive(super::open::now_unix_ns());
             if is_failed {
                 self.note_failure();
                 // Nothing to be done until the volume is opened anew; do not spin on it.
@@ -471,6 +479,17 @@ impl Volume {
         }
     }
 
+    /// The heartbeat: says in the write buffer that the process lives, so that whoever finds it
+    /// killed can tell its last writes to the origin from somebody else's. A thread of its own,
+    /// since the committer may wait for a device for long.
+    pub(super) fn run_heartbeat(&self) {
+        let mut state = self.state.lock();
+        while !state.is_stopping {
+            state.buffer.arena().note_alive(super::host::now_unix_ns());
+            self.stopping.wait_for(&mut state, HEARTBEAT);
+        }
+    }
+
     /// A failed origin is one across restarts, a kill included.
     fn note_failure(&self) {
         let Ok(mut committer) = self.role() else { return };
@@ -488,7 +507,8 @@ impl Volume {
         is_empty: bool,
         is_restoring: bool,
     ) -> bool {
-        // Errors are latched where they occur and reported to the next flush; here nobody waits for them.
+        // Errors are latched where they occur and reported to the next flush; here nobody waits for
+        // them.
         if !is_empty {
             let epoch = committer.epoch;
             let _ = self.commit_batch(committer, epoch, None);

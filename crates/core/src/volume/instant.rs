@@ -1,8 +1,9 @@
 //! Taking a snapshot: a flip with no I/O inside, then a commit behind it.
 //!
-//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the origin is made
-//! durable (unchanged blocks will be read from it), and the header of the new epoch is written: that header is
-//! the commit. Only then may newer slots be committed, and only then is the snapshot acknowledged.
+//! From the flip on, first changes wait in the buffer while older slots go to the old epoch, the
+//! origin is made durable (unchanged blocks will be read from it), and the header of the new epoch
+//! is written: that header is the commit. Only then may newer slots be committed, and only then is
+//! the snapshot acknowledged.
 
 use super::commit::FrozenClasses;
 use super::restore::PreparedRestore;
@@ -20,7 +21,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant as Clock};
 
-/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is left after.
+/// Rounds in which the buffer and the origin are drained before the gate closes, so that little is
+/// left after.
 const DRAIN_ROUNDS: u32 = 2;
 
 /// What to keep, and how long writers may be held.
@@ -82,8 +84,8 @@ impl Volume {
             to_u64(request.meta.len()) + 16 * to_u64(request.selection.as_slice().len());
         if header_bytes > u64::from(EPOCH_HEADER_BYTES_MAX) / 2 {
             return Err(Error::Usage(format!(
-                "a snapshot of so many parts takes {header_bytes} bytes of header, more than {}; select larger \
-                 ranges",
+                "a snapshot of so many parts takes {header_bytes} bytes of header, more than \
+                 {}; select larger ranges",
                 EPOCH_HEADER_BYTES_MAX / 2
             )));
         }
@@ -96,7 +98,8 @@ impl Volume {
         let flip = match flipped {
             Ok(flip) => flip,
             Err(error) => {
-                // If it stays it is an empty file without a header: a scan knows it for what it is, and removes it.
+                // If it stays it is an empty file without a header: a scan knows it for what it is,
+                // and removes it.
                 let _ = committer.log.discard_epoch(&prepared);
                 return Err(error);
             }
@@ -143,13 +146,14 @@ impl Volume {
         Ok(())
     }
 
-    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight already.
+    /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
+    /// already.
     fn flip(&self, epoch: u32, selection: &Arc<ExtentSet>, limit: Duration) -> Result<Flip> {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
-        // Bits change only in the hands of the committer role, which is ours: what is made of them here is what
-        // they are at the flip, where both bitmaps are swapped in.
+        // Bits change only in the hands of the committer role, which is ours: what is made of them
+        // here is what they are at the flip, where both bitmaps are swapped in.
         let mut pending = self.state.lock().pending.clone();
         pending.merge(&Bitmap::from_set(blocks, selection));
 
@@ -173,7 +177,7 @@ impl Volume {
         state.epoch = epoch;
         let upto = state.buffer.last_sequence();
         let size_bytes = state.size_bytes;
-        let created_unix_ns = super::open::now_unix_ns();
+        let created_unix_ns = super::host::now_unix_ns();
         state.is_gate_closed = false;
         let pause = closed.elapsed();
         drop(state);
@@ -183,7 +187,8 @@ impl Volume {
         Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
     }
 
-    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the instant.
+    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the
+    /// instant.
     fn wait_drained(
         &self,
         state: &mut MutexGuard<'_, State>,
@@ -194,7 +199,8 @@ impl Volume {
             let waited = self.drained.wait_until(state, closed + limit);
             if waited.timed_out() && state.straight_in_flight > 0 {
                 return Err(Error::PauseTimeout(format!(
-                    "{} writes did not finish within the pause limit of {} ms; no snapshot was taken, \
+                    "{} writes did not finish within the pause limit of {} ms; no snapshot was \
+                     taken, \
                      writes go on; try again or raise --pause-limit",
                     state.straight_in_flight,
                     limit.as_millis()
@@ -270,8 +276,9 @@ impl Volume {
         Ok(())
     }
 
-    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be durable in
-    /// spite of the error; if it can neither be removed nor denied, nothing more may be recorded.
+    /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
+    /// durable in spite of the error; if it can neither be removed nor denied, nothing more may be
+    /// recorded.
     fn abort_instant(
         &self,
         committer: &mut Committer,

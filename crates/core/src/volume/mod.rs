@@ -1,21 +1,30 @@
 //! One origin with its store: the state that every request meets, and who may change it.
 //!
-//! - [`open`] makes, opens and closes volumes, and rebuilds all state from the store.
-//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes behind it.
+//! - [`open`] makes, opens and closes volumes; [`decided`] rebuilds all state from the store, [`recover`]
+//!   finishes what was interrupted, [`host`] asks the operating system.
+//! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
+//!   behind it.
+//! - [`past`] reads what blocks were at an instant.
 //! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
 //!
-//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the log, to decide in
-//! the journal, to change bits downwards and to begin epochs. Any thread may take the role: the background
-//! thread, a flush, a snapshot. Clients never need it for reads, straight writes and writes that find a slot.
+//! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
+//! log, to decide in the journal, to change bits downwards and to begin epochs. Any thread may take
+//! the role: the background thread, a flush, a snapshot. Clients never need it for reads, straight
+//! writes and writes that find a slot.
 //!
-//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held across I/O.
-//! `syncing` comes after `committer` and before the others, across a sync of the origin.
-//! `punching` is taken by readers of preserved content, last, and across their read of the store.
+//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held
+//! across I/O. `syncing` comes after `committer` and before the others, across a sync of the
+//! origin. `punching` is taken by readers of preserved content, last, and across their read of the
+//! store.
 
 mod commit;
+mod decided;
+mod host;
 mod instant;
 pub mod open;
+mod past;
 mod read;
+mod recover;
 mod release;
 mod restore;
 #[cfg(test)]
@@ -23,6 +32,7 @@ mod tests;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
+pub(crate) use past::Patience;
 pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
@@ -42,7 +52,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -94,7 +104,8 @@ struct Restoring {
     blocks: Bitmap,
     total_blocks: u64,
     remaining_blocks: u64,
-    /// Blocks whose content could not be read, until all others are done; then they are tried again.
+    /// Blocks whose content could not be read, until all others are done; then they are tried
+    /// again.
     unreadable: BTreeSet<u64>,
     /// Why; empty if all went well.
     failure: String,
@@ -190,12 +201,16 @@ pub struct Volume {
     room: Condvar,
     work: Condvar,
     restore_ended: Condvar,
+    stopping: Condvar,
     /// First changes are committed before they are acknowledged.
     is_write_through: bool,
     has_background: bool,
-    background: Mutex<Option<JoinHandle<()>>>,
+    background: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the volume is open: store and origin belong to this process.
     locks: Mutex<Vec<std::fs::File>>,
+    /// The origin belongs to others from now on: nothing may be read through this volume any more
+    /// (P2).
+    is_released: AtomicBool,
     /// Gives the origin's lock back, though views may keep it open.
     release_origin: Box<dyn Fn() + Send + Sync>,
     /// What happened since the volume was opened.

@@ -1,32 +1,32 @@
-//! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is written
-//! before it is decided what there is.
+//! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is
+//! written before it is decided what there is.
 
-use super::{Committer, Counters, Restoring, State, Volume};
+use super::decided::{Decided, index_of, restoring_of};
+use super::host::{
+    boot_id, bytes_of, default_buffer_dir, hex, identify, lock_store, lock_whole, now_unix_ns,
+    open_origin, path_of, random_uuid,
+};
+use super::recover::Past;
+use super::{Committer, Counters, State, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, note_replaying, read_left};
-use crate::epochs::{Bookmark, Epoch, Epochs};
+use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, read_left};
 use crate::error::{Error, Result};
-use crate::extent::{Extent, ExtentSet};
-use crate::index::{Index, Record};
 use crate::journal::{Entry, Journal, OriginIdentity};
 use crate::log::batch::BatchBuilder;
-use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
+use crate::log::format::BATCH_BLOCKS_MAX;
 use crate::log::scan::{Scan, scan};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
-use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions, Storage};
+use crate::storage::{Directory, FileDirectory, FileStorage, Storage};
 use parking_lot::{Condvar, Mutex, RwLock};
-use rustix::fs::FlockOperation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The directory of log segments in the store.
 const LOG_DIRECTORY: &str = "log";
-const LOCK_NAME: &str = "lock";
 /// Smallest and largest block sizes: a page of the log; as many sectors as a slot's mask has bits.
 const BLOCK_SIZES: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// A write-through volume still needs slots for the writes in flight.
@@ -99,129 +99,6 @@ pub struct StoreInfo {
     pub meta: Vec<u8>,
 }
 
-/// Nanoseconds since 1970.
-pub fn now_unix_ns() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
-}
-
-fn path_of(bytes: &[u8]) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt;
-    PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
-}
-
-fn bytes_of(path: &Path) -> Vec<u8> {
-    use std::os::unix::ffi::OsStrExt;
-    path.as_os_str().as_bytes().to_vec()
-}
-
-fn boot_id() -> Result<[u8; 16]> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    let text = text.map_err(Error::origin("reading the kernel's boot id"))?;
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let mut id = [0; 16];
-    for (byte, pair) in id.iter_mut().zip(digits.as_bytes().chunks(2)) {
-        let pair = std::str::from_utf8(pair).unwrap_or("0");
-        *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
-    }
-    Ok(id)
-}
-
-/// What tells the origin from other disks now.
-pub fn identify(file: &File) -> std::io::Result<OriginIdentity> {
-    use std::os::unix::fs::{FileTypeExt, MetadataExt};
-    let meta = file.metadata()?;
-    if meta.file_type().is_block_device() {
-        let bytes = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?;
-        return Ok(OriginIdentity { device: meta.rdev(), inode: 0, bytes, modified_unix_ns: 0 });
-    }
-    let seconds = u64::try_from(meta.mtime()).unwrap_or(0);
-    let nanos = u64::try_from(meta.mtime_nsec()).unwrap_or(0);
-    Ok(OriginIdentity {
-        device: meta.dev(),
-        inode: meta.ino(),
-        bytes: meta.len(),
-        modified_unix_ns: seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
-    })
-}
-
-fn open_origin(path: &Path, direct: bool) -> Result<FileStorage> {
-    let opened = FileStorage::open(path, OpenOptions { direct, read_only: false });
-    let storage = opened.map_err(Error::origin(format!("opening {}", path.display())))?;
-    lock_origin(storage.file(), path)?;
-    Ok(storage)
-}
-
-/// Others must not write to the origin: QEMU and ourselves respect a lock of the whole file.
-fn lock_origin(file: &File, path: &Path) -> Result<()> {
-    if lock_whole(file, libc::F_WRLCK) {
-        return Ok(());
-    }
-    Err(Error::Locked(format!(
-        "{} is in use by another process; stop it, then try again",
-        path.display()
-    )))
-}
-
-/// An open file description lock: it belongs to the opening, not to the process, fcntl(2).
-fn lock_whole(file: &File, kind: libc::c_int) -> bool {
-    let whole = libc::flock {
-        l_type: kind.try_into().unwrap_or_default(),
-        l_whence: libc::SEEK_SET.try_into().unwrap_or_default(),
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    // SAFETY: the descriptor is open and `whole` is a valid, initialised lock that outlives the call.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) == 0 }
-}
-
-fn lock_store(store: &Path) -> Result<File> {
-    let path = store.join(LOCK_NAME);
-    let opened = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(_) => Err(Error::Locked(format!(
-            "the store {} is open in another process; use that one, or stop it",
-            store.display()
-        ))),
-    }
-}
-
-fn default_buffer_dir() -> Option<PathBuf> {
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let candidates = runtime.into_iter().chain(std::iter::once(PathBuf::from("/dev/shm")));
-    candidates.into_iter().find(|dir| is_memory(dir) && is_writable(dir))
-}
-
-/// True if the directory lies on a filesystem that is in memory and outlives the process.
-fn is_memory(dir: &Path) -> bool {
-    /// `TMPFS_MAGIC` and `RAMFS_MAGIC`, statfs(2).
-    const MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
-    let kind = rustix::fs::statfs(dir).map(|s| u64::try_from(s.f_type).unwrap_or(0));
-    kind.is_ok_and(|kind| MEMORY.contains(&kind))
-}
-
-fn is_writable(dir: &Path) -> bool {
-    rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
-}
-
-fn hex(uuid: [u8; 16]) -> String {
-    format!("{:032x}", u128::from_be_bytes(uuid))
-}
-
-fn random_uuid() -> Result<[u8; 16]> {
-    use std::io::Read;
-    let mut uuid = [0; 16];
-    let read = File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut uuid));
-    read.map_err(Error::store("reading random bytes"))?;
-    // Version 4, variant 1: RFC 9562, section 5.4.
-    uuid[6] = uuid[6] & 0x0f | 0x40;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    Ok(uuid)
-}
-
 /// Make a store for an origin; tells the volume's identity.
 pub fn create(request: &CreateRequest) -> Result<[u8; 16]> {
     let size_ok = BLOCK_SIZES.contains(&request.block_size) && request.block_size.is_power_of_two();
@@ -283,214 +160,6 @@ fn not_a_store(store: &Path, error: Error) -> Error {
     }
 }
 
-/// The journal, folded.
-#[derive(Default)]
-struct Decided {
-    uuid: [u8; 16],
-    block_size: u64,
-    origin: Vec<u8>,
-    meta: Vec<u8>,
-    size_bytes: u64,
-    generation: u64,
-    opened: Option<([u8; 16], Vec<u8>)>,
-    closed: Option<OriginIdentity>,
-    aborted: BTreeSet<u32>,
-    restores_ended: BTreeSet<u32>,
-    lost: Vec<(u32, ExtentSet)>,
-    suspect: Option<(u32, String)>,
-    origin_failure: String,
-    /// Something was deleted or narrowed and its space not given back yet.
-    owes_space: bool,
-    epoch_max: u32,
-    entries: Vec<Entry>,
-}
-
-impl Decided {
-    fn from(entries: Vec<Entry>) -> Option<Self> {
-        let mut decided = Self::default();
-        let Some(Entry::Created { .. }) = entries.first() else { return None };
-        for entry in &entries {
-            decided.take(entry);
-        }
-        decided.entries = entries;
-        Some(decided)
-    }
-
-    fn take(&mut self, entry: &Entry) {
-        match entry {
-            Entry::Created { uuid, block_size, origin, identity, meta } => {
-                self.uuid = *uuid;
-                self.block_size = u64::from(*block_size);
-                self.origin.clone_from(origin);
-                self.meta.clone_from(meta);
-                self.size_bytes = identity.bytes;
-            }
-            Entry::Opened { boot_id, generation, origin, buffer } => {
-                self.generation = *generation;
-                self.origin.clone_from(origin);
-                self.opened = Some((*boot_id, buffer.clone()));
-                self.closed = None;
-            }
-            Entry::Closed { identity } => self.closed = Some(*identity),
-            Entry::VolumeMeta(meta) => self.meta.clone_from(meta),
-            Entry::Narrowed { epoch, .. }
-            | Entry::Deleted { epoch }
-            | Entry::BookmarkDeleted { epoch } => {
-                self.owes_space = true;
-                self.epoch_max = self.epoch_max.max(*epoch);
-            }
-            Entry::Freed => self.owes_space = false,
-            Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
-            Entry::Aborted { epoch } => {
-                self.aborted.insert(*epoch);
-                self.epoch_max = self.epoch_max.max(*epoch);
-            }
-            Entry::Lost { epoch, blocks } => self.lost.push((*epoch, blocks.clone())),
-            Entry::Suspect { epoch, reason } => {
-                self.suspect = Some((*epoch, String::from_utf8_lossy(reason).into_owned()));
-            }
-            Entry::RestoreEnded { epoch } => {
-                self.restores_ended.insert(*epoch);
-            }
-            Entry::OriginFailed { reason } => {
-                self.origin_failure = String::from_utf8_lossy(reason).into_owned();
-            }
-            Entry::Recovered => self.origin_failure.clear(),
-            Entry::EpochMeta { .. } | Entry::Bookmarked { .. } => {}
-        }
-    }
-
-    /// The registry: epoch headers, then what the journal says of them, in order.
-    fn epochs(&self, scan: &Scan) -> Epochs {
-        let mut epochs = Epochs::default();
-        for segment in scan.segments.values() {
-            let Some(header) = &segment.epoch_header else { continue };
-            let epoch = Epoch {
-                origin_bytes: header.origin_bytes,
-                created_unix_ns: header.created_unix_ns,
-                selection: Some(Arc::new(header.selection.clone())),
-                bookmark: None,
-                meta: header.meta.clone(),
-                suspect: String::new(),
-                pins: 0,
-            };
-            if !self.aborted.contains(&header.epoch) {
-                epochs.0.insert(header.epoch, epoch);
-            }
-        }
-        for entry in &self.entries {
-            apply(&mut epochs, entry);
-        }
-        epochs.drop_dead();
-        epochs
-    }
-}
-
-fn apply(epochs: &mut Epochs, entry: &Entry) {
-    match entry {
-        Entry::EpochMeta { epoch, meta } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
-                found.meta.clone_from(meta);
-            }
-        }
-        Entry::Narrowed { epoch, selection } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
-                found.selection = Some(Arc::new(selection.clone()));
-            }
-        }
-        Entry::Deleted { epoch } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
-                found.selection = None;
-            }
-        }
-        Entry::Bookmarked { epoch, meta } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
-                let baseline = found.selection.clone().unwrap_or_default();
-                found.bookmark = Some(Bookmark { baseline, meta: meta.clone() });
-            }
-        }
-        Entry::BookmarkDeleted { epoch } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
-                found.bookmark = None;
-            }
-        }
-        Entry::Suspect { epoch, reason } => {
-            for (_, found) in epochs.0.range_mut(..=*epoch) {
-                found.suspect = String::from_utf8_lossy(reason).into_owned();
-            }
-        }
-        _ => {}
-    }
-}
-
-fn index_of(scan: &Scan, decided: &Decided) -> Index {
-    let block_size = decided.block_size;
-    let mut records = Vec::new();
-    for batch in &scan.batches {
-        let epoch = batch.header.epoch;
-        let kept = batch.preserved(block_size);
-        records.extend(kept.map(|(block, position, checksum)| Record {
-            block,
-            position,
-            epoch,
-            checksum,
-        }));
-    }
-    let mut index = Index::from_records(records);
-    for batch in &scan.batches {
-        let epoch = batch.header.epoch;
-        for descriptor in &batch.descriptors {
-            match descriptor.kind {
-                Kind::Preserve | Kind::Done => {}
-                Kind::PreserveZero => index.insert_zero(epoch, descriptor.blocks),
-                Kind::Lost => {
-                    index.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
-                }
-                Kind::Changed => index.insert_changed(epoch, descriptor.blocks),
-            }
-        }
-    }
-    for (epoch, blocks) in &decided.lost {
-        index.insert_lost(*epoch, blocks);
-    }
-    for (segment, _) in &scan.damaged {
-        if let Some(found) = scan.segments.get(segment) {
-            index.mark_damaged(found.header.epoch);
-        }
-    }
-    for (_, epoch) in &scan.unreadable {
-        index.mark_damaged(*epoch);
-    }
-    for &(first, last) in &scan.missing {
-        (first..=last).for_each(|epoch| index.mark_damaged(epoch));
-    }
-    index
-}
-
-/// The restore that was running, and how far it was.
-fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring> {
-    let mut headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
-    let ended =
-        |epoch: u32| decided.restores_ended.contains(&epoch) || decided.aborted.contains(&epoch);
-    let header = headers.rfind(|h| h.restore.is_some() && !ended(h.epoch))?;
-    let restore = header.restore.as_ref()?;
-    let mut bitmap = Bitmap::from_set(blocks, &restore.blocks);
-    let done = scan.batches.iter().filter(|b| b.header.epoch == header.epoch);
-    for descriptor in done.flat_map(|b| &b.descriptors).filter(|d| d.kind == Kind::Done) {
-        let inside = descriptor.blocks.intersection(Extent::new(0, blocks));
-        bitmap.assign(inside, false);
-    }
-    Some(Restoring {
-        source_epoch: restore.source_epoch,
-        safety_epoch: header.epoch,
-        total_blocks: restore.blocks.block_count(),
-        remaining_blocks: bitmap.count(),
-        unreadable: BTreeSet::new(),
-        failure: String::new(),
-        blocks: bitmap,
-    })
-}
-
 /// Everything a volume is put together from.
 struct Parts {
     request: OpenRequest,
@@ -533,7 +202,10 @@ pub fn open_through(
     let storage = origin_through(Arc::clone(&origin) as Arc<dyn Storage>);
     let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(directory_through(Arc::new(log_directory))));
-    let scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
+    let mut scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
+    if let Some((_, next_batch)) = decided.closed {
+        scan.expect_end(next_batch);
+    }
     let parts = Parts {
         request,
         decided,
@@ -571,11 +243,8 @@ impl Parts {
         }
         volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
-            let worker = Arc::clone(&volume);
-            let thread = std::thread::Builder::new().name("committer".into());
-            let handle = thread.spawn(move || worker.run_background());
-            let handle = handle.map_err(Error::store("starting the committer"))?;
-            *volume.background.lock() = Some(handle);
+            volume.spawn("committer", Volume::run_background)?;
+            volume.spawn("heartbeat", Volume::run_heartbeat)?;
         }
         Ok(volume)
     }
@@ -600,7 +269,7 @@ impl Parts {
             )));
         }
         let Some((last_boot, buffer)) = &self.decided.opened else { return Ok(Past::default()) };
-        if let Some(closed) = self.decided.closed {
+        if let Some((closed, _)) = self.decided.closed {
             let is_other = closed.bytes != identity.bytes
                 || closed.modified_unix_ns != identity.modified_unix_ns
                 || closed.inode != identity.inode;
@@ -619,6 +288,17 @@ impl Parts {
     fn examine_left(&self, buffer: &[u8], identity: OriginIdentity) -> Result<Past> {
         let path = path_of(buffer);
         let left = read_left(&path).map_err(Error::store("reading the write buffer"))?;
+        if let (Some(Err(version)), Recover::Refuse | Recover::Replay) =
+            (&left, self.request.recover)
+        {
+            return Err(Error::Version(format!(
+                "the write buffer {} has version {version}, newer than this program's; open the \
+                 volume with the \
+                 stillblock that wrote it, or volume recover --discard it",
+                path.display()
+            )));
+        }
+        let left = left.and_then(std::result::Result::ok);
         let is_ours = |left: &LeftBuffer| {
             left.identity.uuid == self.decided.uuid
                 && left.identity.generation == self.decided.generation
@@ -629,7 +309,8 @@ impl Parts {
                 return Ok(Past::default());
             }
             return Err(Error::RecoveryNeeded(format!(
-                "the volume was not closed and its write buffer {} is gone: acknowledged writes that were not \
+                "the volume was not closed and its write buffer {} is gone: acknowledged writes \
+                 that were not \
                  flushed are lost; volume recover --discard accepts that",
                 path.display()
             )));
@@ -645,7 +326,8 @@ impl Parts {
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
         Err(Error::RecoveryNeeded(format!(
-            "the server was killed with {} blocks in its write buffer, and {} was written since by something else; \
+            "the server was killed with {} blocks in its write buffer, and {} was written since \
+             by something else; \
              volume recover --replay writes them over it, --discard forgets them",
             blocks.len(),
             self.origin_path.display()
@@ -726,31 +408,18 @@ impl Parts {
             room: Condvar::new(),
             work: Condvar::new(),
             restore_ended: Condvar::new(),
-            // Without a place that outlives the process nothing may be acknowledged from memory (P6).
+            stopping: Condvar::new(),
+            // Without a place that outlives the process nothing may be acknowledged from memory
+            // (P6).
             is_write_through,
             has_background: request.has_background,
-            background: Mutex::new(None),
+            background: Mutex::default(),
             locks: Mutex::new(vec![store_lock]),
+            is_released: AtomicBool::new(false),
             release_origin,
             counters: Counters::default(),
         };
         Ok(Arc::new(volume))
-    }
-}
-
-/// What an earlier process left behind.
-#[derive(Default)]
-struct Past {
-    suspect: Option<String>,
-    left: Option<(PathBuf, LeftBuffer)>,
-}
-
-/// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
-fn return_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointer and only returns free memory to the system.
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 
@@ -760,100 +429,12 @@ fn slots_for(bytes: u64, block_size: u64) -> u32 {
 }
 
 impl Volume {
-    /// Finish what was interrupted. A process that was killed had its writes taken by the kernel, but not made
-    /// durable: sync before anything is trusted.
-    fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
-        let mut committer = self.committer.lock();
-        let epoch = committer.epoch;
-        committer.journal.sync()?;
-        if let Some(segment) = committer.segments.keys().next_back() {
-            let file = self.segments.get(*segment).map_err(Error::store("log segment"))?;
-            file.sync().map_err(Error::store("log segment"))?;
-        }
-        self.origin.sync().map_err(Error::origin("sync at opening"))?;
-        let gone = self.forget_unneeded(epoch);
-        {
-            let blocks = self.block_count(self.size_bytes());
-            let (unsettled, pending) = self.bits(epoch, blocks);
-            let mut state = self.state.lock();
-            (state.unsettled, state.pending) = (unsettled, pending);
-            if let Some(restoring) = &state.restoring {
-                let pinned = [restoring.source_epoch, restoring.safety_epoch];
-                drop(state);
-                let mut epochs = self.epochs.write();
-                for epoch in pinned {
-                    if let Some(found) = epochs.0.get_mut(&epoch) {
-                        found.pins += 1;
-                    }
-                }
-            }
-        }
-        if owes_space {
-            self.remove_unfinished(&committer)?;
-            self.give_back(&mut committer, &gone)?;
-            committer.journal.append(&Entry::Freed)?;
-        }
-        if let Some(reason) = past.suspect {
-            self.mark_suspect(&mut committer, &reason)?;
-        }
-        if let Some((path, left)) = past.left {
-            self.replay(&mut committer, &path, &left)?;
-        }
-        return_memory();
-        Ok(())
-    }
-
-    /// Files of instants that never came.
-    fn remove_unfinished(&self, committer: &Committer) -> Result<()> {
-        let names = self.segments.directory().list().map_err(Error::store("listing the log"))?;
-        let numbers = names.iter().filter_map(|n| crate::log::writer::segment_number(n));
-        let unknown: Vec<u32> =
-            numbers.filter(|number| !committer.segments.contains_key(number)).collect();
-        for segment in unknown {
-            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
-            // What holds records is never deleted because something else does not know it.
-            let is_empty = crate::log::scan::is_without_batches(&file, self.uuid);
-            if is_empty.map_err(Error::store("log segment"))? {
-                self.segments.remove(segment).map_err(Error::store("log segment"))?;
-            }
-        }
-        self.segments.directory().sync().map_err(Error::store("store directory"))
-    }
-
-    fn mark_suspect(&self, committer: &mut Committer, reason: &str) -> Result<()> {
-        let last = self.epochs.read().0.keys().next_back().copied();
-        let Some(epoch) = last else { return Ok(()) };
-        let entry = Entry::Suspect { epoch, reason: reason.as_bytes().to_vec() };
-        committer.journal.append(&entry)?;
-        apply(&mut self.epochs.write(), &entry);
-        Ok(())
-    }
-
-    /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are in the log
-    /// or still on the origin, and the file stays until all is durable.
-    fn replay(&self, committer: &mut Committer, path: &Path, left: &LeftBuffer) -> Result<()> {
-        let epoch = committer.epoch;
-        // Interrupted, it is done again; the origin is then as new as this.
-        let alive = || note_replaying(path, now_unix_ns()).map_err(Error::store("write buffer"));
-        alive()?;
-        for slot in &left.slots {
-            let is_full = {
-                let mut state = self.state.lock();
-                let blocks = state.unsettled.block_count();
-                if slot.block < blocks {
-                    state.buffer.adopt(slot, epoch);
-                }
-                state.buffer.free_count() == 0
-            };
-            if is_full {
-                self.commit_until(committer, epoch, u64::MAX, None)?;
-                alive()?;
-            }
-        }
-        self.commit_until(committer, epoch, u64::MAX, None)?;
-        self.sync_origin()?;
-        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-        committer.journal.append(&Entry::Closed { identity })?;
+    fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> Result<()> {
+        let worker = Arc::clone(self);
+        let thread = std::thread::Builder::new().name(name.into());
+        let handle = thread.spawn(move || run(&worker));
+        let handle = handle.map_err(Error::store(format!("starting the {name}")))?;
+        self.background.lock().push(handle);
         Ok(())
     }
 
@@ -893,8 +474,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool can use it.
-    /// A running restore is suspended: until it goes on the origin alone is not the restored disk.
+    /// Clean stop: everything on the origin, durably, and the store says so. Afterwards any tool
+    /// can use it. A running restore is suspended: until it goes on the origin alone is not the
+    /// restored disk.
     pub fn close(&self) -> Result<()> {
         let mut committer = self.role()?;
         let epoch = committer.epoch;
@@ -911,7 +493,8 @@ impl Volume {
         let synced = drained.and_then(|()| self.sync_origin());
         if let Err(error) = synced {
             let reason = error.to_string().into_bytes();
-            // The store knows that it was not closed; this says why, unless the store is what failed.
+            // The store knows that it was not closed; this says why, unless the store is what
+            // failed.
             if !self.state.lock().origin_failure.is_empty() {
                 let _ = committer.journal.append(&Entry::OriginFailed { reason });
             }
@@ -927,10 +510,12 @@ impl Volume {
 
     fn note_closed(&self, committer: &mut Committer) -> Result<()> {
         let Committer { log, batch, .. } = committer;
-        // A full store may refuse; without it the next opening verifies the last batch, as after a power cut.
+        // A full store may refuse; without it the next opening verifies the last batch, as after a
+        // power cut.
         let _ = log.seal(batch);
         let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
-        committer.journal.append(&Entry::Closed { identity })?;
+        let next_batch = committer.log.next_batch();
+        committer.journal.append(&Entry::Closed { identity, next_batch })?;
         self.state.lock().buffer.arena().remove();
         Ok(())
     }
@@ -946,11 +531,14 @@ impl Volume {
         self.room.notify_all();
         self.gate_opened.notify_all();
         self.restore_ended.notify_all();
-        let handle = self.background.lock().take();
-        if let Some(handle) = handle {
+        self.stopping.notify_all();
+        let handles = std::mem::take(&mut *self.background.lock());
+        for handle in handles {
             // It never panics while nobody else does; there is nothing to learn from it here.
             let _ = handle.join();
         }
+        // Before the lock is given back: a view looks at it after it has read.
+        self.is_released.store(true, Ordering::Release);
         (self.release_origin)();
         self.locks.lock().clear();
     }

@@ -1,11 +1,11 @@
-//! Reads of the live disk: the origin, under the slots that wait, over what a restore has not copied yet.
+//! Reads of the live disk: the origin, under the slots that wait, over what a restore has not
+//! copied yet.
 
 use super::{State, Volume};
 use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
-use std::sync::atomic::Ordering;
 
 /// Blocks with slots are read in pieces of this size, so that the state lock is held shortly.
 const MERGE_BYTES: u64 = 64 << 10;
@@ -86,8 +86,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Read the base without a lock, then put the slots over it, unless the base moved meanwhile: a slot that
-    /// was dropped in between is on the origin now, and was not when we looked.
+    /// Read the base without a lock, then put the slots over it, unless the base moved meanwhile: a
+    /// slot that was dropped in between is on the origin now, and was not when we looked.
     fn try_merge(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
         let blocks = self.extent_of(offset, to_u64(buffer.len()));
         let (version, restoring) = {
@@ -144,25 +144,32 @@ impl Volume {
     ) -> Result<Vec<StatusExtent>> {
         Self::check_range(&self.state.lock(), offset, length)?;
         let end = offset + length;
+        // Before the origin: what is brought home meanwhile is found there.
+        let covered = self.covered(self.extent_of(offset, length));
         let mut found = Vec::new();
-        let (mut at, mut tries) = (offset, 0);
+        let mut at = offset;
         while at < end && found.len() < extents_max {
-            tries += 1;
-            let version = self.state.lock().base_version();
             let (data_start, data_end) = self.data_run(at, end)?;
-            if at < data_start && !self.allocation_of_hole(at, data_start, version, &mut found) {
-                // A slot was brought to the hole after we looked for it, and is none any more.
-                if tries < RETRIES_MAX {
-                    continue;
-                }
-                push_status(&mut found, at, data_start, 0);
+            if at < data_start {
+                self.allocation_of_hole(at, data_start, &covered, &mut found);
             }
-            tries = 0;
             push_status(&mut found, data_start, data_end, 0);
             at = data_end;
         }
         found.truncate(extents_max);
         Ok(found)
+    }
+
+    /// Blocks of the range whose content is not, or not only, on the origin.
+    fn covered(&self, blocks: Extent) -> ExtentSet {
+        let state = self.state.lock();
+        let slots = state.buffer.blocks().filter(|&block| blocks.contains(block));
+        let mut extents: Vec<Extent> = slots.map(Extent::single).collect();
+        if let Some(restoring) = &state.restoring {
+            extents.extend(restoring.blocks.set_within(blocks));
+        }
+        drop(state);
+        ExtentSet::from_unsorted(extents)
     }
 
     /// The next data of the origin, as far as it goes; empty, at `end`, if there is none.
@@ -173,34 +180,15 @@ impl Volume {
         Ok((start, stop.map_err(looking())?))
     }
 
-    /// False, and nothing done, if what lies beneath the slots moved since `version`.
     fn allocation_of_hole(
         &self,
         start: u64,
         end: u64,
-        version: (u64, u64),
+        covered: &ExtentSet,
         found: &mut Vec<StatusExtent>,
-    ) -> bool {
-        let blocks = self.extent_of(start, end - start);
-        let state = self.state.lock();
-        if state.base_version() != version {
-            return false;
-        }
-        let mut covered: Vec<u64> = if state.buffer.is_empty() {
-            Vec::new()
-        } else if blocks.len() <= to_u64(state.buffer.used()) {
-            (blocks.start..blocks.end).filter(|&b| state.buffer.has(b)).collect()
-        } else {
-            state.buffer.blocks().filter(|&b| blocks.contains(b)).collect()
-        };
-        covered.sort_unstable();
-        let mut extents: Vec<Extent> = covered.into_iter().map(Extent::single).collect();
-        if let Some(restoring) = &state.restoring {
-            extents.extend(restoring.blocks.set_within(blocks));
-        }
-        drop(state);
+    ) {
         let mut at = start;
-        for extent in crate::extent::ExtentSet::from_unsorted(extents).iter() {
+        for extent in covered.within(self.extent_of(start, end - start)) {
             let (from, length) = extent.to_bytes(self.block_size);
             let (from, to) = (from.max(start), (from + length).min(end));
             push_status(found, at, from, STATE_HOLE | STATE_ZERO);
@@ -208,7 +196,6 @@ impl Volume {
             at = to;
         }
         push_status(found, at, end, STATE_HOLE | STATE_ZERO);
-        true
     }
 }
 
@@ -216,8 +203,8 @@ impl Volume {
 const STATUS_BLOCKS: u64 = 16_384;
 
 impl Volume {
-    /// Where a snapshot's selected bytes `[start, end)` are data and where holes; appends to `found` up to
-    /// `extents_max` extents beyond what it holds.
+    /// Where a snapshot's selected bytes `[start, end)` are data and where holes; appends to
+    /// `found` up to `extents_max` extents beyond what it holds.
     pub(crate) fn allocation_at(
         &self,
         epoch: u32,
@@ -230,35 +217,36 @@ impl Volume {
         let mut at = start;
         let mut contents = Vec::new();
         while at < end && found.len() <= enough {
-            let piece_start = at;
             let first = at / self.block_size;
             let blocks = Extent::new(first, self.block_count(end).min(first + STATUS_BLOCKS));
-            contents.clear();
-            let version = {
-                let index = self.index.read();
-                index.contents(blocks, epoch, &mut contents);
-                self.index_version.load(Ordering::Acquire)
-            };
             let piece_end = end.min(blocks.end * self.block_size);
-            let before = (found.len(), found.last().copied());
+            // The origin before the records: a block without one has not changed up to here, so
+            // what the origin had is what the snapshot has. The other way round a block that is
+            // zeroed meanwhile would be a hole.
+            let mut origin = Vec::new();
+            self.allocation_of_origin(at, piece_end, &mut origin)?;
+            contents.clear();
+            self.index.read().contents(blocks, epoch, &mut contents);
+            let mut rest = origin.into_iter().peekable();
+            let mut push_origin = |from: u64, to: u64, found: &mut Vec<StatusExtent>| {
+                while let Some(extent) = rest.peek().filter(|e| e.start < to).copied() {
+                    push_status(found, extent.start.max(from), extent.end.min(to), extent.flags);
+                    if extent.end > to {
+                        break;
+                    }
+                    rest.next();
+                }
+            };
             for &(block, content) in &contents {
                 let from = (block * self.block_size).max(at);
                 let to = ((block + 1) * self.block_size).min(piece_end);
-                self.allocation_of_origin(at, from, found)?;
+                push_origin(at, from, found);
                 let is_zero = content == crate::index::Content::Zero;
                 push_status(found, from, to, if is_zero { STATE_HOLE | STATE_ZERO } else { 0 });
                 at = to;
             }
-            self.allocation_of_origin(at, piece_end, found)?;
+            push_origin(at, piece_end, found);
             at = piece_end;
-            if self.index_version.load(Ordering::Acquire) != version {
-                // A hole of the origin may be younger than our look at the records: call all of it data.
-                found.truncate(before.0);
-                if let (Some(last), Some(as_before)) = (found.last_mut(), before.1) {
-                    *last = as_before;
-                }
-                push_status(found, piece_start, piece_end, 0);
-            }
         }
         Ok(())
     }

@@ -1,14 +1,16 @@
 //! Letting go: deleting and narrowing snapshots, bookmarks, and giving back the space nobody needs.
 //!
-//! In this order: the decision is durable in the journal; the index forgets; readers of the older index are
-//! gone; the space is punched; the journal says so. Interrupted, it is done again when the volume is opened.
+//! In this order: the decision is durable in the journal; the index forgets; readers of the older
+//! index are gone; the space is punched; the journal says so. Interrupted, it is done again when
+//! the volume is opened.
 
-use super::{Committer, Volume};
+use super::{Committer, State, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::journal::Entry;
+use parking_lot::MutexGuard;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -128,7 +130,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views then fail.
+    /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views
+    /// then fail.
     pub fn delete_snapshot(&self, epoch: u32, force: bool) -> Result<u64> {
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
@@ -136,7 +139,8 @@ impl Volume {
         let pins = self.epochs.read().0.get(&epoch).map_or(0, |e| e.pins);
         if pins > 0 && !force {
             return Err(Error::InUse(format!(
-                "snapshot {epoch} is in use by {pins} readers; close them, or delete it with --force"
+                "snapshot {epoch} is in use by {pins} readers; close them, or delete it with \
+                 --force"
             )));
         }
         committer.journal.append(&Entry::Deleted { epoch })?;
@@ -180,8 +184,8 @@ impl Volume {
         self.let_go(&mut committer).map(|_| ())
     }
 
-    /// The bits and the index follow the registry; then the space goes back. Holds the role: no batch is under
-    /// way, and only requests that set nothing run beside it.
+    /// The bits and the index follow the registry; then the space goes back. Holds the role: no
+    /// batch is under way, and only requests that set nothing run beside it.
     fn let_go(&self, committer: &mut Committer) -> Result<u64> {
         let gone = self.forget_unneeded(committer.epoch);
         self.rebuild_bits(committer.epoch);
@@ -290,13 +294,19 @@ impl Volume {
         self.index.read().lost_since(epoch)
     }
 
-    /// Hold a snapshot for a reader; tells its selection and size.
-    pub(crate) fn pin(&self, epoch: u32) -> Result<(Arc<ExtentSet>, u64)> {
+    fn check_held(&self) -> Result<()> {
+        let is_released = self.is_released.load(std::sync::atomic::Ordering::Acquire);
+        if is_released { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// Hold a snapshot for a reader; tells its size.
+    pub(crate) fn pin(&self, epoch: u32) -> Result<u64> {
+        self.check_held()?;
         let mut epochs = self.epochs.write();
-        let found = epochs.0.get_mut(&epoch).ok_or_else(|| unknown(epoch, "snapshot"))?;
-        let selection = found.selection.clone().ok_or_else(|| unknown(epoch, "snapshot"))?;
+        let found = epochs.0.get_mut(&epoch).filter(|e| e.selection.is_some());
+        let found = found.ok_or_else(|| unknown(epoch, "snapshot"))?;
         found.pins += 1;
-        Ok((selection, found.origin_bytes))
+        Ok(found.origin_bytes)
     }
 
     /// A reader is gone.
@@ -306,15 +316,17 @@ impl Volume {
         }
     }
 
-    /// What a snapshot selects now; one that was deleted under its readers gives errors, never other bytes (P2).
-    pub(crate) fn selected_by(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+    /// What a live snapshot selects now: less than at its instant once it was narrowed.
+    pub(crate) fn snapshot_selection(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
+        self.check_held()?;
         let epochs = self.epochs.read();
-        let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
-        found.ok_or_else(|| unknown(epoch, "snapshot"))
+        let found = epochs.0.get(&epoch).and_then(|e| e.selection.as_ref());
+        found.map(Arc::clone).ok_or_else(|| unknown(epoch, "snapshot"))
     }
 
-    /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To now it is advisory:
-    /// it includes writes that are still on their way, and what a restore is still to copy.
+    /// The blocks `since` tracks that changed from its instant to that of `until`, or to now. To
+    /// now it is advisory: it includes writes that are still on their way, and what a restore is
+    /// still to copy.
     pub fn changed(&self, since: u32, until: Option<u32>) -> Result<ExtentSet> {
         let (tracked, from_bytes, to_bytes) = {
             let epochs = self.epochs.read();
@@ -333,9 +345,11 @@ impl Volume {
             };
             (tracked, from.origin_bytes, to_bytes)
         };
-        // Before the records: what moves from here to there in between is then seen twice, not never (P5).
-        let coming = if until.is_none() { self.changes_to_come() } else { ExtentSet::new() };
-        let found = {
+        // What is on its way first, then what is recorded: a slot is dropped only once its record
+        // can be found (P5). The other way round a change that is committed meanwhile would be in
+        // neither.
+        let under_way = if until.is_none() { self.changes_under_way() } else { ExtentSet::new() };
+        let recorded = {
             let index = self.index.read();
             if index.is_damaged_since(since) {
                 tracked.clone()
@@ -343,7 +357,8 @@ impl Volume {
                 index.changed(since, until.unwrap_or(u32::MAX))
             }
         };
-        let mut changed = found.union(&coming).intersection(&tracked);
+        let found = recorded.union(&under_way);
+        let mut changed = found.intersection(&tracked);
         if to_bytes > from_bytes {
             // What did not exist then is new, the rest of a partial last block included.
             let grown = Extent::new(from_bytes / self.block_size, self.block_count(to_bytes));
@@ -353,19 +368,13 @@ impl Volume {
     }
 
     /// Blocks with slots, and those that a restore is still to copy.
-    fn changes_to_come(&self) -> ExtentSet {
+    fn changes_under_way(&self) -> ExtentSet {
         let state = self.state.lock();
         let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
         match &state.restoring {
             Some(restoring) => slots.union(&restoring.blocks.to_set()),
             None => slots,
         }
-    }
-
-    /// A slot with the odd end of the disk counts its last sector as whole: it goes before the end moves.
-    fn drain_before_growth(&self, committer: &mut Committer) -> Result<()> {
-        let (epoch, upto) = (committer.epoch, self.state.lock().buffer.hold());
-        self.commit_until(committer, epoch, upto, None)
     }
 
     /// Take over the origin's present length, which may have grown; tells it.
@@ -387,9 +396,7 @@ impl Volume {
         let epoch = committer.epoch;
         committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
         let blocks = self.block_count(new);
-        self.drain_before_growth(&mut committer)?;
-        let mut state = self.state.lock();
-        // Slots may have come since; what they hold beyond the old end is zero, as is the origin.
+        let mut state = self.lock_without_slots(&mut committer, old / self.block_size)?;
         state.size_bytes = new;
         state.unsettled.grow(blocks);
         state.pending.grow(blocks);
@@ -398,10 +405,29 @@ impl Volume {
         }
         Ok(new)
     }
+
+    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it
+    /// brought home after the disk grew, its last sector would go over what the origin has there
+    /// now (P1).
+    fn lock_without_slots(
+        &self,
+        committer: &mut Committer,
+        block: u64,
+    ) -> Result<MutexGuard<'_, State>> {
+        loop {
+            let state = self.state.lock();
+            if !state.buffer.has(block) {
+                return Ok(state);
+            }
+            drop(state);
+            self.commit_slots_of(committer, Extent::single(block))?;
+        }
+    }
 }
 
-/// Call for every preserved block with the epoch of the copy before it, 0 if there is none. `records` are ordered
-/// by block, then epoch; `others` are copies that have no content of their own, by epoch.
+/// Call for every preserved block with the epoch of the copy before it, 0 if there is none.
+/// `records` are ordered by block, then epoch; `others` are copies that have no content of their
+/// own, by epoch.
 fn for_each_copy(
     records: &[Record],
     others: &[(u32, ExtentSet)],

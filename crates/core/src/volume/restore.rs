@@ -1,14 +1,16 @@
-//! Restoring in place: from the instant of the restore the live disk *reads* as restored; copying comes behind.
+//! Restoring in place: from the instant of the restore the live disk *reads* as restored; copying
+//! comes behind.
 //!
-//! The restore is part of the commit of its safety snapshot. Each block to be restored is read from the source
-//! snapshot until a DONE record says that the origin holds it. Client writes to such blocks keep their slots
-//! until then. The copier uses no slots: originals to the log, sync, write, sync, DONE.
+//! The restore is part of the commit of its safety snapshot. Each block to be restored is read from
+//! the source snapshot until a DONE record says that the origin holds it. Client writes to such
+//! blocks keep their slots until then. The copier uses no slots: originals to the log, sync, write,
+//! sync, DONE.
 
 use super::commit::runs_of;
+use super::past::Patience;
 use super::{Committer, SnapshotRequest, Volume};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::index::Content;
 use crate::journal::Entry;
 use crate::log::format::{Kind, RestoreHeader};
 use crate::number::{to_u64, to_usize};
@@ -55,7 +57,8 @@ pub(super) struct PreparedRestore {
 }
 
 impl Volume {
-    /// Start a restore; when this returns the live disk reads as restored, and will after any crash.
+    /// Start a restore; when this returns the live disk reads as restored, and will after any
+    /// crash.
     pub fn restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
         let mut committer = self.role()?;
         self.finish_restore_first(&mut committer)?;
@@ -86,7 +89,8 @@ impl Volume {
         };
         if self.index.read().is_damaged_since(epoch) {
             return Err(Error::Damaged(format!(
-                "the log is damaged since snapshot {epoch}: what changed is not known, nothing was restored; \
+                "the log is damaged since snapshot {epoch}: what changed is not known, nothing \
+                 was restored; \
                  copy what can be read out of the snapshot instead"
             )));
         }
@@ -269,7 +273,8 @@ impl Volume {
         self.finish_restored(committer, &restored)
     }
 
-    /// The origin holds these blocks as they are to be: make that durable, then read them from there.
+    /// The origin holds these blocks as they are to be: make that durable, then read them from
+    /// there.
     pub(super) fn finish_restored(
         &self,
         committer: &mut Committer,
@@ -314,8 +319,8 @@ impl Volume {
         Ok(())
     }
 
-    /// What a block that is still to be restored reads as, its slots apart. What the disk has beyond its size at
-    /// the source's instant stays.
+    /// What a block that is still to be restored reads as, its slots apart. What the disk has
+    /// beyond its size at the source's instant stays.
     pub(super) fn read_restoring(&self, block: u64, content: &mut [u8]) -> Result<()> {
         let source = {
             let state = self.state.lock();
@@ -331,122 +336,11 @@ impl Volume {
         };
         let origin_bytes = self.epochs.read().0.get(&source).map_or(size_bytes, |e| e.origin_bytes);
         let then_valid = to_usize(self.valid_bytes(block, origin_bytes.min(size_bytes)));
-        self.read_at_epoch(source, Extent::single(block), content)?;
+        self.read_at_epoch(source, Extent::single(block), content, Patience::Wait)?;
         if then_valid < valid {
             let offset = block * self.block_size + to_u64(then_valid);
             let read = self.origin.read_at(offset, &mut content[then_valid..valid]);
             read.map_err(Error::origin("read"))?;
-        }
-        Ok(())
-    }
-
-    /// Fill `buffer`, which holds whole blocks, with what `blocks` were at the instant of `epoch`. Bytes beyond the
-    /// end of the disk are zero. The caller knows that the snapshot selects them.
-    pub(crate) fn read_at_epoch(
-        &self,
-        epoch: u32,
-        blocks: Extent,
-        buffer: &mut [u8],
-    ) -> Result<()> {
-        use std::sync::atomic::Ordering;
-        let size = to_usize(self.block_size);
-        let _no_punching = self.punching.read();
-        let mut found = Vec::new();
-        let version = {
-            let index = self.index.read();
-            index.contents(blocks, epoch, &mut found);
-            self.index_version.load(Ordering::Acquire)
-        };
-        self.fill_found(blocks, &found, buffer)?;
-        // The rest is unchanged and read from the origin, then looked for again: a record that was made
-        // meanwhile may have let new content through to where we read (P2).
-        let mut at = blocks.start;
-        let ends = found.iter().map(|(block, _)| *block).chain(std::iter::once(blocks.end));
-        for end in ends {
-            if at < end {
-                self.read_origin_blocks(Extent::new(at, end), blocks, buffer)?;
-            }
-            at = end + 1;
-        }
-        if self.index_version.load(Ordering::Acquire) != version {
-            let known: std::collections::HashSet<u64> = found.iter().map(|(b, _)| *b).collect();
-            let mut again = Vec::new();
-            self.index.read().contents(blocks, epoch, &mut again);
-            again.retain(|(block, _)| !known.contains(block));
-            self.fill_found(blocks, &again, buffer)?;
-        }
-        debug_assert_eq!(buffer.len(), to_usize(blocks.len()) * size);
-        Ok(())
-    }
-
-    /// Read blocks that have not changed since the instant of `epoch`, from the origin's cache; false if they have,
-    /// or if the cache does not have them.
-    pub(crate) fn try_read_unchanged(
-        &self,
-        epoch: u32,
-        blocks: Extent,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<bool> {
-        let mut found = Vec::new();
-        let version = {
-            let index = self.index.read();
-            index.contents(blocks, epoch, &mut found);
-            self.index_version.load(std::sync::atomic::Ordering::Acquire)
-        };
-        if !found.is_empty() {
-            return Ok(false);
-        }
-        if !self.origin.try_read_at(offset, buffer).map_err(Error::origin("read"))? {
-            return Ok(false);
-        }
-        if self.index_version.load(std::sync::atomic::Ordering::Acquire) == version {
-            return Ok(true);
-        }
-        self.index.read().contents(blocks, epoch, &mut found);
-        Ok(found.is_empty())
-    }
-
-    fn read_origin_blocks(&self, run: Extent, all: Extent, buffer: &mut [u8]) -> Result<()> {
-        let (offset, length) = run.to_bytes(self.block_size);
-        let from = to_usize((run.start - all.start) * self.block_size);
-        let part = &mut buffer[from..from + to_usize(length)];
-        let valid = to_usize(length.min(self.size_bytes().saturating_sub(offset)));
-        part[valid..].fill(0);
-        self.origin.read_at(offset, &mut part[..valid]).map_err(Error::origin("read"))
-    }
-
-    fn fill_found(&self, all: Extent, found: &[(u64, Content)], buffer: &mut [u8]) -> Result<()> {
-        let size = to_usize(self.block_size);
-        for &(block, content) in found {
-            let from = to_usize(block - all.start) * size;
-            let part = &mut buffer[from..from + size];
-            match content {
-                Content::Zero => part.fill(0),
-                Content::Lost => {
-                    return Err(Error::Lost {
-                        message: format!(
-                            "block {block} (byte {}) could not be kept for this snapshot; the rest of it is right",
-                            block * self.block_size
-                        ),
-                        blocks: ExtentSet::from_extent(Extent::single(block)),
-                    });
-                }
-                Content::Preserved(record) => {
-                    let read = self.segments.read(record.position, part);
-                    read.map_err(Error::store("reading preserved content"))?;
-                    let checksum = crate::log::format::payload_checksum(block, record.epoch, part);
-                    if checksum != record.checksum {
-                        return Err(Error::Damaged(format!(
-                            "preserved content of block {block} (byte {}) fails its checksum in segment {:08x} \
-                             at byte {}; the rest of the snapshot is right",
-                            block * self.block_size,
-                            record.position.segment(),
-                            record.position.offset_bytes()
-                        )));
-                    }
-                }
-            }
         }
         Ok(())
     }

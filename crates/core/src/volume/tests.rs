@@ -16,7 +16,8 @@ use std::time::Duration;
 const BLOCK: usize = 4096;
 const BLOCKS: u64 = 512;
 
-/// Called before each operation with the file's name and the operation's; an error is what the operation gives.
+/// Called before each operation with the file's name and the operation's; an error is what the
+/// operation gives.
 type Hook = Arc<dyn Fn(&str, &str) -> io::Result<()> + Send + Sync>;
 
 /// The hook in force; none at first.
@@ -231,8 +232,9 @@ fn let_it_wait() {
     std::thread::sleep(Duration::from_millis(200));
 }
 
-/// A flush took the number of the last write, then a rewrite dropped that write's slot before it was committed,
-/// with a later number: the flush found nothing to do. The flush now says up to where slots must stay.
+/// A flush took the number of the last write, then a rewrite dropped that write's slot before it
+/// was committed, with a later number: the flush found nothing to do. The flush now says up to
+/// where slots must stay.
 #[test]
 fn a_flush_covers_a_write_whose_slot_is_rewritten_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
@@ -249,8 +251,8 @@ fn a_flush_covers_a_write_whose_slot_is_rewritten_meanwhile() {
     assert!([0xA1, 0xA2].contains(&scene.on_disk(7)), "P6: the write before the flush is gone");
 }
 
-/// A discard decided that nobody needs a block, then a snapshot was taken, then the discard was done. It now
-/// decides in the hands of the committer role.
+/// A discard decided that nobody needs a block, then a snapshot was taken, then the discard was
+/// done. It now decides in the hands of the committer role.
 #[test]
 fn a_discard_does_not_take_what_a_snapshot_selected_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
@@ -272,7 +274,8 @@ fn a_discard_does_not_take_what_a_snapshot_selected_meanwhile() {
     }
 }
 
-/// A view kept the selection from when it was opened: what was narrowed away under it read as the live disk.
+/// A view kept the selection from when it was opened: what was narrowed away under it read as the
+/// live disk.
 #[test]
 fn a_view_does_not_show_the_live_disk_where_its_snapshot_was_narrowed() {
     let scene = Scene::new(512 * BLOCK);
@@ -318,8 +321,9 @@ fn a_view_fails_when_its_snapshot_is_deleted_while_it_reads() {
     assert!(read.is_err() || content[0] == 8, "P2: {:#x}", content[0]);
 }
 
-/// The header of an instant that failed was still there when the volume was opened again: its segment was taken
-/// for the end of the log, and what was appended there was of another epoch and not read back.
+/// The header of an instant that failed was still there when the volume was opened again: its
+/// segment was taken for the end of the log, and what was appended there was of another epoch and
+/// not read back.
 #[test]
 fn the_segment_of_an_instant_that_failed_is_no_part_of_the_log() {
     let scene = Scene::new(512 * BLOCK);
@@ -344,8 +348,8 @@ fn the_segment_of_an_instant_that_failed_is_no_part_of_the_log() {
     assert_eq!(get_old(&volume, epoch, 3).expect("view"), 4, "P2");
 }
 
-/// A slot with the odd end of the disk says that its last sector is valid whole. After growth that showed, and
-/// wrote, what its memory held before.
+/// A slot with the odd end of the disk says that its last sector is valid whole. After growth that
+/// showed, and wrote, what its memory held before.
 #[test]
 fn growth_does_not_bring_old_slots_to_light() {
     let size = 511 * BLOCK + 700;
@@ -369,7 +373,8 @@ fn growth_does_not_bring_old_slots_to_light() {
     assert!(tail[..700].iter().all(|&b| b == 0xA1) && tail[700..].iter().all(|&b| b == 0));
 }
 
-/// The records were looked through before the slots: a write that moved from the one to the other was missed.
+/// The records were looked through before the slots: a write that moved from the one to the other
+/// was missed.
 #[test]
 fn a_write_on_its_way_from_the_buffer_to_the_log_counts_as_changed() {
     let scene = Scene::new(512 * BLOCK);
@@ -394,8 +399,8 @@ fn a_write_on_its_way_from_the_buffer_to_the_log_counts_as_changed() {
     flush.join().expect("no panic");
 }
 
-/// A block was zeroed, as a hole, between the look at the records and the look for holes: its old content was
-/// told to be zero.
+/// A block was zeroed, as a hole, between the look at the records and the look for holes: its old
+/// content was told to be zero.
 #[test]
 fn block_status_of_a_view_does_not_call_zero_what_was_punched_meanwhile() {
     let scene = Scene::new(512 * BLOCK);
@@ -425,8 +430,8 @@ fn block_status_of_the_live_disk_does_not_call_zero_what_was_written_meanwhile()
     assert_eq!(part.expect("covered").flags & STATE_ZERO, 0, "{told:?}");
 }
 
-/// The kernel tells a failed write-back to one caller of sync only; another one, at the same time, was told that
-/// its writes are durable.
+/// The kernel tells a failed write-back to one caller of sync only; another one, at the same time,
+/// was told that its writes are durable.
 #[test]
 fn when_one_of_two_syncs_fails_both_flushes_fail() {
     let scene = Scene::new(512 * BLOCK);
@@ -458,7 +463,8 @@ fn when_one_of_two_syncs_fails_both_flushes_fail() {
     assert!(second.is_err(), "P6: the kernel had dropped the write");
 }
 
-/// A failed origin could never be accepted: the decision was not written down, so each opening asked again.
+/// A failed origin could never be accepted: the decision was not written down, so each opening
+/// asked again.
 #[test]
 fn a_failed_origin_that_was_recovered_opens_again() {
     let scene = Scene::new(512 * BLOCK);
@@ -482,7 +488,8 @@ fn a_failed_origin_that_was_recovered_opens_again() {
     scene.open().close().expect("an origin that was accepted");
 }
 
-/// Closing failed at its very end and kept the locks: the volume could neither be closed nor opened any more.
+/// Closing failed at its very end and kept the locks: the volume could neither be closed nor opened
+/// any more.
 #[test]
 fn a_close_that_fails_lets_go_all_the_same() {
     let scene = Scene::new(512 * BLOCK);
@@ -500,8 +507,8 @@ fn a_close_that_fails_lets_go_all_the_same() {
     assert_eq!(get(&again, 7), 0xA1);
 }
 
-/// A kill while buffered writes were replayed left an origin that was newer than the last sign of life: the next
-/// opening took its own writes for those of somebody else.
+/// A kill while buffered writes were replayed left an origin that was newer than the last sign of
+/// life: the next opening took its own writes for those of somebody else.
 #[test]
 fn a_replay_that_was_interrupted_is_replayed_again() {
     let scene = Scene::new(512 * BLOCK);
@@ -510,7 +517,7 @@ fn a_replay_that_was_interrupted_is_replayed_again() {
     for block in 0..20 {
         put(&volume, block * 2, 0xA1);
     }
-    let long_ago = super::open::now_unix_ns() - 10_000_000_000;
+    let long_ago = super::host::now_unix_ns() - 10_000_000_000;
     volume.state.lock().buffer.arena().note_alive(long_ago);
     volume.abandon();
     drop(volume);
@@ -531,7 +538,8 @@ fn a_replay_that_was_interrupted_is_replayed_again() {
     }
 }
 
-/// Content that a restore needs and that is damaged stopped everything: no flush of any block succeeded again.
+/// Content that a restore needs and that is damaged stopped everything: no flush of any block
+/// succeeded again.
 #[test]
 fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
     let scene = Scene::new(512 * BLOCK);
@@ -567,7 +575,8 @@ fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
     assert_eq!((get(&volume, 4), get(&volume, 5)), (0xA3, 6));
 }
 
-/// On a full store each batch of losses took room of the journal, until that was full too and writes failed.
+/// On a full store each batch of losses took room of the journal, until that was full too and
+/// writes failed.
 #[test]
 fn a_full_store_never_fails_a_write() {
     let size = 16_384 * BLOCK;
@@ -626,7 +635,8 @@ fn a_missing_segment_makes_its_blocks_errors() {
     assert_eq!(get_old(&volume, third, 3).expect("after the gap"), 4);
 }
 
-/// With a slot in the buffer a large discard looked at every block of it in one hold of the lock, for each piece.
+/// With a slot in the buffer a large discard looked at every block of it in one hold of the lock,
+/// for each piece.
 #[test]
 fn a_terabyte_is_discarded_and_zeroed_in_short_holds_of_the_lock() {
     let scene = Scene::new(BLOCK);

@@ -1,14 +1,13 @@
 //! Writes, zeroes, discards and flushes as clients make them.
 //!
-//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if they are settled
-//! and have no slot; into *slots* if not; or, if large and covering whole blocks, *past the buffer*: preserve,
-//! sync, submit.
+//! Every request is cut into runs of blocks that are treated alike: *straight* to the origin if
+//! they are settled and have no slot; into *slots* if not; or, if large and covering whole blocks,
+//! *past the buffer*: preserve, sync, submit.
 
 use super::{COMMIT_BYTES, Committer, Counters, PIECE_BYTES, State, Volume};
 use crate::buffer::SECTOR;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet, round_in};
-use crate::log::batch::DESCRIPTORS_MAX;
 use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
 use crate::number::{to_u64, to_usize};
 use parking_lot::MutexGuard;
@@ -17,7 +16,8 @@ use parking_lot::MutexGuard;
 const BYPASS_BYTES_MIN: u64 = 256 << 10;
 /// Blocks that take slots under one hold of the state lock.
 const SLOTS_AT_ONCE: u64 = 16;
-/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each block.
+/// Zeroes and discards of settled blocks go in pieces of this size: the device does not touch each
+/// block.
 const STRAIGHT_ZERO_BYTES: u64 = 64 << 20;
 /// Zeroing blocks that are zero anyway, over a hole of the origin, goes in pieces of this size.
 const HOLE_BLOCKS_MAX: u64 = 1 << 18;
@@ -44,8 +44,8 @@ enum Content<'a> {
 }
 
 impl State {
-    /// Changes whenever a block may have been written without leaving a trace in its slots: past the buffer, after
-    /// which only an instant makes it a first change again; or by growth.
+    /// Changes whenever a block may have been written without leaving a trace in its slots: past
+    /// the buffer, after which only an instant makes it a first change again; or by growth.
     fn version(&self) -> (u64, u32, u64) {
         (self.buffer.dropped(), self.epoch, self.size_bytes)
     }
@@ -153,8 +153,8 @@ impl Volume {
         }
     }
 
-    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the caller, having
-    /// waited, must look again how the blocks are treated.
+    /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the
+    /// caller, having waited, must look again how the blocks are treated.
     fn put_slots(&self, mut state: MutexGuard<'_, State>, at: u64, data: &[u8]) -> Result<u64> {
         let wanted = self.extent_of(at, to_u64(data.len())).len().min(SLOTS_AT_ONCE);
         let admitted = state.admitted_slots.saturating_sub(state.buffer.used());
@@ -218,8 +218,10 @@ impl Volume {
         (at % SECTOR != 0 || is_end_partial).then_some(first)
     }
 
-    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for them, unless the
-    /// block was written meanwhile; then once more.
+    /// A write that covers parts of sectors: read the sectors, patch them, and take a slot for
+    /// them, unless the block was written meanwhile; then once more. Holds the role: a change past
+    /// the buffer that was under way would otherwise lose the rest of those sectors to what was
+    /// read here before it.
     fn put_patched(
         &self,
         state: MutexGuard<'_, State>,
@@ -227,6 +229,9 @@ impl Volume {
         at: u64,
         data: &[u8],
     ) -> Result<u64> {
+        drop(state);
+        let role = self.role()?;
+        let state = self.admit()?;
         let size_bytes = state.size_bytes;
         let seen = (state.buffer.newest_sequence(block), state.version());
         let block_end = ((block + 1) * self.block_size).min(size_bytes);
@@ -252,6 +257,7 @@ impl Volume {
         }
         let sequence = if self.is_write_through { state.buffer.hold() } else { 0 };
         drop(state);
+        drop(role);
         if self.is_write_through {
             self.commit_now(sequence)?;
         }
@@ -265,8 +271,8 @@ impl Volume {
         self.commit_until(&mut committer, epoch, sequence, None)
     }
 
-    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots that come while
-    /// this runs belong to writes that overlap it in time; they follow.
+    /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots
+    /// that come while this runs belong to writes that overlap it in time; they follow.
     fn change_past_buffer(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
         let pieces = match content {
             Content::Data(_) => to_u64(BATCH_BLOCKS_MAX),
@@ -315,7 +321,7 @@ impl Volume {
         Ok(())
     }
 
-    fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
+    pub(super) fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
         let newest = {
             let mut state = self.state.lock();
             if state.buffer.is_empty() {
@@ -337,7 +343,8 @@ impl Volume {
         }
     }
 
-    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far that is.
+    /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far
+    /// that is.
     fn preserve_piece(
         &self,
         committer: &mut Committer,
@@ -352,7 +359,10 @@ impl Volume {
             let changed = unsettled.difference(&pending);
             (pending.iter().collect(), changed.iter().collect())
         };
-        let descriptors_max = to_usize(piece.len()).min(DESCRIPTORS_MAX);
+        // Room for what may come and no more: it is kept free in the log twice.
+        let pending_blocks: u64 = pending.iter().map(|e| e.len()).sum();
+        let kept_max = to_usize(pending_blocks).min(BATCH_BLOCKS_MAX);
+        let descriptors_max = kept_max + changed.len().min(BATCH_BLOCKS_MAX);
         committer.batch.begin(committer.epoch, descriptors_max);
         let mut end = piece.end;
         if !matches!(content, Content::Discard) {
@@ -381,8 +391,9 @@ impl Volume {
         Ok(if data >= limit { end } else { data / self.block_size })
     }
 
-    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped. Holes of the
-    /// origin are known to be zero without reading them, which pays where whole ranges are zeroed.
+    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped.
+    /// Holes of the origin are known to be zero without reading them, which pays where whole ranges
+    /// are zeroed.
     fn keep_extents(
         &self,
         committer: &mut Committer,
@@ -391,19 +402,19 @@ impl Volume {
         size_bytes: u64,
         looks_for_holes: bool,
     ) -> Result<u64> {
+        // Copies and runs of zeroes take a descriptor each.
         let mut room = to_u64(BATCH_BLOCKS_MAX);
-        let mut notes = BATCH_BLOCKS_MAX;
         for &extent in pending {
             let mut at = extent.start;
             while at < extent.end {
-                if room == 0 || notes == 0 {
+                if room == 0 {
                     return Ok(at);
                 }
                 let hole_end =
                     if looks_for_holes { self.hole_end(at, extent.end, size_bytes)? } else { at };
                 if hole_end > at {
                     committer.batch.note(Kind::PreserveZero, Extent::new(at, hole_end));
-                    notes -= 1;
+                    room -= 1;
                     at = hole_end;
                     continue;
                 }
@@ -496,8 +507,9 @@ impl Volume {
         Ok(())
     }
 
-    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot, a slot or a
-    /// restore, nothing is done: a discard never costs a copy, and one that was put off could hit newer data.
+    /// The content of a range is no longer needed. Where it is needed all the same, by a snapshot,
+    /// a slot or a restore, nothing is done: a discard never costs a copy, and one that was put off
+    /// could hit newer data.
     pub fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<()> {
         let size_bytes = {
             let state = self.state.lock();

@@ -1,0 +1,219 @@
+//! From the journal and the log to what a volume is: pure, nothing is read or written here.
+
+use super::Restoring;
+use crate::bitmap::Bitmap;
+use crate::epochs::{Bookmark, Epoch, Epochs};
+use crate::extent::{Extent, ExtentSet};
+use crate::index::{Index, Record};
+use crate::journal::{Entry, OriginIdentity};
+use crate::log::format::Kind;
+use crate::log::scan::Scan;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// The journal, folded.
+#[derive(Default)]
+pub(super) struct Decided {
+    pub(super) uuid: [u8; 16],
+    pub(super) block_size: u64,
+    pub(super) origin: Vec<u8>,
+    pub(super) meta: Vec<u8>,
+    pub(super) size_bytes: u64,
+    pub(super) generation: u64,
+    pub(super) opened: Option<([u8; 16], Vec<u8>)>,
+    pub(super) closed: Option<(OriginIdentity, u64)>,
+    pub(super) aborted: BTreeSet<u32>,
+    pub(super) restores_ended: BTreeSet<u32>,
+    pub(super) lost: Vec<(u32, ExtentSet)>,
+    pub(super) suspect: Option<(u32, String)>,
+    pub(super) origin_failure: String,
+    /// Something was deleted or narrowed and its space not given back yet.
+    pub(super) owes_space: bool,
+    pub(super) epoch_max: u32,
+    pub(super) entries: Vec<Entry>,
+}
+
+impl Decided {
+    pub(super) fn from(entries: Vec<Entry>) -> Option<Self> {
+        let mut decided = Self::default();
+        let Some(Entry::Created { .. }) = entries.first() else { return None };
+        for entry in &entries {
+            decided.take(entry);
+        }
+        decided.entries = entries;
+        Some(decided)
+    }
+
+    pub(super) fn take(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Created { uuid, block_size, origin, identity, meta } => {
+                self.uuid = *uuid;
+                self.block_size = u64::from(*block_size);
+                self.origin.clone_from(origin);
+                self.meta.clone_from(meta);
+                self.size_bytes = identity.bytes;
+            }
+            Entry::Opened { boot_id, generation, origin, buffer } => {
+                self.generation = *generation;
+                self.origin.clone_from(origin);
+                self.opened = Some((*boot_id, buffer.clone()));
+                self.closed = None;
+            }
+            Entry::Closed { identity, next_batch } => self.closed = Some((*identity, *next_batch)),
+            Entry::VolumeMeta(meta) => self.meta.clone_from(meta),
+            Entry::Narrowed { epoch, .. }
+            | Entry::Deleted { epoch }
+            | Entry::BookmarkDeleted { epoch } => {
+                self.owes_space = true;
+                self.epoch_max = self.epoch_max.max(*epoch);
+            }
+            Entry::Freed => self.owes_space = false,
+            Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
+            Entry::Aborted { epoch } => {
+                self.aborted.insert(*epoch);
+                self.epoch_max = self.epoch_max.max(*epoch);
+            }
+            Entry::Lost { epoch, blocks } => self.lost.push((*epoch, blocks.clone())),
+            Entry::Suspect { epoch, reason } => {
+                self.suspect = Some((*epoch, String::from_utf8_lossy(reason).into_owned()));
+            }
+            Entry::RestoreEnded { epoch } => {
+                self.restores_ended.insert(*epoch);
+            }
+            Entry::OriginFailed { reason } => {
+                self.origin_failure = String::from_utf8_lossy(reason).into_owned();
+            }
+            Entry::Recovered => self.origin_failure.clear(),
+            Entry::EpochMeta { .. } | Entry::Bookmarked { .. } => {}
+        }
+    }
+
+    /// The registry: epoch headers, then what the journal says of them, in order.
+    pub(super) fn epochs(&self, scan: &Scan) -> Epochs {
+        let mut epochs = Epochs::default();
+        for segment in scan.segments.values() {
+            let Some(header) = &segment.epoch_header else { continue };
+            let epoch = Epoch {
+                origin_bytes: header.origin_bytes,
+                created_unix_ns: header.created_unix_ns,
+                selection: Some(Arc::new(header.selection.clone())),
+                bookmark: None,
+                meta: header.meta.clone(),
+                suspect: String::new(),
+                pins: 0,
+            };
+            if !self.aborted.contains(&header.epoch) {
+                epochs.0.insert(header.epoch, epoch);
+            }
+        }
+        for entry in &self.entries {
+            apply(&mut epochs, entry);
+        }
+        for (segment, last) in scan.losses() {
+            for found in epochs.0.range_mut(..=last).map(|(_, found)| found) {
+                found.suspect = format!(
+                    "log segment {segment:08x} is missing or damaged; what it held gives errors"
+                );
+            }
+        }
+        epochs.drop_dead();
+        epochs
+    }
+}
+
+pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
+    match entry {
+        Entry::EpochMeta { epoch, meta } => {
+            if let Some(found) = epochs.0.get_mut(epoch) {
+                found.meta.clone_from(meta);
+            }
+        }
+        Entry::Narrowed { epoch, selection } => {
+            if let Some(found) = epochs.0.get_mut(epoch) {
+                found.selection = Some(Arc::new(selection.clone()));
+            }
+        }
+        Entry::Deleted { epoch } => {
+            if let Some(found) = epochs.0.get_mut(epoch) {
+                found.selection = None;
+            }
+        }
+        Entry::Bookmarked { epoch, meta } => {
+            if let Some(found) = epochs.0.get_mut(epoch) {
+                let baseline = found.selection.clone().unwrap_or_default();
+                found.bookmark = Some(Bookmark { baseline, meta: meta.clone() });
+            }
+        }
+        Entry::BookmarkDeleted { epoch } => {
+            if let Some(found) = epochs.0.get_mut(epoch) {
+                found.bookmark = None;
+            }
+        }
+        Entry::Suspect { epoch, reason } => {
+            for (_, found) in epochs.0.range_mut(..=*epoch) {
+                found.suspect = String::from_utf8_lossy(reason).into_owned();
+            }
+        }
+        _ => {}
+    }
+}
+
+pub(super) fn index_of(scan: &Scan, decided: &Decided) -> Index {
+    let block_size = decided.block_size;
+    let mut records = Vec::new();
+    for batch in &scan.batches {
+        let epoch = batch.header.epoch;
+        let kept = batch.preserved(block_size);
+        records.extend(kept.map(|(block, position, checksum)| Record {
+            block,
+            position,
+            epoch,
+            checksum,
+        }));
+    }
+    let mut index = Index::from_records(records);
+    for batch in &scan.batches {
+        let epoch = batch.header.epoch;
+        for descriptor in &batch.descriptors {
+            match descriptor.kind {
+                Kind::Preserve | Kind::Done => {}
+                Kind::PreserveZero => index.insert_zero(epoch, descriptor.blocks),
+                Kind::Lost => {
+                    index.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
+                }
+                Kind::Changed => index.insert_changed(epoch, descriptor.blocks),
+            }
+        }
+    }
+    for (epoch, blocks) in &decided.lost {
+        index.insert_lost(*epoch, blocks);
+    }
+    for (_, epoch) in scan.losses() {
+        index.mark_damaged(epoch);
+    }
+    index
+}
+
+/// The restore that was running, and how far it was.
+pub(super) fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring> {
+    let mut headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
+    let ended =
+        |epoch: u32| decided.restores_ended.contains(&epoch) || decided.aborted.contains(&epoch);
+    let header = headers.rfind(|h| h.restore.is_some() && !ended(h.epoch))?;
+    let restore = header.restore.as_ref()?;
+    let mut bitmap = Bitmap::from_set(blocks, &restore.blocks);
+    let done = scan.batches.iter().filter(|b| b.header.epoch == header.epoch);
+    for descriptor in done.flat_map(|b| &b.descriptors).filter(|d| d.kind == Kind::Done) {
+        let inside = descriptor.blocks.intersection(Extent::new(0, blocks));
+        bitmap.assign(inside, false);
+    }
+    Some(Restoring {
+        source_epoch: restore.source_epoch,
+        safety_epoch: header.epoch,
+        total_blocks: restore.blocks.block_count(),
+        remaining_blocks: bitmap.count(),
+        unreadable: BTreeSet::new(),
+        failure: String::new(),
+        blocks: bitmap,
+    })
+}

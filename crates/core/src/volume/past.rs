@@ -1,0 +1,168 @@
+//! What blocks were at an instant: preserved content, else the origin, looked at twice.
+
+use super::Volume;
+use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentSet};
+use crate::index::{Content, Record};
+use crate::log::format::{PAGE, payload_checksum};
+use crate::number::{to_u64, to_usize};
+use crate::storage::Storage;
+use std::sync::atomic::Ordering;
+
+/// Whether a reader may wait for a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// As long as it takes.
+    Wait,
+    /// Only what the cache has.
+    Try,
+}
+
+impl Volume {
+    /// Fill `buffer`, which holds whole blocks, with what `blocks` were at the instant of `epoch`.
+    /// Bytes beyond the end of the disk are zero. The caller knows that the snapshot selects them.
+    /// False if that needs a device and the caller will not wait; `buffer` is then undefined.
+    pub(crate) fn read_at_epoch(
+        &self,
+        epoch: u32,
+        blocks: Extent,
+        buffer: &mut [u8],
+        patience: Patience,
+    ) -> Result<bool> {
+        debug_assert_eq!(to_u64(buffer.len()), blocks.len() * self.block_size);
+        let _no_punching = self.punching.read();
+        let mut found = Vec::new();
+        let version = {
+            let index = self.index.read();
+            index.contents(blocks, epoch, &mut found);
+            self.index_version.load(Ordering::Acquire)
+        };
+        if !self.fill_found(blocks, &found, buffer, patience)? {
+            return Ok(false);
+        }
+        // The rest is unchanged and read from the origin, then looked for again: a record that was
+        // made meanwhile may have let new content through to where we read (P2).
+        let mut at = blocks.start;
+        let ends = found.iter().map(|(block, _)| *block).chain(std::iter::once(blocks.end));
+        for end in ends {
+            let gap = Extent::new(at, end);
+            if !gap.is_empty() && !self.read_unchanged(gap, blocks, buffer, patience)? {
+                return Ok(false);
+            }
+            at = end + 1;
+        }
+        if self.index_version.load(Ordering::Acquire) == version {
+            return Ok(true);
+        }
+        let mut again = Vec::new();
+        self.index.read().contents(blocks, epoch, &mut again);
+        let mut known = found.iter().map(|(block, _)| *block).peekable();
+        again.retain(|(block, _)| known.next_if_eq(block).is_none());
+        self.fill_found(blocks, &again, buffer, patience)
+    }
+
+    fn read_unchanged(
+        &self,
+        run: Extent,
+        all: Extent,
+        buffer: &mut [u8],
+        patience: Patience,
+    ) -> Result<bool> {
+        let (offset, length) = run.to_bytes(self.block_size);
+        let from = to_usize((run.start - all.start) * self.block_size);
+        let part = &mut buffer[from..from + to_usize(length)];
+        let valid = to_usize(length.min(self.size_bytes().saturating_sub(offset)));
+        part[valid..].fill(0);
+        read_with(&*self.origin, offset, &mut part[..valid], patience)
+            .map_err(Error::origin("read"))
+    }
+
+    /// Put changed blocks in their places. Neighbours that lie behind one another in the log are
+    /// read at once.
+    fn fill_found(
+        &self,
+        all: Extent,
+        found: &[(u64, Content)],
+        buffer: &mut [u8],
+        patience: Patience,
+    ) -> Result<bool> {
+        let size = to_usize(self.block_size);
+        let place = |block: u64| to_usize(block - all.start) * size;
+        let mut at = 0;
+        while let Some(&(block, content)) = found.get(at) {
+            at += 1;
+            let from = place(block);
+            match content {
+                Content::Zero => buffer[from..from + size].fill(0),
+                Content::Lost => return Err(self.lost_block(block)),
+                Content::Preserved(first) => {
+                    let mut run = vec![first];
+                    while let Some(&(next, Content::Preserved(record))) = found.get(at) {
+                        if next != block + to_u64(run.len()) || !self.follows(&run, &record) {
+                            break;
+                        }
+                        run.push(record);
+                        at += 1;
+                    }
+                    let part = &mut buffer[from..from + run.len() * size];
+                    if !self.read_preserved(&run, part, patience)? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn follows(&self, run: &[Record], next: &Record) -> bool {
+        let pages = to_u64(run.len()) * self.block_size / PAGE;
+        run.first().is_some_and(|first| first.position.0 + pages == next.position.0)
+    }
+
+    fn read_preserved(&self, run: &[Record], part: &mut [u8], patience: Patience) -> Result<bool> {
+        let Some(first) = run.first() else { return Ok(true) };
+        let reading = || Error::store("reading preserved content");
+        let file = self.segments.get(first.position.segment()).map_err(reading())?;
+        let offset = first.position.offset_bytes();
+        if !read_with(&*file, offset, part, patience).map_err(reading())? {
+            return Ok(false);
+        }
+        for (record, content) in run.iter().zip(part.chunks(to_usize(self.block_size))) {
+            if payload_checksum(record.block, record.epoch, content) != record.checksum {
+                return Err(Error::Damaged(format!(
+                    "preserved content of block {} (byte {}) fails its checksum in segment \
+                     {:08x} at byte {}; the \
+                     rest of the snapshot is right",
+                    record.block,
+                    record.block * self.block_size,
+                    record.position.segment(),
+                    record.position.offset_bytes()
+                )));
+            }
+        }
+        Ok(true)
+    }
+
+    fn lost_block(&self, block: u64) -> Error {
+        Error::Lost {
+            message: format!(
+                "block {block} (byte {}) could not be kept for this snapshot; the rest of it is \
+                 right",
+                block * self.block_size
+            ),
+            blocks: ExtentSet::from_extent(Extent::single(block)),
+        }
+    }
+}
+
+fn read_with(
+    file: &dyn Storage,
+    offset: u64,
+    buffer: &mut [u8],
+    patience: Patience,
+) -> std::io::Result<bool> {
+    match patience {
+        Patience::Wait => file.read_at(offset, buffer).map(|()| true),
+        Patience::Try => file.try_read_at(offset, buffer),
+    }
+}

@@ -1,0 +1,130 @@
+//! Finishing what was interrupted: what an earlier process left is made whole before anyone is served.
+
+use super::decided::apply;
+use super::host::now_unix_ns;
+use super::{Committer, Volume};
+use crate::buffer::{LeftBuffer, note_replaying};
+use crate::error::{Error, Result};
+use crate::journal::Entry;
+use std::path::{Path, PathBuf};
+
+/// What an earlier process left behind.
+#[derive(Default)]
+pub(super) struct Past {
+    pub(super) suspect: Option<String>,
+    pub(super) left: Option<(PathBuf, LeftBuffer)>,
+}
+
+/// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
+pub(super) fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer and only returns free memory to the system.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+impl Volume {
+    /// Finish what was interrupted. A process that was killed had its writes taken by the kernel,
+    /// but not made durable: sync before anything is trusted.
+    pub(super) fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
+        let mut committer = self.committer.lock();
+        let epoch = committer.epoch;
+        committer.journal.sync()?;
+        if let Some(segment) = committer.segments.keys().next_back() {
+            let file = self.segments.get(*segment).map_err(Error::store("log segment"))?;
+            file.sync().map_err(Error::store("log segment"))?;
+        }
+        self.origin.sync().map_err(Error::origin("sync at opening"))?;
+        let gone = self.forget_unneeded(epoch);
+        {
+            let blocks = self.block_count(self.size_bytes());
+            let (unsettled, pending) = self.bits(epoch, blocks);
+            let mut state = self.state.lock();
+            (state.unsettled, state.pending) = (unsettled, pending);
+            if let Some(restoring) = &state.restoring {
+                let pinned = [restoring.source_epoch, restoring.safety_epoch];
+                drop(state);
+                let mut epochs = self.epochs.write();
+                for epoch in pinned {
+                    if let Some(found) = epochs.0.get_mut(&epoch) {
+                        found.pins += 1;
+                    }
+                }
+            }
+        }
+        if owes_space {
+            self.remove_unfinished(&committer)?;
+            self.give_back(&mut committer, &gone)?;
+            committer.journal.append(&Entry::Freed)?;
+        }
+        if let Some(reason) = past.suspect {
+            self.mark_suspect(&mut committer, &reason)?;
+        }
+        if let Some((path, left)) = past.left {
+            self.replay(&mut committer, &path, &left)?;
+        }
+        return_memory();
+        Ok(())
+    }
+
+    /// Files of instants that never came.
+    pub(super) fn remove_unfinished(&self, committer: &Committer) -> Result<()> {
+        let names = self.segments.directory().list().map_err(Error::store("listing the log"))?;
+        let numbers = names.iter().filter_map(|n| crate::log::writer::segment_number(n));
+        let unknown: Vec<u32> =
+            numbers.filter(|number| !committer.segments.contains_key(number)).collect();
+        for segment in unknown {
+            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
+            // What holds records is never deleted because something else does not know it.
+            let is_empty = crate::log::scan::is_without_batches(&file, self.uuid);
+            if is_empty.map_err(Error::store("log segment"))? {
+                self.segments.remove(segment).map_err(Error::store("log segment"))?;
+            }
+        }
+        self.segments.directory().sync().map_err(Error::store("store directory"))
+    }
+
+    pub(super) fn mark_suspect(&self, committer: &mut Committer, reason: &str) -> Result<()> {
+        let last = self.epochs.read().0.keys().next_back().copied();
+        let Some(epoch) = last else { return Ok(()) };
+        let entry = Entry::Suspect { epoch, reason: reason.as_bytes().to_vec() };
+        committer.journal.append(&entry)?;
+        apply(&mut self.epochs.write(), &entry);
+        Ok(())
+    }
+
+    /// Bring acknowledged writes of a killed process to the origin. Repeatable: their originals are
+    /// in the log or still on the origin, and the file stays until all is durable.
+    pub(super) fn replay(
+        &self,
+        committer: &mut Committer,
+        path: &Path,
+        left: &LeftBuffer,
+    ) -> Result<()> {
+        let epoch = committer.epoch;
+        // Interrupted, it is done again; the origin is then as new as this.
+        let alive = || note_replaying(path, now_unix_ns()).map_err(Error::store("write buffer"));
+        alive()?;
+        for slot in &left.slots {
+            let is_full = {
+                let mut state = self.state.lock();
+                let blocks = state.unsettled.block_count();
+                if slot.block < blocks {
+                    state.buffer.adopt(slot, epoch);
+                }
+                state.buffer.free_count() == 0
+            };
+            if is_full {
+                self.commit_until(committer, epoch, u64::MAX, None)?;
+                alive()?;
+            }
+        }
+        self.commit_until(committer, epoch, u64::MAX, None)?;
+        self.sync_origin()?;
+        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        let next_batch = committer.log.next_batch();
+        committer.journal.append(&Entry::Closed { identity, next_batch })?;
+        Ok(())
+    }
+}

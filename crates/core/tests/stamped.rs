@@ -1,7 +1,8 @@
-//! Several threads write numbered blocks while snapshots are taken: each snapshot holds one moment of each thread.
+//! Several threads write numbered blocks while snapshots are taken: each snapshot holds one moment of
+//! each thread.
 //!
-//! A thread writes 1, 2, 3, ... to its own blocks in turn. If a snapshot has write n and not an earlier one, or has
-//! n + 1 without n, it is of no instant. What was answered before the snapshot was asked for is in it.
+//! A thread writes 1, 2, 3, ... to its own blocks in turn. If a snapshot has write n and not an earlier
+//! one it is of no instant. What was answered before the snapshot was asked for is in it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -83,7 +84,7 @@ fn each_snapshot_amid_writers_is_of_one_instant() {
                 let is_first_round = last < back || wanted == 0;
                 assert!(
                     number == wanted || (is_first_round && number == 0),
-                    "P2: snapshot {epoch}, thread {thread}: {number} where {wanted} was, last {last}"
+                    "P2: snapshot {epoch}, thread {thread}: {number}, not {wanted}, last {last}"
                 );
             }
         }

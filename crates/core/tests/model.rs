@@ -11,8 +11,6 @@ use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
 use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
 
-const BLOCK: usize = 4096;
-
 /// With `STILLBLOCK_TRACE` set every step is told and followed by a check.
 fn is_traced() -> bool {
     std::env::var_os("STILLBLOCK_TRACE").is_some()
@@ -56,6 +54,7 @@ struct Snapshot {
 }
 
 struct Run<'a> {
+    block: usize,
     dice: Dice,
     dir: &'a Path,
     volume: Arc<Volume>,
@@ -84,7 +83,7 @@ impl Run<'_> {
     }
 
     fn blocks(&self) -> u64 {
-        self.size().div_ceil(BLOCK) as u64
+        self.size().div_ceil(self.block) as u64
     }
 
     fn range(&mut self, longest: usize) -> (usize, usize) {
@@ -98,16 +97,16 @@ impl Run<'_> {
                 length = length.next_multiple_of(512).min(size - at);
             }
             _ => {
-                at -= at % BLOCK;
-                length = length.next_multiple_of(BLOCK).min(size - at);
+                at -= at % self.block;
+                length = length.next_multiple_of(self.block).min(size - at);
             }
         }
         (at, length)
     }
 
     fn touch(&mut self, at: usize, length: usize) {
-        trace!("touch {} {}", at / BLOCK, (at + length).div_ceil(BLOCK));
-        let blocks = (at / BLOCK) as u64..((at + length).div_ceil(BLOCK)) as u64;
+        trace!("touch {} {}", at / self.block, (at + length).div_ceil(self.block));
+        let blocks = (at / self.block) as u64..((at + length).div_ceil(self.block)) as u64;
         for snapshot in self.snapshots.values_mut() {
             snapshot.changed.extend(blocks.clone());
         }
@@ -137,7 +136,7 @@ impl Run<'_> {
         trace!("choice {choice}");
         match choice {
             0..50 => {
-                let longest = if self.dice.chance(10) { 600_000 } else { 3 * BLOCK };
+                let longest = if self.dice.chance(10) { 600_000 } else { 3 * self.block };
                 let (at, length) = self.range(longest);
                 let byte = u8::try_from(self.dice.below(256)).expect("a byte");
                 let data = vec![byte; length];
@@ -161,6 +160,7 @@ impl Run<'_> {
             86..89 => self.restore(),
             89..93 => self.reopen(true),
             93..96 => self.reopen(false),
+            96 => self.grow(),
             _ => self.check(),
         }
     }
@@ -173,7 +173,7 @@ impl Run<'_> {
         self.volume.read(at as u64, &mut now).expect("read");
         let mut at_byte = at;
         while at_byte < at + length {
-            let end = ((at_byte / BLOCK + 1) * BLOCK).min(at + length);
+            let end = ((at_byte / self.block + 1) * self.block).min(at + length);
             let (old, new) = (&self.live[at_byte..end], &now[at_byte - at..end - at]);
             if old != new {
                 assert!(new.iter().all(|&b| b == 0), "a discard gives zeroes or nothing");
@@ -182,7 +182,7 @@ impl Run<'_> {
             at_byte = end;
         }
         // Whether the blocks count as changed is the engine's choice: allow both.
-        let trimmed = (at / BLOCK) as u64..((at + length).div_ceil(BLOCK)) as u64;
+        let trimmed = (at / self.block) as u64..((at + length).div_ceil(self.block)) as u64;
         for (&epoch, snapshot) in &mut self.snapshots {
             let told = self.volume.changed(epoch, None).expect("changed");
             let told = trimmed.clone().filter(|&b| told.contains(b));
@@ -277,8 +277,8 @@ impl Run<'_> {
             .collect();
         let content = from.content.clone();
         for block in written {
-            let at = usize::try_from(block).expect("small") * BLOCK;
-            let end = (at + BLOCK).min(self.size());
+            let at = usize::try_from(block).expect("small") * self.block;
+            let end = (at + self.block).min(content.len());
             self.live[at..end].copy_from_slice(&content[at..end]);
             self.touch(at, end - at);
         }
@@ -287,6 +287,14 @@ impl Run<'_> {
             let done = self.volume.wait_restored(Duration::from_secs(20)).expect("restore");
             assert!(done, "a restore ends");
         }
+    }
+
+    fn grow(&mut self) {
+        let size = self.size() + self.dice.below(3 * self.block);
+        let disk = std::fs::File::options().write(true).open(self.dir.join("disk.img"));
+        disk.expect("origin").set_len(size as u64).expect("growth");
+        assert_eq!(self.volume.resize().expect("resize"), size as u64);
+        self.live.resize(size, 0);
     }
 
     fn reopen(&mut self, clean: bool) {
@@ -306,7 +314,9 @@ impl Run<'_> {
     fn check_live(&self) {
         let mut now = vec![0xA5; self.size()];
         self.volume.read(0, &mut now).expect("read");
-        for (block, (old, new)) in self.live.chunks(BLOCK).zip(now.chunks(BLOCK)).enumerate() {
+        for (block, (old, new)) in
+            self.live.chunks(self.block).zip(now.chunks(self.block)).enumerate()
+        {
             let at = old.iter().zip(new).position(|(a, b)| a != b);
             assert!(at.is_none(), "live block {block} differs from byte {at:?} on");
         }
@@ -323,7 +333,13 @@ impl Run<'_> {
             };
             let told = self.volume.changed(epoch, None).expect("changed");
             let truth: ExtentSet = snapshot.changed.iter().map(|&b| Extent::single(b)).collect();
-            let truth = truth.intersection(&tracked);
+            let mut truth = truth.intersection(&tracked);
+            if self.size() > snapshot.content.len() {
+                // What did not exist at the instant is new, the rest of its last block included.
+                let old_end = (snapshot.content.len() / self.block) as u64;
+                let grown = ExtentSet::from_extent(Extent::new(old_end, self.blocks()));
+                truth = truth.union(&grown);
+            }
             let (missed, extra) = (truth.difference(&told), told.difference(&truth));
             assert!(missed.is_empty(), "P5: {epoch} misses {missed:?}");
             assert!(is_restoring || extra.is_empty(), "{epoch} claims {extra:?} changed");
@@ -331,10 +347,11 @@ impl Run<'_> {
                 continue;
             }
             let view = View::open(&self.volume, epoch, ExcludedReads::Zeros).expect("view");
-            let mut now = vec![0xA5; self.live.len()];
+            assert_eq!(view.size_bytes(), snapshot.content.len() as u64);
+            let mut now = vec![0xA5; snapshot.content.len()];
             view.read(0, &mut now).expect("view read");
-            for (block, new) in now.chunks(BLOCK).enumerate() {
-                let at = block * BLOCK;
+            for (block, new) in now.chunks(self.block).enumerate() {
+                let at = block * self.block;
                 if snapshot.selection.contains(block as u64) {
                     let old = &snapshot.content[at..at + new.len()];
                     assert!(old == new, "P2: snapshot {epoch} block {block} is wrong");
@@ -343,11 +360,16 @@ impl Run<'_> {
                 }
             }
             if self.dice.chance(20) {
-                let (at, length) = (self.dice.below(self.live.len() - 1), 700);
-                let length = length.min(self.live.len() - at);
+                let (at, length) = (self.dice.below(now.len() - 1), 700);
+                let length = length.min(now.len() - at);
                 let mut part = vec![0; length];
                 view.read(at as u64, &mut part).expect("unaligned view read");
                 assert_eq!(part, now[at..at + length]);
+                let strict = View::open(&self.volume, epoch, ExcludedReads::Error).expect("view");
+                let read = strict.read(at as u64, &mut part);
+                let blocks = (at / self.block) as u64..(at + length).div_ceil(self.block) as u64;
+                let is_all = blocks.clone().all(|b| snapshot.selection.contains(b));
+                assert_eq!(read.is_ok(), is_all, "what is not selected is an error if asked for");
             }
         }
     }
@@ -357,18 +379,19 @@ fn run(seed: u64) {
     let base = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
     let dir = tempfile::tempdir_in(base).expect("temporary directory");
     let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
-    let odd = if dice.chance(50) { dice.below(BLOCK) } else { 0 };
-    let size = (100 + dice.below(300)) * BLOCK + odd;
+    let block = [4096, 4096, 4096, 8192, 16_384, 65_536][dice.below(6)];
+    let odd = if dice.chance(50) { dice.below(block) } else { 0 };
+    let size = (100 + dice.below(300)) * 4096 / block * block + odd;
     let mut live = vec![0; size];
     let filled = dice.below(size);
     for (at, byte) in live[..filled].iter_mut().enumerate() {
-        *byte = u8::try_from(at / BLOCK % 251).expect("a byte");
+        *byte = u8::try_from(at / block % 251).expect("a byte");
     }
     std::fs::write(dir.path().join("disk.img"), &live).expect("origin");
     create(&CreateRequest {
         store: dir.path().join("store"),
         origin: dir.path().join("disk.img"),
-        block_size: 4096,
+        block_size: block as u64,
         meta: Vec::new(),
     })
     .expect("create");
@@ -376,7 +399,8 @@ fn run(seed: u64) {
     let has_background = dice.chance(60);
     let volume = open(request(dir.path(), cache, has_background)).expect("open");
     let snapshots = BTreeMap::new();
-    let mut run = Run { dice, dir: dir.path(), volume, live, snapshots, cache, has_background };
+    let mut run =
+        Run { block, dice, dir: dir.path(), volume, live, snapshots, cache, has_background };
     for _ in 0..150 {
         run.step();
         if is_traced() {

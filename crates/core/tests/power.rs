@@ -67,10 +67,23 @@ struct World {
     /// Names made and removed since the directory was synced, with what a removed file durably was.
     made: Mutex<BTreeSet<PathBuf>>,
     removed: Mutex<BTreeMap<PathBuf, Vec<u8>>>,
+    during: Mutex<Option<During>>,
+}
+
+/// A client that writes between the storage steps of an instant.
+struct During {
+    volume: Arc<Volume>,
+    dice: Dice,
+    next: u32,
+    /// The latest epoch as the instant began.
+    before: u32,
+    /// Sector, value, and whether the instant had come.
+    written: Vec<(usize, u32, bool)>,
 }
 
 impl World {
     fn step(&self) -> io::Result<()> {
+        self.write_during();
         let left = self.fuse.load(Ordering::Relaxed);
         if left == 0 {
             self.is_off.store(true, Ordering::Relaxed);
@@ -80,6 +93,22 @@ impl World {
             self.fuse.store(left - 1, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    fn write_during(&self) {
+        let during = self.during.lock().expect("no panic").take();
+        let Some(mut during) = during else { return };
+        if during.dice.chance(40) && !self.is_off.load(Ordering::Relaxed) {
+            let fuse = self.fuse.swap(-1, Ordering::Relaxed);
+            let sector = during.dice.below(BLOCKS * SECTORS_A_BLOCK);
+            let is_after = during.volume.current_epoch() != during.before;
+            during.next += 1;
+            let data = bytes_of(&[during.next]);
+            during.volume.write((sector * SECTOR) as u64, &data, false).expect("write");
+            during.written.push((sector, during.next, is_after));
+            self.fuse.store(fuse, Ordering::Relaxed);
+        }
+        *self.during.lock().expect("no panic") = Some(during);
     }
 
     fn note(&self, path: &Path, change: Change) {
@@ -390,12 +419,13 @@ impl Run<'_> {
             53..65 if self.snapshots.len() < 6 => {
                 let selection = self.selection();
                 *doing = Doing::Snapshot(selection.clone());
+                self.write_during();
                 let taken = self.volume.snapshot(SnapshotRequest {
                     selection: selection.clone(),
                     meta: Vec::new(),
                     pause_limit: Duration::from_secs(2),
                 })?;
-                let content = self.live.clone();
+                let content = self.take_during();
                 self.snapshots.insert(taken.epoch, Snapshot { content, selection });
             }
             65..72 if !self.is_restoring() => {
@@ -466,11 +496,44 @@ impl Run<'_> {
         open_at(self.dir, &self.world, self.is_write_through, recover)
     }
 
+    /// From now on, between storage steps, a client writes.
+    fn write_during(&mut self) {
+        if self.is_write_through {
+            // It would wait for the instant, in whose steps it runs.
+            return;
+        }
+        let during = During {
+            volume: Arc::clone(&self.volume),
+            dice: Dice(self.dice.next() | 1),
+            next: self.written,
+            before: self.volume.current_epoch(),
+            written: Vec::new(),
+        };
+        *self.world.during.lock().expect("no panic") = Some(during);
+    }
+
+    /// What that client wrote is written; tells what the disk was when the instant came.
+    fn take_during(&mut self) -> Values {
+        let during = self.world.during.lock().expect("no panic").take();
+        let mut content = self.live.clone();
+        if let Some(during) = during {
+            self.written = during.next;
+            for (sector, value, is_after) in during.written {
+                if !is_after {
+                    content[sector] = value;
+                }
+                self.put(sector, &[value]);
+            }
+        }
+        content
+    }
+
     /// Everything stops: cut the power or kill the process, open again, perhaps stopped once more,
     /// and look.
     fn stop(&mut self, doing: Doing, _: &Error) {
         self.stops += 1;
         self.volume.abandon();
+        let at_instant = self.take_during();
         let mut was_cut = false;
         let opened = loop {
             if was_cut || self.dice.chance(60) {
@@ -499,11 +562,11 @@ impl Run<'_> {
         };
         self.world.kill();
         self.volume = opened;
-        self.take_over(doing, was_cut);
+        self.take_over(doing, at_instant, was_cut);
         self.check();
     }
 
-    fn take_over(&mut self, doing: Doing, was_cut: bool) {
+    fn take_over(&mut self, doing: Doing, at_instant: Values, was_cut: bool) {
         let known: BTreeSet<u32> = self.volume.epochs().iter().map(|e| e.epoch).collect();
         let new: Vec<u32> =
             known.iter().copied().filter(|e| !self.snapshots.contains_key(e)).collect();
@@ -530,7 +593,7 @@ impl Run<'_> {
             }
             Doing::Snapshot(selection) => {
                 if let Some(&epoch) = new.first() {
-                    let content = self.live.clone();
+                    let content = at_instant;
                     self.snapshots.insert(epoch, Snapshot { content, selection });
                 }
             }

@@ -1,13 +1,13 @@
 //! Which block has which record in which epoch, in memory.
 //!
-//! Preserved content: 24 bytes a block, in sorted runs that are merged as they grow, with the
+//! Preserved content: 20 bytes a block, in sorted runs that are merged as they grow, with the
 //! newest in a small tree. Runs are immutable; the committer builds new ones outside the lock and
 //! swaps them in. Old content that was zero, or was lost, is kept as extents an epoch; changes
 //! without content as one bit.
 
 use crate::bitmap::SparseBitmap;
 use crate::extent::{Extent, ExtentSet};
-use crate::log::format::Position;
+use crate::log::format::{PAGE, Position};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -30,7 +30,67 @@ pub struct Record {
     pub checksum: u32,
 }
 
-const _: () = assert!(size_of::<Record>() == 24, "memory of a preserved block is a promise");
+/// A record as the runs hold it: numbers of 48 bits for block and position.
+#[derive(Clone, Copy)]
+struct Packed {
+    block: [u8; 6],
+    position: [u8; 6],
+    epoch: u32,
+    checksum: u32,
+}
+
+const _: () = assert!(size_of::<Packed>() == 20, "memory of a preserved block is a promise");
+
+/// The lower 48 bits.
+fn to_48(value: u64) -> [u8; 6] {
+    let [low @ .., high, higher] = value.to_le_bytes();
+    assert!(high == 0 && higher == 0, "48 bits number every block and page there can be");
+    low
+}
+
+fn from_48(bytes: [u8; 6]) -> u64 {
+    let mut wide = [0; 8];
+    wide[..6].copy_from_slice(&bytes);
+    u64::from_le_bytes(wide)
+}
+
+/// A segment has less than 2^16 pages: number and page fit into 48 bits.
+const PAGE_BITS: u32 = 16;
+
+impl Packed {
+    fn new(record: &Record) -> Self {
+        let page = record.position.offset_bytes() / PAGE;
+        assert!(page < 1 << PAGE_BITS, "a segment is bounded");
+        let position = u64::from(record.position.segment()) << PAGE_BITS | page;
+        let (epoch, checksum) = (record.epoch, record.checksum);
+        Self { block: to_48(record.block), position: to_48(position), epoch, checksum }
+    }
+
+    fn block(&self) -> u64 {
+        from_48(self.block)
+    }
+
+    fn key(&self) -> (u64, u32) {
+        (self.block(), self.epoch)
+    }
+
+    fn unpack(&self) -> Record {
+        let position = from_48(self.position);
+        let (segment, page) = (position >> PAGE_BITS, position & ((1 << PAGE_BITS) - 1));
+        let fits = |value: u64| u32::try_from(value).expect("packed from 32 bits");
+        Record {
+            block: self.block(),
+            position: Position::new(fits(segment), fits(page)),
+            epoch: self.epoch,
+            checksum: self.checksum,
+        }
+    }
+}
+
+/// A run of records that are sorted already.
+fn pack(records: &[Record]) -> Vec<Packed> {
+    records.iter().map(Packed::new).collect()
+}
 
 impl Record {
     const fn key(&self) -> (u64, u32) {
@@ -63,7 +123,7 @@ pub enum Content {
 #[derive(Default)]
 pub struct Index {
     tree: BTreeMap<(u64, u32), (Position, u32)>,
-    runs: Vec<Arc<Vec<Record>>>,
+    runs: Vec<Arc<Vec<Packed>>>,
     epochs: BTreeMap<u32, EpochExtents>,
 }
 
@@ -73,8 +133,7 @@ impl Index {
         records.sort_by_key(Record::key);
         // The first record of a block and epoch wins; a batch written twice has equal ones.
         records.dedup_by_key(|r| r.key());
-        records.shrink_to_fit();
-        let runs = if records.is_empty() { Vec::new() } else { vec![Arc::new(records)] };
+        let runs = if records.is_empty() { Vec::new() } else { vec![Arc::new(pack(&records))] };
         Self { runs, ..Self::default() }
     }
 
@@ -134,10 +193,11 @@ impl Index {
             }
         }
         for run in &self.runs {
-            let from = run.partition_point(|r| r.block < blocks.start);
-            for record in run[from..].iter().take_while(|r| r.block < blocks.end) {
+            let from = run.partition_point(|r| r.block() < blocks.start);
+            for record in run[from..].iter().take_while(|r| r.block() < blocks.end) {
                 if record.epoch >= epoch {
-                    nearest.push((record.block, record.epoch, Content::Preserved(*record)));
+                    let content = Content::Preserved(record.unpack());
+                    nearest.push((record.block(), record.epoch, content));
                 }
             }
         }
@@ -167,7 +227,7 @@ impl Index {
             _ => extents.push(Extent::single(block)),
         };
         for run in &self.runs {
-            run.iter().filter(|r| since <= r.epoch && r.epoch < until).for_each(|r| add(r.block));
+            run.iter().filter(|r| since <= r.epoch && r.epoch < until).for_each(|r| add(r.block()));
         }
         let tree = self.tree.keys().filter(|(_, epoch)| since <= *epoch && *epoch < until);
         tree.for_each(|(block, _)| add(*block));
@@ -182,7 +242,7 @@ impl Index {
     /// The blocks recorded in each epoch, in one pass.
     pub fn changed_by_epoch(&self) -> BTreeMap<u32, ExtentSet> {
         let mut extents: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
-        let runs = self.runs.iter().flat_map(|run| run.iter().map(Record::key));
+        let runs = self.runs.iter().flat_map(|run| run.iter().map(Packed::key));
         for (block, epoch) in runs.chain(self.tree.keys().copied()) {
             let list = extents.entry(epoch).or_default();
             match list.last_mut() {
@@ -213,7 +273,7 @@ impl Index {
         // A copy from the same or an earlier epoch serves the snapshot in spite of a loss. By
         // extents: after a store was full, the whole disk may be lost.
         let mut kept_by_epoch: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
-        let runs = self.runs.iter().flat_map(|run| run.iter().map(Record::key));
+        let runs = self.runs.iter().flat_map(|run| run.iter().map(Packed::key));
         for (block, epoch) in runs.chain(self.tree.keys().copied()).filter(|key| key.1 >= since) {
             kept_by_epoch.entry(epoch).or_default().push(Extent::single(block));
         }
@@ -231,7 +291,7 @@ impl Index {
     pub fn sorted_records(&self) -> Vec<Record> {
         let mut all = Vec::with_capacity(self.record_count());
         for run in &self.runs {
-            all.extend_from_slice(run);
+            all.extend(run.iter().map(Packed::unpack));
         }
         all.extend(self.tree_records());
         all.sort_by_key(Record::key);
@@ -261,7 +321,7 @@ impl Index {
     }
 
     /// Records that keep nothing for anyone any more: `gone` become changes without a copy.
-    pub fn release(&mut self, kept: Vec<Record>, gone: &[Record], zero: Vec<(u32, ExtentSet)>) {
+    pub fn release(&mut self, kept: &[Record], gone: &[Record], zero: Vec<(u32, ExtentSet)>) {
         for record in gone {
             self.insert_changed(record.epoch, Extent::single(record.block));
         }
@@ -273,7 +333,7 @@ impl Index {
             extents.zero = SparseBitmap::from_set(&remaining);
         }
         self.tree.clear();
-        self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(kept)] };
+        self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(pack(kept))] };
     }
 
     /// Forget epochs before `first`: no snapshot or bookmark begins early enough to need them.
@@ -296,27 +356,34 @@ impl Index {
             total += self.runs[first].len();
         }
         let runs = self.runs[first..].to_vec();
-        Some(Compaction { first, runs, tree: self.tree_records().collect() })
+        Some(Compaction {
+            first,
+            runs,
+            tree: self.tree_records().map(|r| Packed::new(&r)).collect(),
+        })
     }
 
     /// Swap in what [`Compaction::run`] made; nothing was inserted meanwhile.
-    pub fn finish_compaction(&mut self, first: usize, merged: Vec<Record>) {
+    pub fn finish_compaction(&mut self, first: usize, merged: Merged) {
         self.runs.truncate(first);
-        self.runs.push(Arc::new(merged));
+        self.runs.push(Arc::new(merged.0));
         self.tree.clear();
     }
 }
 
+/// A run that [`Compaction::run`] made.
+pub struct Merged(Vec<Packed>);
+
 /// Runs to be merged into one.
 pub struct Compaction {
     first: usize,
-    runs: Vec<Arc<Vec<Record>>>,
-    tree: Vec<Record>,
+    runs: Vec<Arc<Vec<Packed>>>,
+    tree: Vec<Packed>,
 }
 
 impl Compaction {
     /// The merged run and the number of older runs that stay.
-    pub fn run(self) -> (usize, Vec<Record>) {
+    pub fn run(self) -> (usize, Merged) {
         let total = self.tree.len() + self.runs.iter().map(|r| r.len()).sum::<usize>();
         let mut merged = Vec::with_capacity(total);
         for run in &self.runs {
@@ -324,7 +391,7 @@ impl Compaction {
         }
         merged.extend(self.tree);
         // Sorted pieces one after another: the stable sort recognises and merges them.
-        merged.sort_by_key(Record::key);
-        (self.first, merged)
+        merged.sort_by_key(Packed::key);
+        (self.first, Merged(merged))
     }
 }

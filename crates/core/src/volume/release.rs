@@ -218,7 +218,6 @@ impl Volume {
             let is_needed = epochs.needs(record.block, record.epoch, previous);
             if is_needed { kept.push(*record) } else { gone.push(*record) }
         });
-        kept.shrink_to_fit();
         let needed_zero = |(epoch, set): (u32, ExtentSet)| {
             let needed = set.intersection(&epochs.selected_until(epoch));
             (epoch, needed)
@@ -227,7 +226,7 @@ impl Volume {
         let first = epochs.first().unwrap_or(current + 1).min(current + 1);
         drop(epochs);
         let mut index = self.index.write();
-        index.release(kept, &gone, zero);
+        index.release(&kept, &gone, zero);
         index.forget_before(first);
         gone
     }

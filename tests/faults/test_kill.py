@@ -383,12 +383,13 @@ def test_two_processes_cannot_open_one_volume_by_any_name():
         ran = other.try_cli("serve", "twin")
         assert ran.code == 11
         assert "in use" in ran.err or "open in another process" in ran.err
-        (served.folder / "alias.img").symlink_to(served.origin)
-        (served.folder / "hard.img").hardlink_to(served.origin)
+        beside = served.origin.parent
+        (beside / "alias.img").symlink_to(served.origin)
+        (beside / "hard.img").hardlink_to(served.origin)
         stranger = Served(folder=served.folder / "stranger", origin=served.origin)
         stranger.folder.mkdir()
         for name in ("disk.img", "alias.img", "hard.img"):
-            origin = str(served.folder / name)
+            origin = str(beside / name)
             ran = stranger.try_cli("volume", "add", "copy", "--origin", origin)
             assert ran.code == 11, ran.err
             assert "in use by another process" in ran.err

@@ -546,9 +546,9 @@ def test_the_engine_keeps_its_promises_whatever_is_asked_of_it():
     run_state_machine_as_test(
         EngineMachine,
         settings=settings(
-            # 200 examples in CI: some 6000 steps. Deep runs take longer walks, for an hour or so.
+            # 200 examples in CI: some 5000 steps. Deep runs take longer walks, for an hour or so.
             max_examples=min(settings.default.max_examples, 2000),
-            stateful_step_count=30 if settings.default.max_examples <= 200 else 60,
+            stateful_step_count=25 if settings.default.max_examples <= 200 else 60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

@@ -45,6 +45,8 @@ class Reference:
     """Blocks whose next write preserves."""
     copies: int = 0
     """First changes of pending blocks so far: what the engine may preserve, and no more (P3)."""
+    copies_unsure: int = 0
+    """More that it may make at any time, where the model cannot tell whether it has."""
 
     @property
     def size(self) -> int:
@@ -141,7 +143,7 @@ class Reference:
         self.snapshot(epoch, safety | (source.selection & request))
         self.change(blocks)
         self.may.setdefault(epoch, set()).update(possible)
-        self.copies += len(possible & self.pending)
+        self.copies_unsure += len(possible & self.pending)
         self.pending -= possible
         for start, end in self.extents(blocks, size=source.size):
             self.live[start:end] = source.content[start:end]
@@ -185,7 +187,8 @@ class Reference:
                 early.add(block)
             if block in selection and content[start:end] != after[start:end]:
                 late.add(block)
-        self.copies += len(blocks & self.pending) + len(blocks & selection)
+        self.copies += len(blocks & self.pending)
+        self.copies_unsure += len(blocks & selection)
         self.snapshot(epoch, selection, bytes(content))
         self.pending -= blocks
         for epochs, changed in (

@@ -1,8 +1,8 @@
-//! Several threads write numbered blocks while snapshots are taken: each snapshot holds one moment of
-//! each thread.
+//! Several threads write numbered blocks while snapshots are taken: each snapshot holds one moment
+//! of each thread.
 //!
-//! A thread writes 1, 2, 3, ... to its own blocks in turn. If a snapshot has write n and not an earlier
-//! one it is of no instant. What was answered before the snapshot was asked for is in it.
+//! A thread writes 1, 2, 3, ... to its own blocks in turn. If a snapshot has write n and not an
+//! earlier one it is of no instant. What was answered before the snapshot was asked for is in it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

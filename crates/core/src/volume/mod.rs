@@ -1,7 +1,7 @@
 //! One origin with its store: the state that every request meets, and who may change it.
 //!
-//! - [`open`] makes, opens and closes volumes; [`decided`] rebuilds all state from the store, [`recover`]
-//!   finishes what was interrupted, [`host`] asks the operating system.
+//! - [`open`] makes, opens and closes volumes; [`decided`] rebuilds all state from the store,
+//!   [`recover`] finishes what was interrupted, [`host`] asks the operating system.
 //! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
 //!   behind it.
 //! - [`past`] reads what blocks were at an instant.

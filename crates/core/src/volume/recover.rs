@@ -1,4 +1,5 @@
-//! Finishing what was interrupted: what an earlier process left is made whole before anyone is served.
+//! Finishing what was interrupted: what an earlier process left is made whole before anyone is
+//! served.
 
 use super::decided::apply;
 use super::host::now_unix_ns;

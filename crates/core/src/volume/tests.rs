@@ -667,3 +667,38 @@ fn a_bounded_number_of_segments_is_open_at_once() {
     });
     assert!(open.count() < 200);
 }
+
+#[test]
+fn a_snapshot_that_cannot_drain_in_time_is_not_taken_and_writes_go_on() {
+    let scene = Scene::new(to_bytes(BLOCKS));
+    let volume = scene.open_as(scene.request()).expect("open");
+    let (started, has_started) = std::sync::mpsc::channel();
+    let (release, is_released) = std::sync::mpsc::channel::<()>();
+    let is_released = Mutex::new(is_released);
+    scene.faults.once("origin", "write", move || {
+        started.send(()).expect("the test waits");
+        // A disk that hangs, until the test has seen what a snapshot makes of it.
+        let _ = is_released.lock().recv();
+    });
+    let writer = {
+        let volume = Arc::clone(&volume);
+        std::thread::spawn(move || volume.write(0, &[9; BLOCK], false))
+    };
+    has_started.recv().expect("the write is on its way");
+
+    let taken = volume.snapshot(SnapshotRequest {
+        selection: ExtentSet::from_extent(Extent::new(0, BLOCKS)),
+        meta: Vec::new(),
+        pause_limit: Duration::from_millis(20),
+    });
+
+    assert!(matches!(taken, Err(Error::PauseTimeout(_))), "{taken:?}");
+    assert!(volume.epochs().is_empty(), "nothing is listed");
+    volume.write(BLOCK as u64, &[8; BLOCK], true).expect("writes go on beside the hanging one");
+    release.send(()).expect("the writer waits");
+    writer.join().expect("no panic").expect("it was only late");
+}
+
+fn to_bytes(blocks: u64) -> usize {
+    crate::number::to_usize(blocks) * BLOCK
+}

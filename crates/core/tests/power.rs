@@ -602,7 +602,13 @@ impl Run<'_> {
                     self.snapshots.remove(&epoch);
                 }
             }
-            Doing::Narrow(epoch, selection) => self.narrowed(epoch, &selection),
+            Doing::Narrow(epoch, selection) => {
+                let now = (*self.volume.selection(epoch).expect("known").0).clone();
+                let snapshot = self.snapshots.get_mut(&epoch).expect("picked");
+                let narrowed = snapshot.selection.intersection(&selection);
+                assert!(now == snapshot.selection || now == narrowed, "P10: half narrowed");
+                snapshot.selection = now;
+            }
             Doing::Restore(source, wanted) => {
                 if let Some(&epoch) = new.first() {
                     let content = self.live.clone();

@@ -86,51 +86,6 @@ def name_for_instant(unix_ns: int) -> str:
     return format_instant(unix_ns).replace(":", "-")
 
 
-def total_bytes(extents: Extents) -> int:
-    """Return the sum of the lengths of disjoint extents."""
-    return sum(end - start for start, end in extents)
-
-
-def union(*groups: Extents) -> Extents:
-    """Return all that any of the groups covers, sorted, disjoint, neighbours joined."""
-    joined: list[Extent] = []
-    for start, end in sorted(extent for group in groups for extent in group):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
-        else:
-            joined.append((start, end))
-    return tuple(joined)
-
-
-def intersection(left: Extents, right: Extents) -> Extents:
-    """Return what both cover; both must be sorted and disjoint."""
-    found: list[Extent] = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        start, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
-        if start < end:
-            found.append((start, end))
-        if left[i][1] < right[j][1]:
-            i += 1
-        else:
-            j += 1
-    return tuple(found)
-
-
-def difference(left: Extents, right: Extents) -> Extents:
-    """Return what `left` covers and `right` does not; both must be sorted and disjoint."""
-    found: list[Extent] = []
-    for begin, end in left:
-        position = begin
-        for cut_start, cut_end in intersection(((begin, end),), right):
-            if position < cut_start:
-                found.append((position, cut_start))
-            position = cut_end
-        if position < end:
-            found.append((position, end))
-    return tuple(found)
-
-
 # Names and references ---------------------------------------------------------------------------
 
 

@@ -7,15 +7,11 @@ from stillblock.model import (
     Reference,
     check_name,
     check_new_name,
-    difference,
     format_duration,
     format_instant,
     format_size,
-    intersection,
     name_for_instant,
     parse_size,
-    total_bytes,
-    union,
 )
 
 
@@ -105,13 +101,3 @@ def test_a_reference_is_read_and_printed_alike(text, fields):
 def test_a_malformed_reference_is_refused(text):
     with pytest.raises(UsageError):
         Reference.parse(text)
-
-
-def test_extents_join_meet_and_part():
-    left, right = ((0, 10), (20, 30)), ((5, 25),)
-    assert union(left, right) == ((0, 30),)
-    assert union(((0, 4),), ((4, 8),)) == ((0, 8),)
-    assert intersection(left, right) == ((5, 10), (20, 25))
-    assert difference(left, right) == ((0, 5), (25, 30))
-    assert difference(left, ()) == left
-    assert total_bytes(left) == 20

@@ -168,7 +168,8 @@ impl Run<'_> {
     /// A discard may do nothing or zero: what it did is what is there.
     fn trim(&mut self) {
         let (at, length) = self.range(100_000);
-        // Blocks that a snapshot did not have count as changed anyway: it could not be told what the discard did.
+        // Blocks that a snapshot did not have count as changed anyway: it could not be told what
+        // the discard did.
         let oldest = self.snapshots.values().map(|s| s.content.len() / self.block).min();
         if oldest.is_some_and(|blocks| at + length > blocks * self.block) {
             return;

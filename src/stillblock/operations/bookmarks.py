@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 
 from stillblock.errors import NameTakenError
-from stillblock.model import BookmarkInfo, BookmarkRecord, total_bytes
+from stillblock.extents import total_bytes
+from stillblock.model import BookmarkInfo, BookmarkRecord
 from stillblock.operations.volume import Bookmark, OpenVolume, encode_bookmark, new_id
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import native, selection
 from stillblock.errors import RestoreRunningError, RuleError
+from stillblock.extents import intersect, normalise, subtract, total_bytes, union
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Extents,
@@ -15,11 +16,7 @@ from stillblock.model import (
     RuleTerm,
     SnapshotPurpose,
     SnapshotRecord,
-    difference,
     format_size,
-    intersection,
-    total_bytes,
-    union,
 )
 from stillblock.operations.disks import LiveDisk, SnapshotDisk
 from stillblock.operations.rules import explain_on, explain_terms
@@ -152,14 +149,14 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
                 volume=volume.name,
                 block_size=volume.engine.block_size,
             ).extents
-        wanted = intersection(asked, held)
+        wanted = intersect(asked, held)
         extents = volume.engine.restore_plan(epoch=epoch, request=wanted)
         parts = _by_partition(disk, extents)
     finally:
         view.close()
     standing = explain_terms(volume, volume.settings().rules).extents
     safety = union(standing, _within(extents, LiveDisk(volume.engine)))
-    lost_bytes = total_bytes(intersection(union(tuple(snapshot.epoch.lost)), wanted))
+    lost_bytes = total_bytes(intersect(normalise(snapshot.epoch.lost), wanted))
     plan = RestorePlan(
         volume=volume.name,
         snapshot=snapshot.record.name,
@@ -168,7 +165,7 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         parts=parts,
         safety_name=volume.free_name(prefix="before-restore-"),
         safety_bytes=total_bytes(safety),
-        unselected_bytes=total_bytes(difference(asked, held)),
+        unselected_bytes=total_bytes(subtract(asked, held)),
         lost_bytes=lost_bytes,
         warnings=_warnings(snapshot, lost_bytes),
     )
@@ -194,8 +191,8 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
     parts: list[tuple[str, Extents]] = []
     rest = extents
     for partition in partitions:
-        inside = intersection(extents, ((partition.start, partition.end),))
-        rest = difference(rest, inside)
+        inside = intersect(extents, ((partition.start, partition.end),))
+        rest = subtract(rest, inside)
         parts.append((partition.label, inside))
     parts.append((_OUTSIDE if partitions else "whole disk", rest))
     return tuple(
@@ -206,7 +203,7 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
 
 
 def _within(extents: Extents, disk: LiveDisk) -> Extents:
-    return intersection(extents, ((0, disk.size),))
+    return intersect(extents, ((0, disk.size),))
 
 
 def _without(left_out: tuple[LeftOut, ...], kept: Extents) -> tuple[LeftOut, ...]:
@@ -214,7 +211,7 @@ def _without(left_out: tuple[LeftOut, ...], kept: Extents) -> tuple[LeftOut, ...
     return tuple(
         LeftOut(start=start, end=end, because=part.because)
         for part in left_out
-        for start, end in difference(((part.start, part.end),), kept)
+        for start, end in subtract(((part.start, part.end),), kept)
     )
 
 

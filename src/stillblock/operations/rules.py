@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from stillblock import selection
-from stillblock.model import Extents, LeftOut, RuleTerm, TermOutcome, total_bytes
+from stillblock.extents import total_bytes
+from stillblock.model import Extents, LeftOut, RuleTerm, TermOutcome
 from stillblock.operations.disks import LiveDisk
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stillblock.errors import ProtectedError, UsageError
+from stillblock.extents import total_bytes
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     PAUSE_LIMIT_MS_MAX,
@@ -17,7 +18,6 @@ from stillblock.model import (
     SnapshotInfo,
     SnapshotRecord,
     TermOutcome,
-    total_bytes,
 )
 from stillblock.operations.rules import RulesRequest, effective_rules, explain_terms
 from stillblock.operations.volume import OpenVolume, Snapshot, encode_snapshot, new_id

@@ -5,8 +5,8 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from stillblock.errors import Blame, ExitCode, RuleError
+from stillblock.extents import normalise
 from stillblock.model import Extents, format_size
-from stillblock.selection.extents import normalise
 from stillblock.selection.partition_types import name_of
 
 

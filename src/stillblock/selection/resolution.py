@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stillblock.errors import RuleError
-from stillblock.model import Extent, Extents, LeftOut, format_size
-from stillblock.selection.disk import Disk
-from stillblock.selection.extents import (
+from stillblock.extents import (
     intersect,
     normalise,
     round_out,
@@ -18,6 +16,8 @@ from stillblock.selection.extents import (
     total_bytes,
     whole,
 )
+from stillblock.model import Extent, Extents, LeftOut, format_size
+from stillblock.selection.disk import Disk
 from stillblock.selection.partition_table import printable
 from stillblock.selection.rules import Rules
 from stillblock.selection.terms import DiskFacts, Phase, resolve_term

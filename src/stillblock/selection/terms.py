@@ -13,9 +13,9 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from stillblock.errors import RuleError, StillblockError
+from stillblock.extents import complement, normalise, whole
 from stillblock.model import Extents, format_size, parse_size
 from stillblock.selection.disk import Disk
-from stillblock.selection.extents import complement, normalise, whole
 from stillblock.selection.partition_table import PartitionTableError, printable
 from stillblock.selection.partition_types import KNOWN_TYPES, codes_of
 from stillblock.selection.partitions import Partition, PartitionTable, read_partitions

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stillblock import extents as ex
 from stillblock.model import Extents
-from stillblock.selection import extents as ex
 
 SPACE = 200
 

@@ -105,12 +105,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.copies_before = self.copies_flushed
 
     def teardown(self) -> None:
-        for view, _, _ in self.views:
-            view.close()
-        if self.volume is not None:
-            self.volume.close()
-            assert (self.folder / "disk.img").read_bytes() == self.reference.live
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            for view, _, _ in self.views:
+                view.close()
+            if self.volume is not None:
+                self.volume.close()
+                assert (self.folder / "disk.img").read_bytes() == self.reference.live
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # Ranges
 

@@ -14,8 +14,6 @@ import stillblock
 from stillblock.config import Config
 from stillblock.operations.volumes import import_volume
 
-GOLDEN = Path(__file__).parent / "store-v1"
-
 
 @dataclass(frozen=True)
 class Golden:
@@ -47,10 +45,20 @@ class Golden:
         return stillblock.open("web", **options)
 
 
+def unpacked(name: str, tmp_path: Path) -> Golden:
+    packed, directory = Path(__file__).parent / name, tmp_path / "golden"
+    with tarfile.open(packed / "volume.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    expected = json.loads((packed / "expected.json").read_text(encoding="utf-8"))
+    return Golden(directory=directory, expected=expected)
+
+
 @pytest.fixture
 def golden(tmp_path: Path) -> Golden:
-    directory = tmp_path / "golden"
-    with tarfile.open(GOLDEN / "volume.tar.xz") as archive:
-        archive.extractall(directory, filter="data")
-    expected = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
-    return Golden(directory=directory, expected=expected)
+    return unpacked("store-v1", tmp_path)
+
+
+@pytest.fixture
+def golden_v2(tmp_path: Path) -> Golden:
+    """With index files and merged segments."""
+    return unpacked("store-v2", tmp_path)

@@ -323,6 +323,11 @@ impl SparseBitmap {
         }
     }
 
+    /// Pieces it is kept in.
+    pub fn leaf_count(&self) -> usize {
+        self.leaves.len() + self.full.len()
+    }
+
     /// True if no block is set.
     pub fn is_empty(&self) -> bool {
         self.leaves.is_empty() && self.full.is_empty()

@@ -44,6 +44,18 @@ impl Epoch {
     }
 }
 
+/// What each live snapshot selects, at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Selections(pub BTreeMap<u32, Arc<ExtentSet>>);
+
+impl Selections {
+    /// True if a copy of `block` made in `epoch` is the one that some live snapshot reads, given
+    /// that the copy before it was made in `previous` (0 if there was none).
+    pub fn needs(&self, block: u64, epoch: u32, previous: u32) -> bool {
+        self.0.range(previous + 1..=epoch).any(|(_, set)| set.contains(block))
+    }
+}
+
 /// All instants that are live.
 #[derive(Debug, Clone, Default)]
 pub struct Epochs(pub BTreeMap<u32, Epoch>);
@@ -54,17 +66,9 @@ impl Epochs {
         self.0.iter().filter_map(|(&epoch, e)| Some((epoch, e.selection.as_ref()?)))
     }
 
-    /// True if a copy of `block` made in `epoch` is the one that some live snapshot reads, given
-    /// that the copy before it was made in `previous` (0 if there was none).
-    pub fn needs(&self, block: u64, epoch: u32, previous: u32) -> bool {
-        let between = self.0.range(previous + 1..=epoch);
-        between.filter_map(|(_, e)| e.selection.as_ref()).any(|set| set.contains(block))
-    }
-
-    /// The blocks that some snapshot up to `epoch` selects.
-    pub fn selected_until(&self, epoch: u32) -> ExtentSet {
-        let sets = self.0.range(..=epoch).filter_map(|(_, e)| e.selection.as_ref());
-        sets.fold(ExtentSet::new(), |sum, set| sum.union(set))
+    /// What each live snapshot selects.
+    pub fn selections(&self) -> Selections {
+        Selections(self.snapshots().map(|(epoch, set)| (epoch, Arc::clone(set))).collect())
     }
 
     /// Blocks that anything live tracks.

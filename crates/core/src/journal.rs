@@ -18,8 +18,10 @@ pub const JOURNAL_NAME: &str = "journal";
 const UNIT: u64 = 512;
 const MAGIC: [u8; 4] = *b"SBJR";
 const HEADER_BYTES: usize = 28;
-/// The version this code writes and the highest it reads.
-pub const JOURNAL_VERSION: u32 = 1;
+/// The highest version this code reads. A record is written with the lowest that has its kind.
+pub const JOURNAL_VERSION: u32 = 2;
+/// The last kind of version 1.
+const VERSION_1_KIND_MAX: u8 = 17;
 /// Space kept allocated beyond the end, so that marks can be written when the store is full.
 const RESERVE_BYTES: u64 = 1 << 20;
 /// No record of ours is longer: a selection of 16 million extents.
@@ -146,6 +148,13 @@ pub enum Entry {
     },
     /// Somebody looked at a failed or doubtful origin and accepts it as it is.
     Recovered,
+    /// Of what was decided up to a record, the space of all blocks before one has been given back.
+    Freeing {
+        /// That record's sequence number.
+        sequence: u64,
+        /// That block.
+        block: u64,
+    },
 }
 
 impl Entry {
@@ -217,6 +226,10 @@ impl Entry {
                 16
             }
             Self::Recovered => 17,
+            Self::Freeing { sequence, block } => {
+                out.u64(*sequence).u64(*block);
+                24
+            }
         };
         (kind, out.0)
     }
@@ -252,6 +265,7 @@ impl Entry {
             15 => Self::RestoreEnded { epoch: input.u32()? },
             16 => Self::OriginFailed { reason: input.bytes()?.to_vec() },
             17 => Self::Recovered,
+            24 => Self::Freeing { sequence: input.u64()?, block: input.u64()? },
             _ => return Err(Malformed { at: 0 }),
         })
     }
@@ -343,6 +357,11 @@ impl Journal {
         Ok(self.file.sync()?)
     }
 
+    /// Sequence number of the last record.
+    pub fn last_sequence(&self) -> u64 {
+        self.next_sequence - 1
+    }
+
     /// True if the reserve is running out: what still has to be said of a full store must be said
     /// in one record.
     pub fn is_short_of_room(&self, record_bytes: u64) -> bool {
@@ -383,7 +402,8 @@ impl Journal {
 fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Writer::default();
     let length = u32::try_from(payload.len()).expect("a record is bounded");
-    out.raw(&MAGIC).u32(JOURNAL_VERSION).u64(sequence).u32(u32::from(kind)).u32(length);
+    let version = if kind <= VERSION_1_KIND_MAX { 1 } else { 2 };
+    out.raw(&MAGIC).u32(version).u64(sequence).u32(u32::from(kind)).u32(length);
     let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
     out.u32(crc).raw(payload);
     out.0.resize(out.0.len().next_multiple_of(to_usize(UNIT)), 0);

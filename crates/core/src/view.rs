@@ -193,9 +193,9 @@ impl View {
     }
 
     /// Selected blocks whose content could not be kept.
-    pub fn lost(&self) -> ExtentSet {
-        let selection = self.selection().unwrap_or_default();
-        self.volume.lost_of(self.epoch).intersection(&selection)
+    pub fn lost(&self) -> Result<ExtentSet> {
+        let selection = self.selection()?;
+        Ok(self.volume.lost_since(self.epoch)?.intersection(&selection))
     }
 
     /// Which parts the snapshot selects: flags 1 selected, 0 not.

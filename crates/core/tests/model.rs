@@ -9,7 +9,7 @@ use std::time::Duration;
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
-use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
+use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, Volume};
 
 /// With `STILLBLOCK_TRACE` set every step is told and followed by a check.
 fn is_traced() -> bool {
@@ -161,6 +161,7 @@ impl Run<'_> {
             89..93 => self.reopen(true),
             93..96 => self.reopen(false),
             96 => self.grow(),
+            97 => self.volume.maintain(Effort::All).expect("upkeep"),
             _ => self.check(),
         }
     }

@@ -18,7 +18,7 @@ use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::host::Through;
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
-use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
+use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, Volume};
 
 const SECTOR: usize = 512;
 const BLOCK: usize = 4096;
@@ -66,6 +66,7 @@ struct World {
     /// Names made and removed since the directory was synced, with what a removed file durably was.
     made: Mutex<BTreeSet<PathBuf>>,
     removed: Mutex<BTreeMap<PathBuf, Vec<u8>>>,
+    renamed: Mutex<Vec<(PathBuf, PathBuf)>>,
     during: Mutex<Option<During>>,
 }
 
@@ -145,6 +146,11 @@ impl World {
             }
             if path.exists() {
                 std::fs::write(&path, image).expect("after the cut");
+            }
+        }
+        for (old, new) in std::mem::take(&mut *self.renamed.lock().expect("no panic")) {
+            if dice.chance(50) {
+                let _ = std::fs::rename(new, old);
             }
         }
         for path in std::mem::take(&mut *self.made.lock().expect("no panic")) {
@@ -245,6 +251,18 @@ impl Directory for ForgetfulDirectory {
         Ok(self.wrap(name, file))
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.world.step()?;
+        let (old, new) = (self.path.join(from), self.path.join(to));
+        let mut files = self.world.files.lock().expect("no panic");
+        if let Some(state) = files.remove(&old) {
+            files.insert(new.clone(), state);
+        }
+        drop(files);
+        let mut made = self.world.made.lock().expect("no panic");
+        // Until the directory is synced the file has the old name, the new one, or none.
+        made.remove(&old);
+        made.insert(new.clone());
+        self.world.renamed.lock().expect("no panic").push((old, new));
         self.directory.rename(from, to)
     }
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -265,6 +283,7 @@ impl Directory for ForgetfulDirectory {
         let is_here = |path: &PathBuf| path.parent() == Some(&self.path);
         self.world.made.lock().expect("no panic").retain(|path| !is_here(path));
         self.world.removed.lock().expect("no panic").retain(|path, _| !is_here(path));
+        self.world.renamed.lock().expect("no panic").retain(|(_, new)| !is_here(new));
         self.directory.sync()
     }
 }
@@ -466,7 +485,8 @@ impl Run<'_> {
                 self.all_flushed();
                 self.volume = self.reopen(Recover::Refuse)?;
             }
-            92..95 => self.stop(Doing::Nothing, &Error::Closed),
+            92..94 => self.stop(Doing::Nothing, &Error::Closed),
+            94..98 => self.volume.maintain(Effort::All)?,
             _ => self.check(),
         }
         Ok(())
@@ -565,7 +585,8 @@ impl Run<'_> {
     }
 
     fn take_over(&mut self, doing: Doing, at_instant: Values, was_cut: bool) {
-        let known: BTreeSet<u32> = self.volume.epochs().iter().map(|e| e.epoch).collect();
+        let known: BTreeSet<u32> =
+            self.volume.epochs().expect("listed").iter().map(|e| e.epoch).collect();
         let new: Vec<u32> =
             known.iter().copied().filter(|e| !self.snapshots.contains_key(e)).collect();
         assert!(new.len() <= 1, "P10: {new:?}");
@@ -693,7 +714,9 @@ fn run(seed: u64) -> usize {
     };
     for _ in 0..60 {
         if run.dice.chance(25) {
-            let fuse = 1 + i64::try_from(run.dice.below(30)).expect("small");
+            // Upkeep reads much of the log before it writes.
+            let most = if run.dice.chance(30) { 200 } else { 30 };
+            let fuse = 1 + i64::try_from(run.dice.below(most)).expect("small");
             run.world.fuse.store(fuse, Ordering::Relaxed);
         }
         run.step();

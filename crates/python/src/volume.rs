@@ -209,9 +209,9 @@ impl Volume {
         detached(py, || self.0.snapshot(request)).map(Instant::from)
     }
 
-    fn epochs(&self, py: Python<'_>) -> Vec<Epoch> {
-        let infos = py.detach(|| self.0.epochs());
-        infos.into_iter().map(|info| Epoch::new(py, info, self.0.block_size())).collect()
+    fn epochs(&self, py: Python<'_>) -> PyResult<Vec<Epoch>> {
+        let infos = detached(py, || self.0.epochs())?;
+        Ok(infos.into_iter().map(|info| Epoch::new(py, info, self.0.block_size())).collect())
     }
 
     #[pyo3(signature = (*, epoch, meta))]
@@ -344,7 +344,7 @@ impl View {
         let (selected, allocated, lost) = detached(py, || {
             let selected = self.0.selected(offset, length, usize::MAX)?;
             let allocated = self.0.allocation(offset, length, usize::MAX)?;
-            Ok((selected, allocated, self.0.lost()))
+            Ok((selected, allocated, self.0.lost()?))
         })?;
         let block_size = self.0.volume().block_size();
         let lost = stillblock_core::view::status_of(&lost, block_size, offset, length, usize::MAX);

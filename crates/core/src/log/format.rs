@@ -10,12 +10,15 @@ use crate::number::{to_u64, to_usize};
 
 /// Bytes of a segment header that its checksum covers.
 const COVERED: usize = 8 + 4 + 16 + 5 * 4 + 8 + 2 * 4;
+/// The same of a merged segment.
+const COVERED_MERGED: usize = COVERED + 3 * 4;
 /// The unit of layout; everything starts at a multiple of it.
 pub const PAGE: u64 = 4096;
 /// First bytes of a segment file.
 pub const SEGMENT_MAGIC: [u8; 8] = *b"SBLOGSEG";
-/// The version this code writes and the highest it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The highest version this code reads. Only merged segments are written with it; others have
+/// version 1, so that an older program opens whatever it understands.
+pub const FORMAT_VERSION: u32 = 2;
 /// Bytes of a batch header.
 pub const BATCH_HEADER_BYTES: usize = 64;
 /// Bytes of a descriptor.
@@ -81,9 +84,28 @@ pub struct SegmentHeader {
     pub epoch_header_bytes: u32,
     /// Its checksum.
     pub epoch_header_crc: u32,
+    /// Set if it was made from others.
+    pub merged: Option<MergedHeader>,
+}
+
+/// Which segments a merged one stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MergedHeader {
+    /// Numbers of the first and the last of them: where it stands in the order of the log.
+    pub first: u32,
+    /// See `first`.
+    pub last: u32,
+    /// Page after its last batch.
+    pub end_page: u32,
 }
 
 impl SegmentHeader {
+    /// Where it stands in the order of the log: the numbers of the segments it is, or was made
+    /// from.
+    pub fn places(&self) -> std::ops::RangeInclusive<u32> {
+        self.merged.map_or(self.segment..=self.segment, |merged| merged.first..=merged.last)
+    }
+
     /// Pages from the start to the first batch.
     pub fn data_start_page(&self) -> u64 {
         2 * (1 + u64::from(self.epoch_header_bytes).div_ceil(PAGE))
@@ -92,10 +114,14 @@ impl SegmentHeader {
     /// One page.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
-        out.raw(&SEGMENT_MAGIC).u32(FORMAT_VERSION).raw(&self.uuid);
+        let version = if self.merged.is_some() { 2 } else { 1 };
+        out.raw(&SEGMENT_MAGIC).u32(version).raw(&self.uuid);
         out.u32(self.segment).u32(self.epoch).u32(self.ordinal);
         out.u32(self.previous_segment).u32(self.previous_end_page).u64(self.first_batch);
         out.u32(self.epoch_header_bytes).u32(self.epoch_header_crc);
+        if let Some(merged) = &self.merged {
+            out.u32(merged.first).u32(merged.last).u32(merged.end_page);
+        }
         let crc = crc32c::crc32c(&out.0);
         out.u32(crc);
         out.0.resize(to_usize(PAGE), 0);
@@ -112,7 +138,7 @@ impl SegmentHeader {
         if version > FORMAT_VERSION {
             return Err(SegmentError::Version(version));
         }
-        let header = Self {
+        let mut header = Self {
             uuid: input.array()?,
             segment: input.u32()?,
             epoch: input.u32()?,
@@ -122,8 +148,15 @@ impl SegmentHeader {
             first_batch: input.u64()?,
             epoch_header_bytes: input.u32()?,
             epoch_header_crc: input.u32()?,
+            merged: None,
         };
-        let is_intact = input.u32()? == crc32c::crc32c(&page[..COVERED]);
+        let mut covered = COVERED;
+        if version > 1 {
+            let (first, last, end_page) = (input.u32()?, input.u32()?, input.u32()?);
+            header.merged = Some(MergedHeader { first, last, end_page });
+            covered = COVERED_MERGED;
+        }
+        let is_intact = input.u32()? == crc32c::crc32c(&page[..covered]);
         if is_intact && header.epoch_header_bytes <= EPOCH_HEADER_BYTES_MAX {
             Ok(header)
         } else {

@@ -6,5 +6,6 @@
 
 pub mod batch;
 pub mod format;
+pub mod merged;
 pub mod scan;
 pub mod writer;

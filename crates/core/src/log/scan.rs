@@ -56,9 +56,9 @@ pub struct FoundSegment {
 /// All that is in a log.
 #[derive(Debug, Default)]
 pub struct Scan {
-    /// Segments by number.
+    /// Segments in the order of the log: by the first number they stand for.
     pub segments: BTreeMap<u32, FoundSegment>,
-    /// Intact batches in the order they were written.
+    /// Intact batches in the order they were written: all of them, or those of the open epoch.
     pub batches: Vec<FoundBatch>,
     /// Segments that lost a batch, with the page where it began.
     pub damaged: Vec<(u32, u64)>,
@@ -69,6 +69,8 @@ pub struct Scan {
     /// Files that others name as their predecessors and that are not there, or hold nothing, with
     /// the last epoch whose records they may have held.
     pub missing: Vec<(u32, u32)>,
+    /// Files that a merged segment stands for, which were to be removed.
+    pub superseded: Vec<u32>,
     /// Where to go on.
     pub end: LogEnd,
 }
@@ -87,7 +89,7 @@ impl Scan {
         let damaged = self
             .damaged
             .iter()
-            .filter_map(|(segment, _)| Some((*segment, self.segments.get(segment)?.header.epoch)));
+            .filter_map(|(segment, _)| Some((*segment, self.segment(*segment)?.header.epoch)));
         damaged.chain(self.unreadable.iter().copied()).chain(self.missing.iter().copied())
     }
 }
@@ -116,10 +118,26 @@ pub fn scan(
     block_size: u64,
     aborted: &BTreeSet<u32>,
 ) -> Result<Scan, ScanError> {
+    let mut found = scan_headers(segments, uuid, aborted)?;
+    for numbers in found.epochs().into_values() {
+        let mut batches = found.read_epoch(segments, uuid, &numbers)?;
+        found.batches.append(&mut batches);
+    }
+    found.cut_torn_payload(segments, block_size);
+    Ok(found)
+}
+
+/// Read the headers of all segments. Writes nothing.
+pub fn scan_headers(
+    segments: &Segments,
+    uuid: [u8; 16],
+    aborted: &BTreeSet<u32>,
+) -> Result<Scan, ScanError> {
     let mut found = Scan::default();
     let names = segments.directory().list()?;
     let mut numbers: Vec<u32> = names.iter().filter_map(|n| segment_number(n)).collect();
     numbers.sort_unstable();
+    let mut headers = Vec::new();
     for &segment in &numbers {
         found.end.segment_max = found.end.segment_max.max(segment);
         let reader = PageReader::new(segments.get(segment)?)?;
@@ -128,7 +146,7 @@ pub fn scan(
                 found.unfinished.push(segment);
             }
             Ok((header, epoch_header)) if header.uuid == uuid && header.segment == segment => {
-                found.segments.insert(segment, FoundSegment { header, epoch_header });
+                headers.push(FoundSegment { header, epoch_header });
             }
             Err(error @ SegmentError::Version(_)) => {
                 return Err(ScanError::Version { segment, error });
@@ -139,17 +157,40 @@ pub fn scan(
             },
         }
     }
+    put_in_order(&mut found, headers);
     find_missing(&mut found);
-    scan_batches(segments, uuid, &mut found)?;
-    cut_torn_payload(segments, block_size, &mut found);
     Ok(found)
+}
+
+/// The latest merged segment that stands for a number tells what is in it.
+fn put_in_order(found: &mut Scan, headers: Vec<FoundSegment>) {
+    for segment in headers.into_iter().rev() {
+        let (number, places) = (segment.header.segment, segment.header.places());
+        if found.standing_for(*places.start()).is_some() {
+            found.superseded.push(number);
+        } else {
+            found.segments.insert(*places.start(), segment);
+        }
+    }
+    let mut unreadable = std::mem::take(&mut found.unreadable);
+    unreadable.retain(|&(number, _)| {
+        let is_superseded = found.standing_for(number).is_some();
+        if is_superseded {
+            found.superseded.push(number);
+        }
+        !is_superseded
+    });
+    found.unreadable = unreadable;
 }
 
 /// Whole epochs are removed from the front of the log once nobody needs them; any other gap is a
 /// loss.
 fn find_missing(found: &mut Scan) {
+    let numbers: BTreeSet<u32> = found.segments.values().map(|s| s.header.segment).collect();
     let is_there = |segment: u32| {
-        found.segments.contains_key(&segment) || found.unreadable.iter().any(|u| u.0 == segment)
+        numbers.contains(&segment)
+            || found.standing_for(segment).is_some()
+            || found.unreadable.iter().any(|u| u.0 == segment)
     };
     let later = found.segments.values().skip(1).map(|s| s.header);
     let broken = later.filter(|header| !is_there(header.previous_segment));
@@ -162,68 +203,112 @@ fn find_missing(found: &mut Scan) {
         .collect();
 }
 
-fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result<(), ScanError> {
-    // Where each segment was closed, as the one after it tells.
-    let ends: BTreeMap<u32, u64> = found
-        .segments
-        .values()
-        .map(|s| (s.header.previous_segment, u64::from(s.header.previous_end_page)))
-        .collect();
-    for (&segment, info) in &found.segments {
+impl Scan {
+    /// Every epoch, with its segments in the order they were written.
+    pub fn epochs(&self) -> BTreeMap<u32, Vec<u32>> {
+        let mut epochs: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for segment in self.segments.values() {
+            epochs.entry(segment.header.epoch).or_default().push(segment.header.segment);
+        }
+        epochs
+    }
+
+    /// The segment that stands for a number.
+    fn standing_for(&self, number: u32) -> Option<&FoundSegment> {
+        let (_, found) = self.segments.range(..=number).next_back()?;
+        found.header.places().contains(&number).then_some(found)
+    }
+
+    /// The segment with this number of its own.
+    pub fn segment(&self, number: u32) -> Option<&FoundSegment> {
+        let plain = self.segments.get(&number).filter(|s| s.header.segment == number);
+        plain.or_else(|| self.segments.values().find(|s| s.header.segment == number))
+    }
+
+    /// Read the batches of an epoch's segments. Epochs are read in order, and the last one always,
+    /// since it tells where to go on.
+    pub fn read_epoch(
+        &mut self,
+        segments: &Segments,
+        uuid: [u8; 16],
+        numbers: &[u32],
+    ) -> Result<Vec<FoundBatch>, ScanError> {
+        let mut batches = Vec::new();
+        for &segment in numbers {
+            self.read_segment(segments, uuid, segment, &mut batches)?;
+        }
+        Ok(batches)
+    }
+
+    fn read_segment(
+        &mut self,
+        segments: &Segments,
+        uuid: [u8; 16],
+        segment: u32,
+        batches: &mut Vec<FoundBatch>,
+    ) -> Result<(), ScanError> {
+        let Some(header) = self.segment(segment).map(|s| s.header) else { return Ok(()) };
+        // Where it was closed, as it says itself or the one after it does.
+        let mut later = self.segments.range(header.places().end() + 1..).map(|(_, s)| s.header);
+        let end_page = match header.merged {
+            Some(merged) => Some(merged.end_page),
+            None => later.find(|h| h.previous_segment == segment).map(|h| h.previous_end_page),
+        };
+        let end_page = end_page.map(u64::from);
         let reader = PageReader::new(segments.get(segment)?)?;
-        let end_page = ends.get(&segment).copied();
         let mut cursor = Cursor {
             reader: &reader,
             uuid,
-            epoch: info.header.epoch,
-            expected: info.header.first_batch,
-            page: info.header.data_start_page(),
+            epoch: header.epoch,
+            expected: header.first_batch,
+            page: header.data_start_page(),
             limit: end_page.unwrap_or(reader.pages).min(reader.pages),
         };
         while cursor.page < cursor.limit {
             let start = cursor.page;
             match cursor.next_batch() {
                 Step::Batch(header, descriptors) => {
-                    found.batches.push(FoundBatch { header, descriptors, segment, page: start });
+                    batches.push(FoundBatch { header, descriptors, segment, page: start });
                 }
-                Step::Damage => found.damaged.push((segment, start)),
+                Step::Damage => self.damaged.push((segment, start)),
                 Step::End => break,
             }
         }
         // A segment that was closed at a page and ends before it lost its last batches.
         if end_page.is_some_and(|end| cursor.page < end) {
-            found.damaged.push((segment, cursor.page));
+            self.damaged.push((segment, cursor.page));
         }
-        let header = info.header;
-        found.end.segment = segment;
-        found.end.epoch = header.epoch;
-        found.end.ordinal = header.ordinal;
-        found.end.page = cursor.page;
-        found.end.next_sequence = found.end.next_sequence.max(cursor.expected);
+        self.end.segment = segment;
+        self.end.epoch = header.epoch;
+        self.end.ordinal = header.ordinal;
+        self.end.page = cursor.page;
+        self.end.is_closed = header.merged.is_some();
+        self.end.next_sequence = self.end.next_sequence.max(cursor.expected);
+        Ok(())
     }
-    Ok(())
-}
 
-/// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its
-/// payload is intact.
-fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
-    let Some(last) = found.batches.last() else { return };
-    let is_at_end = last.segment == found.end.segment
-        && last.page + last.header.total_pages() == found.end.page;
-    if !is_at_end {
-        return;
-    }
-    let mut content = vec![0; to_usize(block_size)];
-    let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
-        let is_read = segments.read(position, &mut content).is_ok();
-        !is_read || payload_checksum(block, last.header.epoch, &content) != checksum
-    });
-    if is_torn && !is_broken(Rule::LastBatchVerified) {
-        if !is_broken(Rule::TornTailCut) {
-            found.end.page = last.page;
+    /// In an unsynced tail any subset of sectors may have survived: the last batch counts only if
+    /// its payload is intact. To be called when the last epoch was read, with its batches in
+    /// [`Self::batches`].
+    pub fn cut_torn_payload(&mut self, segments: &Segments, block_size: u64) {
+        let Some(last) = self.batches.last() else { return };
+        let is_at_end = last.segment == self.end.segment
+            && last.page + last.header.total_pages() == self.end.page;
+        if !is_at_end {
+            return;
         }
-        found.end.next_sequence = last.header.sequence;
-        found.batches.pop();
+        let mut content = vec![0; to_usize(block_size)];
+        let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
+            let is_read = segments.read(position, &mut content).is_ok();
+            !is_read || payload_checksum(block, last.header.epoch, &content) != checksum
+        });
+        if is_torn && !is_broken(Rule::LastBatchVerified) {
+            if !is_broken(Rule::TornTailCut) {
+                self.end.page = last.page;
+            }
+            self.end.next_sequence = last.header.sequence;
+            self.batches.pop();
+        }
     }
 }
 

@@ -138,6 +138,8 @@ pub struct LogEnd {
     pub next_sequence: u64,
     /// Highest segment number seen in the directory.
     pub segment_max: u32,
+    /// Nothing more can be appended to the last segment.
+    pub is_closed: bool,
 }
 
 impl LogWriter {
@@ -152,7 +154,7 @@ impl LogWriter {
                 epoch: end.epoch,
                 ordinal: end.ordinal,
                 page: end.page,
-                is_broken: false,
+                is_broken: end.is_closed,
             })
         };
         Ok(Self {
@@ -170,6 +172,11 @@ impl LogWriter {
     /// Sequence number of the next batch; 0 if no epoch is open.
     pub fn next_batch(&self) -> u64 {
         if self.current.is_some() { self.next_sequence } else { 0 }
+    }
+
+    /// Make the open segment durable: a killed process may have written it and not synced.
+    pub fn sync_current(&self) -> io::Result<()> {
+        self.current.as_ref().map_or(Ok(()), |current| current.file.sync())
     }
 
     /// Bytes appended since the volume was opened.
@@ -196,13 +203,19 @@ impl LogWriter {
             first_batch: self.next_sequence,
             epoch_header_bytes: u32::try_from(blob.len()).expect("an epoch header is bounded"),
             epoch_header_crc: crc32c::crc32c(blob),
+            merged: None,
         }
+    }
+
+    /// A segment number that nobody else gets.
+    pub fn reserve_segment(&mut self) -> u32 {
+        self.next_segment += 1;
+        self.next_segment - 1
     }
 
     /// Make the file of the next epoch, so that its name is durable before the instant.
     pub fn prepare_epoch(&mut self) -> io::Result<Prepared> {
-        let segment = self.next_segment;
-        self.next_segment += 1;
+        let segment = self.reserve_segment();
         Ok(Prepared { segment, file: self.segments.create(segment)? })
     }
 

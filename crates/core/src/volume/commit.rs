@@ -325,7 +325,7 @@ impl Volume {
             return Err(Error::store("keeping originals")(source));
         }
         let mut index = self.index.write();
-        index.insert_lost(epoch, &lost);
+        index.insert_stray_loss(epoch, &lost);
         self.index_version.fetch_add(1, Ordering::Release);
         drop(index);
         Counters::add(&self.counters.lost_blocks, lost.block_count());

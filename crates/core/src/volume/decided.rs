@@ -2,12 +2,14 @@
 
 use super::Restoring;
 use crate::bitmap::Bitmap;
-use crate::epochs::{Bookmark, Epoch, Epochs};
+use crate::epochs::{Bookmark, Epoch, Epochs, Selections};
 use crate::extent::{Extent, ExtentSet};
-use crate::index::{Index, Record};
+use crate::index::Record;
+use crate::index::memory::Memory;
 use crate::journal::{Entry, OriginIdentity};
 use crate::log::format::Kind;
-use crate::log::scan::Scan;
+use crate::log::scan::{FoundBatch, Scan};
+use crate::number::to_u64;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -84,19 +86,51 @@ impl Decided {
                 self.origin_failure = String::from_utf8_lossy(reason).into_owned();
             }
             Entry::Recovered => self.origin_failure.clear(),
-            Entry::EpochMeta { .. } | Entry::Bookmarked { .. } => {}
+            Entry::EpochMeta { .. } | Entry::Bookmarked { .. } | Entry::Freeing { .. } => {}
         }
     }
 
     /// The registry: epoch headers, then what the journal says of them, in order.
     pub(super) fn epochs(&self, scan: &Scan) -> Epochs {
+        self.epochs_after(scan, &self.entries)
+    }
+
+    /// What snapshots selected when all space that was owed had been given back.
+    pub(super) fn selections_when_freed(&self, scan: &Scan) -> Selections {
+        let freed = self.entries.iter().rposition(|entry| matches!(entry, Entry::Freed));
+        let entries = &self.entries[..freed.map_or(0, |at| at + 1)];
+        self.epochs_after(scan, entries).selections()
+    }
+
+    /// The block from which on space is still to be given back.
+    pub(super) fn freed_until(&self) -> u64 {
+        let is_decision = |entry: &Entry| {
+            matches!(
+                entry,
+                Entry::Narrowed { .. } | Entry::Deleted { .. } | Entry::BookmarkDeleted { .. }
+            )
+        };
+        // Records are numbered from 1.
+        let decided = self.entries.iter().rposition(is_decision).map_or(0, |at| at + 1);
+        match self.entries.iter().rfind(|e| matches!(e, Entry::Freed | Entry::Freeing { .. })) {
+            Some(Entry::Freeing { sequence, block }) if *sequence >= to_u64(decided) => *block,
+            _ => 0,
+        }
+    }
+
+    fn epochs_after(&self, scan: &Scan, entries: &[Entry]) -> Epochs {
         let mut epochs = Epochs::default();
+        let mut last: Option<Arc<ExtentSet>> = None;
         for segment in scan.segments.values() {
             let Some(header) = &segment.epoch_header else { continue };
+            // Snapshots of one rule set share one copy in memory.
+            let known = last.filter(|set| **set == header.selection);
+            let selection = known.unwrap_or_else(|| Arc::new(header.selection.clone()));
+            last = Some(Arc::clone(&selection));
             let epoch = Epoch {
                 origin_bytes: header.origin_bytes,
                 created_unix_ns: header.created_unix_ns,
-                selection: Some(Arc::new(header.selection.clone())),
+                selection: Some(selection),
                 bookmark: None,
                 meta: header.meta.clone(),
                 suspect: String::new(),
@@ -106,7 +140,7 @@ impl Decided {
                 epochs.0.insert(header.epoch, epoch);
             }
         }
-        for entry in &self.entries {
+        for entry in entries {
             apply(&mut epochs, entry);
         }
         for (segment, last) in scan.losses() {
@@ -158,10 +192,10 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
     }
 }
 
-pub(super) fn index_of(scan: &Scan, decided: &Decided) -> Index {
-    let block_size = decided.block_size;
+/// The records of some batches.
+pub(super) fn memory_of(batches: &[FoundBatch], block_size: u64) -> Memory {
     let mut records = Vec::new();
-    for batch in &scan.batches {
+    for batch in batches {
         let epoch = batch.header.epoch;
         let kept = batch.preserved(block_size);
         records.extend(kept.map(|(block, position, checksum)| Record {
@@ -171,27 +205,21 @@ pub(super) fn index_of(scan: &Scan, decided: &Decided) -> Index {
             checksum,
         }));
     }
-    let mut index = Index::from_records(records);
-    for batch in &scan.batches {
+    let mut memory = Memory::from_records(records);
+    for batch in batches {
         let epoch = batch.header.epoch;
         for descriptor in &batch.descriptors {
             match descriptor.kind {
                 Kind::Preserve | Kind::Done => {}
-                Kind::PreserveZero => index.insert_zero(epoch, descriptor.blocks),
+                Kind::PreserveZero => memory.insert_zero(epoch, descriptor.blocks),
                 Kind::Lost => {
-                    index.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
+                    memory.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
                 }
-                Kind::Changed => index.insert_changed(epoch, descriptor.blocks),
+                Kind::Changed => memory.insert_changed(epoch, descriptor.blocks),
             }
         }
     }
-    for (epoch, blocks) in &decided.lost {
-        index.insert_lost(*epoch, blocks);
-    }
-    for (_, epoch) in scan.losses() {
-        index.mark_damaged(epoch);
-    }
-    index
+    memory
 }
 
 /// The restore that was running, and how far it was.
@@ -216,4 +244,26 @@ pub(super) fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Optio
         failure: String::new(),
         blocks: bitmap,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decided(entries: &[Entry]) -> Decided {
+        Decided { entries: entries.to_vec(), ..Decided::default() }
+    }
+
+    #[test]
+    fn freeing_goes_on_where_it_was_unless_something_was_decided_since() {
+        let deleted = Entry::Deleted { epoch: 3 };
+        let meta = Entry::EpochMeta { epoch: 4, meta: Vec::new() };
+        let freeing = Entry::Freeing { sequence: 1, block: 500 };
+        let goes_on = decided(&[deleted.clone(), meta.clone(), freeing.clone(), meta.clone()]);
+        assert_eq!(goes_on.freed_until(), 500);
+        let again = decided(&[deleted.clone(), freeing.clone(), Entry::Deleted { epoch: 4 }]);
+        assert_eq!(again.freed_until(), 0, "the front may hold what the second deletion frees");
+        let done = decided(&[deleted, freeing, Entry::Freed, meta]);
+        assert_eq!(done.freed_until(), 0);
+    }
 }

@@ -119,6 +119,7 @@ impl Volume {
         if let Err(error) = committed {
             return Err(self.abort_instant(committer, &prepared, epoch, error));
         }
+        self.want_upkeep();
         Ok(Instant {
             epoch,
             size_bytes: flip.size_bytes,
@@ -233,7 +234,7 @@ impl Volume {
         if !is_broken(Rule::OriginDurableAtInstant) {
             self.sync_origin()?;
         }
-        let restore = restore.map(|prepared| self.restore_header(prepared));
+        let restore = restore.map(|prepared| self.restore_header(prepared)).transpose()?;
         let header = EpochHeader {
             epoch,
             predecessor: before,
@@ -248,6 +249,7 @@ impl Volume {
 
         committer.segments.insert(prepared.segment(), epoch);
         committer.epoch = epoch;
+        self.index.write().close_epoch(before);
         let info = Epoch {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
@@ -312,25 +314,35 @@ impl Volume {
 
     /// What both bitmaps are, from what is recorded and who is live.
     pub(super) fn bits(&self, current: u32, block_count: u64) -> (Bitmap, Bitmap) {
-        let epochs = self.epochs.read();
-        let recorded = self.index.read().changed_by_epoch();
+        let (selections, tracked) = {
+            let epochs = self.epochs.read();
+            (epochs.selections(), epochs.tracked())
+        };
+        let (changed_now, parts) = {
+            let index = self.index.read();
+            (index.changed_in_open(current), index.parts())
+        };
         let mut pending = Bitmap::new(block_count);
-        let numbers = epochs.0.keys().chain(recorded.keys());
-        let mut numbers: Vec<u32> = numbers.copied().collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        for number in numbers {
-            if let Some(selection) = epochs.0.get(&number).and_then(|e| e.selection.as_ref()) {
-                pending.set_all(selection);
+        // What a newer snapshot selects too is pending for both or for neither: if it changed since
+        // the newer one it changed since the older.
+        let mut covered = ExtentSet::new();
+        for (&epoch, selection) in selections.0.iter().rev() {
+            let own = selection.difference(&covered);
+            if own.is_empty() {
+                continue;
             }
-            if let Some(changed) = recorded.get(&number) {
-                pending.clear_all(changed);
+            pending.set_all(&own);
+            // Where the index cannot be read more is preserved than need be, and nothing less.
+            if epoch < current
+                && let Ok(changed) = parts.changed(epoch, u32::MAX)
+            {
+                pending.clear_all(&changed.intersection(&own));
             }
+            covered = covered.union(selection);
         }
-        let mut unsettled = Bitmap::from_set(block_count, &epochs.tracked());
-        if let Some(changed) = recorded.get(&current) {
-            unsettled.clear_all(changed);
-        }
+        pending.clear_all(&changed_now);
+        let mut unsettled = Bitmap::from_set(block_count, &tracked);
+        unsettled.clear_all(&changed_now);
         (unsettled, pending)
     }
 }

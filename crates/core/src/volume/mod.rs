@@ -4,6 +4,8 @@
 //!   [`recover`] finishes what was interrupted, [`host`] asks the operating system.
 //! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
 //!   behind it.
+//! - [`load`] reads the index; [`upkeep`], [`freeing`] and [`merge`] are what is done behind
+//!   everything else.
 //! - [`past`] reads what blocks were at an instant.
 //! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
 //!
@@ -12,15 +14,18 @@
 //! the role: the background thread, a flush, a snapshot. Clients never need it for reads, straight
 //! writes and writes that find a slot.
 //!
-//! **Locks, in this order:** `committer`, `epochs`, `state`, `index`. Only `committer` is held
-//! across I/O. `syncing` comes after `committer` and before the others, across a sync of the
-//! origin. `punching` is taken by readers of preserved content, last, and across their read of the
-//! store.
+//! **Locks, in this order:** `upkeep`, `committer`, `epochs`, `state`, `index`. Only the first two
+//! are held across I/O. `syncing` comes after `committer` and before the others, across a sync of
+//! the origin. `punching` is taken by readers of preserved content, last, and across their read of
+//! the store.
 
 mod commit;
 mod decided;
+mod freeing;
 pub mod host;
 mod instant;
+mod load;
+mod merge;
 pub mod open;
 mod past;
 mod read;
@@ -29,6 +34,7 @@ mod release;
 mod restore;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
@@ -36,11 +42,12 @@ pub(crate) use past::Patience;
 pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
+pub use upkeep::Effort;
 
 use self::host::{Held, Host, OriginDevice};
 use crate::bitmap::Bitmap;
 use crate::buffer::WriteBuffer;
-use crate::epochs::Epochs;
+use crate::epochs::{Epochs, Selections};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, round_out};
 use crate::index::Index;
@@ -96,6 +103,8 @@ struct State {
     /// Somebody waits for the committer to run now.
     is_kicked: bool,
     is_stopping: bool,
+    /// There may be something to do behind everything else.
+    is_upkeep_wanted: bool,
 }
 
 struct Restoring {
@@ -122,9 +131,25 @@ struct Committer {
     epoch_max: u32,
     /// Segment files and the epoch each belongs to.
     segments: BTreeMap<u32, u32>,
+    /// Deletions and the like so far: what has to be given back.
+    decisions: u64,
     drain_bytes_per_second: u64,
     /// The journal says that the origin failed.
     is_failure_noted: bool,
+}
+
+/// What only whoever does upkeep touches.
+struct Upkeep {
+    /// What snapshots selected when nothing was owed.
+    settled: Selections,
+    /// The decisions that this follows.
+    decisions: u64,
+    /// Blocks before this one have been given back already.
+    resume_at: u64,
+    /// The next index file's number.
+    next_run: u32,
+    /// Epochs that cannot be read whole, and stay as they are.
+    unmergeable: BTreeSet<u32>,
 }
 
 /// Counters since the volume was opened.
@@ -150,6 +175,8 @@ pub struct Counters {
     pub log_bytes: Count,
     /// Longest time the gate was closed.
     pub pause_ns_max: Count,
+    /// Times that upkeep failed; it is tried again.
+    pub upkeep_failures: Count,
 }
 
 impl Counters {
@@ -171,6 +198,7 @@ impl Counters {
             ("batches", of(&self.batches)),
             ("log_bytes", of(&self.log_bytes)),
             ("pause_ns_max", of(&self.pause_ns_max)),
+            ("upkeep_failures", of(&self.upkeep_failures)),
         ]
     }
 }
@@ -186,6 +214,7 @@ pub struct Volume {
     host: Arc<dyn Host>,
     segments: Arc<Segments>,
     meta: Mutex<Vec<u8>>,
+    upkeep: Mutex<Upkeep>,
     committer: Mutex<Committer>,
     epochs: RwLock<Epochs>,
     state: Mutex<State>,
@@ -203,6 +232,7 @@ pub struct Volume {
     work: Condvar,
     restore_ended: Condvar,
     stopping: Condvar,
+    upkeep_wanted: Condvar,
     /// First changes are committed before they are acknowledged.
     is_write_through: bool,
     has_background: bool,
@@ -311,7 +341,7 @@ impl Volume {
     /// Bytes the store takes for what it keeps.
     pub fn store_bytes(&self) -> Result<u64> {
         let committer = self.role()?;
-        let mut total = 0;
+        let mut total = self.index_bytes()?;
         for &segment in committer.segments.keys() {
             let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
             total += file.allocated_bytes().map_err(Error::store("log segment"))?;
@@ -321,7 +351,11 @@ impl Volume {
 
     /// Gauges beside the counters.
     pub fn gauges(&self) -> Vec<(&'static str, u64)> {
-        let index_records = to_u64(self.index.read().record_count());
+        let (index_records, index_entries, index_files) = {
+            let index = self.index.read();
+            let filed = index.layers().iter().map(|layer| layer.run.entry_count()).sum::<u64>();
+            (index.record_count(), filed, to_u64(index.layers().len()))
+        };
         let state = self.state.lock();
         vec![
             ("buffer_slots_used", to_u64(state.buffer.used())),
@@ -329,6 +363,8 @@ impl Volume {
             ("buffer_slots_admitted", to_u64(state.admitted_slots)),
             ("bitmap_bytes", state.unsettled.memory_bytes() + state.pending.memory_bytes()),
             ("index_records", index_records),
+            ("index_entries", index_entries),
+            ("index_files", index_files),
             ("size_bytes", state.size_bytes),
             ("epoch", u64::from(state.epoch)),
         ]

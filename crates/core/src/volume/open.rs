@@ -1,17 +1,18 @@
 //! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is
 //! written before it is decided what there is.
 
-use super::decided::{Decided, index_of, restoring_of};
+use super::decided::{Decided, restoring_of};
 use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
-use super::recover::Past;
-use super::{Committer, Counters, State, Volume};
+use super::load::{Loaded, load_index};
+use super::recover::{Leftovers, Past};
+use super::{Committer, Counters, State, Upkeep, Volume};
 use crate::bitmap::Bitmap;
 use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer};
 use crate::error::{Error, Result};
 use crate::journal::{Entry, Journal, OriginIdentity};
 use crate::log::batch::BatchBuilder;
 use crate::log::format::BATCH_BLOCKS_MAX;
-use crate::log::scan::{Scan, scan};
+use crate::log::scan::{Scan, scan_headers};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
 use crate::storage::FileDirectory;
@@ -168,6 +169,7 @@ struct Parts {
     decided: Decided,
     journal: Journal,
     scan: Scan,
+    loaded: Loaded,
     host: Arc<dyn Host>,
     origin: Arc<dyn OriginDevice>,
     origin_path: PathBuf,
@@ -197,17 +199,25 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
-    let mut scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
-    if let Some((_, next_batch)) = decided.closed {
-        scan.expect_end(next_batch);
-    }
-    let parts =
-        Parts { request, decided, journal, scan, host, origin, origin_path, segments, store_lock };
+    let mut scan = scan_headers(&segments, decided.uuid, &decided.aborted)?;
+    let loaded = load_index(&segments, &mut scan, &decided)?;
+    let parts = Parts {
+        request,
+        decided,
+        journal,
+        scan,
+        loaded,
+        host,
+        origin,
+        origin_path,
+        segments,
+        store_lock,
+    };
     parts.assemble()
 }
 
 impl Parts {
-    fn assemble(self) -> Result<Arc<Volume>> {
+    fn assemble(mut self) -> Result<Arc<Volume>> {
         let boot = self.host.boot_id()?;
         let doubt = self.examine(boot)?;
         let buffer_path = self.buffer_path();
@@ -215,7 +225,12 @@ impl Parts {
         let (recover, is_failed) = (self.request.recover, !self.decided.origin_failure.is_empty());
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
-        let has_unfinished = !self.scan.unfinished.is_empty();
+        let leftovers = Leftovers {
+            has_unfinished: !self.scan.unfinished.is_empty(),
+            superseded: std::mem::take(&mut self.scan.superseded),
+            runs: std::mem::take(&mut self.loaded.useless),
+            merged: std::mem::take(&mut self.loaded.unfinished),
+        };
         let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
@@ -223,7 +238,10 @@ impl Parts {
                 volume.origin_path.display()
             )));
         }
-        volume.settle_the_past(doubt, owes_space || has_unfinished)?;
+        volume.settle_the_past(doubt, &leftovers)?;
+        if owes_space && !opened {
+            volume.free_space()?;
+        }
         if is_failed {
             volume.committer.lock().journal.append(&Entry::Recovered)?;
         }
@@ -231,6 +249,8 @@ impl Parts {
         if opened {
             volume.spawn("committer", Volume::run_background)?;
             volume.spawn("heartbeat", Volume::run_heartbeat)?;
+            volume.spawn("upkeep", Volume::run_upkeep)?;
+            volume.want_upkeep();
         }
         Ok(volume)
     }
@@ -322,19 +342,22 @@ impl Parts {
     }
 
     fn build(self, is_write_through: bool) -> Result<Arc<Volume>> {
-        let Self { request, decided, journal, scan, host, origin, .. } = self;
+        let Self { request, decided, journal, scan, loaded, host, origin, .. } = self;
         let Self { origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
         let restoring = restoring_of(&scan, &decided, block_count);
         let in_segments: BTreeMap<u32, u32> =
-            scan.segments.iter().map(|(&number, s)| (number, s.header.epoch)).collect();
+            scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
         let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
         let epoch =
             live.copied().max().unwrap_or(0).max(epochs.0.keys().copied().max().unwrap_or(0));
         let epoch_max = in_segments.values().copied().max().unwrap_or(0).max(decided.epoch_max);
-        let index = index_of(&scan, &decided);
+        // Since the last time that nothing was owed something was decided, or not.
+        let decisions = u64::from(decided.owes_space);
+        let settled = decided.selections_when_freed(&scan);
+        let upkeep = Upkeep::new(settled, loaded.next_run, decided.freed_until());
         let log = LogWriter::new(decided.uuid, Arc::clone(&segments), scan.end)
             .map_err(Error::store("opening the log"))?;
         let committer = Committer {
@@ -344,6 +367,7 @@ impl Parts {
             epoch,
             epoch_max,
             segments: in_segments,
+            decisions,
             drain_bytes_per_second: 0,
             is_failure_noted: false,
         };
@@ -367,6 +391,7 @@ impl Parts {
             is_closed: false,
             is_kicked: false,
             is_stopping: false,
+            is_upkeep_wanted: false,
         };
         let volume = Volume {
             uuid: decided.uuid,
@@ -378,10 +403,11 @@ impl Parts {
             host,
             segments,
             meta: Mutex::new(decided.meta.clone()),
+            upkeep: Mutex::new(upkeep),
             committer: Mutex::new(committer),
             epochs: RwLock::new(epochs),
             state: Mutex::new(state),
-            index: RwLock::new(index),
+            index: RwLock::new(loaded.index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
             syncing: Mutex::new(()),
@@ -392,6 +418,7 @@ impl Parts {
             work: Condvar::new(),
             restore_ended: Condvar::new(),
             stopping: Condvar::new(),
+            upkeep_wanted: Condvar::new(),
             // Without a place that outlives the process nothing may be acknowledged from memory
             // (P6).
             is_write_through,
@@ -511,6 +538,7 @@ impl Volume {
         self.gate_opened.notify_all();
         self.restore_ended.notify_all();
         self.stopping.notify_all();
+        self.upkeep_wanted.notify_all();
         let handles = std::mem::take(&mut *self.background.lock());
         for handle in handles {
             // It never panics while nobody else does; there is nothing to learn from it here.

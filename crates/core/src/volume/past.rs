@@ -3,6 +3,7 @@
 use super::Volume;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
+use crate::index::run::Wait;
 use crate::index::{Content, Record};
 use crate::log::format::{PAGE, payload_checksum};
 use crate::number::{to_u64, to_usize};
@@ -33,10 +34,8 @@ impl Volume {
         debug_assert_eq!(to_u64(buffer.len()), blocks.len() * self.block_size);
         let _no_punching = self.punching.read();
         let mut found = Vec::new();
-        let version = {
-            let index = self.index.read();
-            index.contents(blocks, epoch, &mut found);
-            self.index_version.load(Ordering::Acquire)
+        let Some(version) = self.contents(blocks, epoch, patience, &mut found)? else {
+            return Ok(false);
         };
         if !self.fill_found(blocks, &found, buffer, patience)? {
             return Ok(false);
@@ -56,10 +55,59 @@ impl Volume {
             return Ok(true);
         }
         let mut again = Vec::new();
-        self.index.read().contents(blocks, epoch, &mut again);
+        if self.contents(blocks, epoch, patience, &mut again)?.is_none() {
+            return Ok(false);
+        }
         let mut known = found.iter().map(|(block, _)| *block).peekable();
         again.retain(|(block, _)| known.next_if_eq(block).is_none());
         self.fill_found(blocks, &again, buffer, patience)
+    }
+
+    /// What changed blocks were at the instant of `epoch`, and how new that is; `None` if a device
+    /// must be waited for and may not be.
+    pub(super) fn contents(
+        &self,
+        blocks: Extent,
+        epoch: u32,
+        patience: Patience,
+        found: &mut Vec<(u64, Content)>,
+    ) -> Result<Option<u64>> {
+        let look_up = || {
+            let index = self.index.read();
+            (index.look_up(blocks, epoch), self.index_version.load(Ordering::Acquire))
+        };
+        if patience == Patience::Try {
+            let (lookup, version) = look_up();
+            // Who waits gets the error, or what the log says in its place.
+            let is_found = lookup.finish(Wait::Never, found).unwrap_or(false);
+            return Ok(is_found.then_some(version));
+        }
+        let (all, version) = self.with_index(|| {
+            let (lookup, version) = look_up();
+            let mut all = Vec::new();
+            lookup.finish(Wait::Long, &mut all)?;
+            Ok((all, version))
+        })?;
+        *found = all;
+        Ok(Some(version))
+    }
+
+    /// Ask the index. Where a file of it is damaged, what it had is read from the log, and it is
+    /// asked again.
+    pub(super) fn with_index<T>(&self, ask: impl Fn() -> std::io::Result<T>) -> Result<T> {
+        match ask() {
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                // Who has the role must not wait for upkeep, which may wait for the role.
+                let Some(mut upkeep) = self.upkeep.try_lock_for(std::time::Duration::ZERO) else {
+                    self.want_upkeep();
+                    return Err(index_error(error));
+                };
+                self.read_damaged_anew(&mut upkeep)?;
+                drop(upkeep);
+                ask().map_err(index_error)
+            }
+            answer => answer.map_err(index_error),
+        }
     }
 
     fn read_unchanged(
@@ -153,6 +201,15 @@ impl Volume {
             ),
             blocks: ExtentSet::from_extent(Extent::single(block)),
         }
+    }
+}
+
+/// An index file could not be read: what it would say is not known, and nothing is guessed (P2, P5).
+pub(super) fn index_error(error: std::io::Error) -> Error {
+    if error.kind() == std::io::ErrorKind::InvalidData {
+        Error::Damaged(error.to_string())
+    } else {
+        Error::store("reading the index")(error)
     }
 }
 

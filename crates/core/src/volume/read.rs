@@ -1,6 +1,7 @@
 //! Reads of the live disk: the origin, under the slots that wait, over what a restore has not
 //! copied yet.
 
+use super::past::Patience;
 use super::{State, Volume};
 use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
@@ -227,7 +228,7 @@ impl Volume {
             let mut origin = Vec::new();
             self.allocation_of_origin(at, piece_end, &mut origin)?;
             contents.clear();
-            self.index.read().contents(blocks, epoch, &mut contents);
+            self.contents(blocks, epoch, Patience::Wait, &mut contents)?;
             let mut rest = origin.into_iter().peekable();
             let mut push_origin = |from: u64, to: u64, found: &mut Vec<StatusExtent>| {
                 while let Some(extent) = rest.peek().filter(|e| e.start < to).copied() {

@@ -17,6 +17,18 @@ pub(super) struct Past {
     pub(super) left: Option<(PathBuf, LeftBuffer)>,
 }
 
+/// Files that are of no use any more.
+pub(super) struct Leftovers {
+    /// There are files of instants that never came.
+    pub(super) has_unfinished: bool,
+    /// Segments that a merged one stands for.
+    pub(super) superseded: Vec<u32>,
+    /// Index files.
+    pub(super) runs: Vec<u32>,
+    /// Names of merged segments that were not finished.
+    pub(super) merged: Vec<String>,
+}
+
 /// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
 pub(super) fn return_memory() {
     #[cfg(target_env = "gnu")]
@@ -29,16 +41,17 @@ pub(super) fn return_memory() {
 impl Volume {
     /// Finish what was interrupted. A process that was killed had its writes taken by the kernel,
     /// but not made durable: sync before anything is trusted.
-    pub(super) fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
+    pub(super) fn settle_the_past(&self, past: Past, leftovers: &Leftovers) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
         committer.journal.sync()?;
-        if let Some(segment) = committer.segments.keys().next_back() {
-            let file = self.segments.get(*segment).map_err(Error::store("log segment"))?;
-            file.sync().map_err(Error::store("log segment"))?;
-        }
+        committer.log.sync_current().map_err(Error::store("log segment"))?;
         self.origin.sync().map_err(Error::origin("sync at opening"))?;
-        let gone = self.forget_unneeded(epoch);
+        let first = self.epochs.read().first().unwrap_or(epoch + 1);
+        let mut useless = self.index.write().forget_before(first);
+        useless.extend(&leftovers.runs);
+        self.remove_runs(&useless)?;
+        self.remove_superseded(leftovers)?;
         {
             let blocks = self.block_count(self.size_bytes());
             let (unsettled, pending) = self.bits(epoch, blocks);
@@ -55,10 +68,8 @@ impl Volume {
                 }
             }
         }
-        if owes_space {
+        if leftovers.has_unfinished {
             self.remove_unfinished(&committer)?;
-            self.give_back(&mut committer, &gone)?;
-            committer.journal.append(&Entry::Freed)?;
         }
         if let Some(reason) = past.suspect {
             self.mark_suspect(&mut committer, &reason)?;
@@ -68,6 +79,23 @@ impl Volume {
         }
         return_memory();
         Ok(())
+    }
+
+    /// Files that a merged segment stands for, and merged segments that were not finished.
+    fn remove_superseded(&self, leftovers: &Leftovers) -> Result<()> {
+        let directory = self.segments.directory();
+        if leftovers.superseded.is_empty() && leftovers.merged.is_empty() {
+            return Ok(());
+        }
+        // The merged segment's name may be as new as the process that was killed.
+        directory.sync().map_err(Error::store("store directory"))?;
+        for &segment in &leftovers.superseded {
+            self.segments.remove(segment).map_err(Error::store("removing a log segment"))?;
+        }
+        for name in &leftovers.merged {
+            directory.remove(name).map_err(Error::store("removing a log segment"))?;
+        }
+        directory.sync().map_err(Error::store("store directory"))
     }
 
     /// Files of instants that never came.

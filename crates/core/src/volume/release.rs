@@ -1,14 +1,12 @@
-//! Letting go: deleting and narrowing snapshots, bookmarks, and giving back the space nobody needs.
-//!
-//! In this order: the decision is durable in the journal; the index forgets; readers of the older
-//! index are gone; the space is punched; the journal says so. Interrupted, it is done again when
-//! the volume is opened.
+//! Letting go: deleting and narrowing snapshots, bookmarks, and what changed between instants. The
+//! space goes back in `freeing`.
 
 use super::{Committer, State, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::index::Record;
+use crate::index::copies::{Usage, for_each_copy};
+use crate::index::parts::Walk;
 use crate::journal::Entry;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::MutexGuard;
@@ -38,29 +36,22 @@ fn unknown(epoch: u32, what: &str) -> Error {
 
 impl Volume {
     /// Every live instant, ascending.
-    pub fn epochs(&self) -> Vec<EpochInfo> {
+    pub fn epochs(&self) -> Result<Vec<EpochInfo>> {
         let epochs = self.epochs.read().clone();
-        let (records, others, lost): (Vec<Record>, _, BTreeMap<u32, ExtentSet>) = {
-            let index = self.index.read();
-            let lost = epochs.snapshots().map(|(e, set)| {
-                let lost = index.lost_since(e).intersection(set);
-                (e, lost)
-            });
-            (index.sorted_records(), index.contentless_extents(), lost.collect())
-        };
-        let mut preserved: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
-        for_each_copy(&records, &others, |record, previous| {
-            let users = epochs.0.range(previous + 1..=record.epoch);
-            let users: Vec<u32> = users
-                .filter(|(_, e)| e.selection.as_ref().is_some_and(|s| s.contains(record.block)))
-                .map(|(&epoch, _)| epoch)
-                .collect();
-            for user in &users {
-                let entry = preserved.entry(*user).or_default();
-                entry.0 += 1;
-                entry.1 += u64::from(users.len() == 1);
+        let end = self.block_count(self.size_bytes());
+        let (preserved, lost) = self.with_index(|| {
+            let parts = self.index.read().parts();
+            let mut usage = Usage::new(&epochs.selections());
+            let (mut walk, mut entries) = (Walk::new(0, end), Vec::new());
+            while parts.next_window(&mut walk, &mut entries)? {
+                for_each_copy(&entries, |entry, previous| usage.add(entry, previous));
             }
-        });
+            let mut lost: BTreeMap<u32, ExtentSet> = BTreeMap::new();
+            for (epoch, selection) in epochs.snapshots() {
+                lost.insert(epoch, parts.lost_since(epoch, end)?.intersection(selection));
+            }
+            Ok((usage.counts(), lost))
+        })?;
         let info = |(epoch, state): (u32, Epoch)| {
             let (preserved_blocks, exclusive_blocks) =
                 preserved.get(&epoch).copied().unwrap_or_default();
@@ -74,7 +65,7 @@ impl Volume {
                 state,
             }
         };
-        epochs.0.into_iter().map(info).collect()
+        Ok(epochs.0.into_iter().map(info).collect())
     }
 
     /// What a snapshot selects, else what its bookmark tracks; and the size at its instant.
@@ -126,7 +117,7 @@ impl Volume {
             }
             return Ok(0);
         }
-        self.let_go(&mut committer)
+        self.let_go(committer)
     }
 
     fn check_not_restoring_from(&self, epoch: u32) -> Result<()> {
@@ -163,9 +154,9 @@ impl Volume {
             }
             epochs.drop_dead();
         }
-        let freed = self.let_go(&mut committer)?;
+        let freed = self.let_go(committer)?;
         if is_broken(Rule::RecordBeforeFree) {
-            committer.journal.append(&Entry::Deleted { epoch })?;
+            self.role()?.journal.append(&Entry::Deleted { epoch })?;
         }
         Ok(freed)
     }
@@ -197,19 +188,16 @@ impl Volume {
             }
             epochs.drop_dead();
         }
-        self.let_go(&mut committer).map(|_| ())
+        self.let_go(committer).map(|_| ())
     }
 
-    /// The bits and the index follow the registry; then the space goes back. Holds the role: no
-    /// batch is under way, and only requests that set nothing run beside it.
-    fn let_go(&self, committer: &mut Committer) -> Result<u64> {
-        let gone = self.forget_unneeded(committer.epoch);
+    /// The bits follow the registry; then the space goes back. Holds the role for the bits: no batch
+    /// is under way, and only requests that set nothing run beside it.
+    fn let_go(&self, mut committer: MutexGuard<'_, Committer>) -> Result<u64> {
+        committer.decisions += 1;
         self.rebuild_bits(committer.epoch);
-        // Whoever found a copy in the older index has read it once this lock was had.
-        drop(self.punching.write());
-        let freed = self.give_back(committer, &gone)?;
-        committer.journal.append(&Entry::Freed)?;
-        Ok(freed)
+        drop(committer);
+        self.free_space()
     }
 
     /// Bits only go down here, and no slot, batch or instant can set or clear one meanwhile.
@@ -222,93 +210,13 @@ impl Volume {
         }
     }
 
-    /// Drop from the index what no live snapshot reads; tells what was dropped.
-    pub(super) fn forget_unneeded(&self, current: u32) -> Vec<Record> {
-        let epochs = self.epochs.read();
-        let (records, others, zero) = {
-            let index = self.index.read();
-            (index.sorted_records(), index.contentless_extents(), index.zero_extents())
-        };
-        let (mut kept, mut gone) = (Vec::with_capacity(records.len()), Vec::new());
-        for_each_copy(&records, &others, |record, previous| {
-            let previous =
-                if is_broken(Rule::OlderSnapshotsKeepCopies) { record.epoch - 1 } else { previous };
-            let is_needed = epochs.needs(record.block, record.epoch, previous);
-            if is_needed { kept.push(*record) } else { gone.push(*record) }
-        });
-        let needed_zero = |(epoch, set): (u32, ExtentSet)| {
-            let needed = set.intersection(&epochs.selected_until(epoch));
-            (epoch, needed)
-        };
-        let zero = zero.into_iter().map(needed_zero).collect();
-        let first = epochs.first().unwrap_or(current + 1).min(current + 1);
-        drop(epochs);
-        let mut index = self.index.write();
-        index.release(&kept, &gone, zero);
-        index.forget_before(first);
-        gone
-    }
-
-    /// Remove whole segments that nobody needs and punch the payloads of the rest.
-    pub(super) fn give_back(&self, committer: &mut Committer, gone: &[Record]) -> Result<u64> {
-        let before = self.allocated(committer)?;
-        let first = self.epochs.read().first();
-        let unneeded: Vec<u32> = committer
-            .segments
-            .iter()
-            .filter(|&(_, &epoch)| first.is_none_or(|first| epoch < first))
-            .map(|(&segment, _)| segment)
-            .collect();
-        committer.log.close_if(&unneeded);
-        for segment in &unneeded {
-            self.segments.remove(*segment).map_err(Error::store("removing a log segment"))?;
-            committer.segments.remove(segment);
-        }
-        let pages_a_block = self.block_size / crate::log::format::PAGE;
-        let mut places: Vec<u64> = gone
-            .iter()
-            .filter(|r| committer.segments.contains_key(&r.position.segment()))
-            .map(|r| r.position.0)
-            .collect();
-        places.sort_unstable();
-        if !places.is_empty() {
-            let Committer { log, batch, .. } = committer;
-            log.seal(batch).map_err(Error::store("sealing the log"))?;
-        }
-        let mut at = 0;
-        while at < places.len() {
-            let start = places[at];
-            let mut length = pages_a_block;
-            at += 1;
-            while at < places.len() && places[at] == start + length {
-                length += pages_a_block;
-                at += 1;
-            }
-            let position = crate::log::format::Position(start);
-            let file =
-                self.segments.get(position.segment()).map_err(Error::store("log segment"))?;
-            let bytes = length * crate::log::format::PAGE;
-            let punched = file.discard_at(position.offset_bytes(), bytes);
-            punched.map_err(Error::store("giving space back"))?;
-        }
-        if !unneeded.is_empty() {
-            self.segments.directory().sync().map_err(Error::store("store directory"))?;
-        }
-        Ok(before.saturating_sub(self.allocated(committer)?))
-    }
-
-    fn allocated(&self, committer: &Committer) -> Result<u64> {
-        let mut total = 0;
-        for &segment in committer.segments.keys() {
-            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
-            total += file.allocated_bytes().map_err(Error::store("log segment"))?;
-        }
-        Ok(total)
-    }
-
     /// Blocks whose content since an instant is lost.
-    pub(crate) fn lost_of(&self, epoch: u32) -> ExtentSet {
-        self.index.read().lost_since(epoch)
+    pub(crate) fn lost_since(&self, epoch: u32) -> Result<ExtentSet> {
+        let end = self.block_count(self.size_bytes());
+        self.with_index(|| {
+            let parts = self.index.read().parts();
+            parts.lost_since(epoch, end)
+        })
     }
 
     fn check_held(&self) -> Result<()> {
@@ -367,14 +275,16 @@ impl Volume {
         // neither.
         let is_live = until.is_none() && !is_broken(Rule::ChangedSeesSlots);
         let under_way = if is_live { self.changes_under_way() } else { ExtentSet::new() };
-        let recorded = {
-            let index = self.index.read();
-            if index.is_damaged_since(since) {
-                tracked.clone()
-            } else {
-                index.changed(since, until.unwrap_or(u32::MAX))
+        let recorded = self.with_index(|| {
+            let (is_damaged, parts) = {
+                let index = self.index.read();
+                (index.is_damaged_since(since), index.parts())
+            };
+            if is_damaged {
+                return Ok(tracked.clone());
             }
-        };
+            parts.changed(since, until.unwrap_or(u32::MAX))
+        })?;
         let found = recorded.union(&under_way);
         let mut changed = found.intersection(&tracked);
         if to_bytes > from_bytes {
@@ -440,25 +350,5 @@ impl Volume {
             drop(state);
             self.commit_slots_of(committer, Extent::single(block))?;
         }
-    }
-}
-
-/// Call for every preserved block with the epoch of the copy before it, 0 if there is none.
-/// `records` are ordered by block, then epoch; `others` are copies that have no content of their
-/// own, by epoch.
-fn for_each_copy(
-    records: &[Record],
-    others: &[(u32, ExtentSet)],
-    mut each: impl FnMut(&Record, u32),
-) {
-    let mut last: Option<&Record> = None;
-    for record in records {
-        let previous = last.filter(|l| l.block == record.block).map_or(0, |l| l.epoch);
-        let from = others.partition_point(|(epoch, _)| *epoch <= previous);
-        let upto = others.partition_point(|(epoch, _)| *epoch < record.epoch);
-        let between = others.get(from..upto).unwrap_or_default().iter().rev();
-        let nearest = between.clone().find(|(_, set)| set.contains(record.block));
-        each(record, nearest.map_or(previous, |(epoch, _)| *epoch));
-        last = Some(record);
     }
 }

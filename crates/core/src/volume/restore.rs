@@ -102,17 +102,19 @@ impl Volume {
     pub fn restore_plan(&self, epoch: u32, request: &ExtentSet) -> Result<ExtentSet> {
         let source = self.restorable(epoch)?;
         let changed = self.changed(epoch, None)?;
-        let lost = self.index.read().lost_since(epoch);
+        let lost = self.lost_since(epoch)?;
         Ok(changed.intersection(&source).intersection(request).difference(&lost))
     }
 
     /// At the instant: everything before it is recorded, nothing after it is.
-    pub(super) fn restore_header(&self, prepared: &PreparedRestore) -> RestoreHeader {
-        let index = self.index.read();
-        let changed = index.changed(prepared.source_epoch, u32::MAX);
-        let lost = index.lost_since(prepared.source_epoch);
+    pub(super) fn restore_header(&self, prepared: &PreparedRestore) -> Result<RestoreHeader> {
+        let changed = self.with_index(|| {
+            let parts = self.index.read().parts();
+            parts.changed(prepared.source_epoch, u32::MAX)
+        })?;
+        let lost = self.lost_since(prepared.source_epoch)?;
         let blocks = changed.intersection(&prepared.request).difference(&lost);
-        RestoreHeader { source_epoch: prepared.source_epoch, blocks }
+        Ok(RestoreHeader { source_epoch: prepared.source_epoch, blocks })
     }
 
     /// The running restore, if there is one.

@@ -1,13 +1,15 @@
-//! Which block has which record in which epoch, in memory.
+//! Records of one epoch, or a few, in memory.
 //!
 //! Preserved content: 20 bytes a block, in sorted runs that are merged as they grow, with the
 //! newest in a small tree. Runs are immutable; the committer builds new ones outside the lock and
 //! swaps them in. Old content that was zero, or was lost, is kept as extents an epoch; changes
 //! without content as one bit.
 
+use super::entry::Entry;
+use super::{Content, Nearest};
 use crate::bitmap::SparseBitmap;
 use crate::extent::{Extent, ExtentSet};
-use crate::log::format::{PAGE, Position};
+use crate::log::format::{Kind, PAGE, Position};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -93,6 +95,12 @@ fn pack(records: &[Record]) -> Vec<Packed> {
 }
 
 impl Record {
+    /// Of an entry that has content.
+    pub const fn of(entry: &Entry) -> Self {
+        let (block, position) = (entry.blocks.start, entry.position);
+        Self { block, position, epoch: entry.epoch, checksum: entry.checksum }
+    }
+
     const fn key(&self) -> (u64, u32) {
         (self.block, self.epoch)
     }
@@ -104,30 +112,17 @@ struct EpochExtents {
     zero: SparseBitmap,
     lost: ExtentSet,
     changed: SparseBitmap,
-    /// A batch of the epoch is unreadable: what has no record may have lost it.
-    is_damaged: bool,
 }
 
-/// What a snapshot's block is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
-    /// Kept here.
-    Preserved(Record),
-    /// All zeroes.
-    Zero,
-    /// Could not be kept, or its record is unreadable.
-    Lost,
-}
-
-/// All records of a volume.
-#[derive(Default)]
-pub struct Index {
+/// Records of some epochs.
+#[derive(Default, Clone)]
+pub struct Memory {
     tree: BTreeMap<(u64, u32), (Position, u32)>,
     runs: Vec<Arc<Vec<Packed>>>,
     epochs: BTreeMap<u32, EpochExtents>,
 }
 
-impl Index {
+impl Memory {
     /// From the preserved content that a scan found, in any order.
     pub fn from_records(mut records: Vec<Record>) -> Self {
         records.sort_by_key(Record::key);
@@ -158,49 +153,50 @@ impl Index {
         self.epochs.entry(epoch).or_default().changed.insert(blocks);
     }
 
-    /// A batch of the epoch is unreadable.
-    pub fn mark_damaged(&mut self, epoch: u32) {
-        self.epochs.entry(epoch).or_default().is_damaged = true;
-    }
-
     /// Number of preserved blocks with content.
     pub fn record_count(&self) -> usize {
         self.tree.len() + self.runs.iter().map(|r| r.len()).sum::<usize>()
     }
 
-    /// True if nothing at all is recorded for the blocks since `epoch`; may say false when nothing
-    /// is.
-    fn is_clear(&self, blocks: Extent, epoch: u32) -> bool {
-        let is_bare = self.tree.is_empty() && self.runs.is_empty();
-        blocks.is_empty() || (is_bare && self.epochs.range(epoch..).next().is_none())
+    /// About how many entries it has: what it costs in memory, and takes to write.
+    pub fn weight(&self) -> usize {
+        let extents = |e: &EpochExtents| {
+            e.zero.leaf_count() + e.changed.leaf_count() + e.lost.as_slice().len()
+        };
+        self.record_count() + self.epochs.values().map(extents).sum::<usize>()
     }
 
-    /// For each of `blocks` that changed since the instant of `epoch`: what it was then. Ascending,
-    /// appended to `found`, which is empty. Blocks not in it are unchanged: the origin has them.
-    pub fn contents(&self, blocks: Extent, epoch: u32, found: &mut Vec<(u64, Content)>) {
-        debug_assert!(found.is_empty());
-        if self.is_clear(blocks, epoch) {
+    /// True if nothing at all is recorded.
+    pub fn is_empty(&self) -> bool {
+        self.tree.is_empty() && self.runs.is_empty() && self.epochs.is_empty()
+    }
+
+    fn packed_within(&self, blocks: Extent) -> impl Iterator<Item = &Packed> {
+        self.runs.iter().flat_map(move |run| {
+            let from = run.partition_point(|r| r.block() < blocks.start);
+            run[from..].iter().take_while(move |r| r.block() < blocks.end)
+        })
+    }
+
+    fn tree_within(&self, blocks: Extent) -> impl Iterator<Item = Record> + '_ {
+        let range = (blocks.start, 0)..(blocks.end.max(blocks.start), 0);
+        self.tree.range(range).map(|(&(block, epoch), &(position, checksum))| Record {
+            block,
+            position,
+            epoch,
+            checksum,
+        })
+    }
+
+    /// Add what is known of the content of `blocks` from `epoch` on.
+    pub(super) fn contents(&self, blocks: Extent, epoch: u32, nearest: &mut Vec<Nearest>) {
+        if blocks.is_empty() || self.is_empty() {
             return;
         }
-        let mut nearest: Vec<(u64, u32, Content)> = Vec::new();
-        for ((block, at), (position, checksum)) in
-            self.tree.range((blocks.start, 0)..(blocks.end, 0))
-        {
-            if *at >= epoch {
-                let (position, checksum) = (*position, *checksum);
-                let record = Record { block: *block, position, epoch: *at, checksum };
-                nearest.push((*block, *at, Content::Preserved(record)));
-            }
-        }
-        for run in &self.runs {
-            let from = run.partition_point(|r| r.block() < blocks.start);
-            for record in run[from..].iter().take_while(|r| r.block() < blocks.end) {
-                if record.epoch >= epoch {
-                    let content = Content::Preserved(record.unpack());
-                    nearest.push((record.block(), record.epoch, content));
-                }
-            }
-        }
+        let records =
+            self.tree_within(blocks).chain(self.packed_within(blocks).map(Packed::unpack));
+        let kept = records.filter(|record| record.epoch >= epoch);
+        nearest.extend(kept.map(|r| (r.block, r.epoch, Content::Preserved(r))));
         for (&at, extents) in self.epochs.range(epoch..) {
             for extent in extents.zero.within(blocks) {
                 nearest.extend((extent.start..extent.end).map(|b| (b, at, Content::Zero)));
@@ -208,19 +204,30 @@ impl Index {
             for extent in extents.lost.within(blocks) {
                 nearest.extend((extent.start..extent.end).map(|b| (b, at, Content::Lost)));
             }
-            if extents.is_damaged {
-                nearest.extend((blocks.start..blocks.end).map(|b| (b, at, Content::Lost)));
-            }
         }
-        // Kept content wins over loss in the same epoch.
-        nearest.sort_by_key(|&(block, at, content)| (block, at, content == Content::Lost));
-        nearest.dedup_by_key(|entry| entry.0);
-        found.extend(nearest.into_iter().map(|(block, _, content)| (block, content)));
     }
 
-    /// All blocks recorded in the epochs from `since` up to, not including, `until`.
-    pub fn changed(&self, since: u32, until: u32) -> ExtentSet {
-        let mut extents: Vec<Extent> = Vec::new();
+    /// Add everything recorded of `window`, clipped to it.
+    pub fn entries_within(&self, window: Extent, entries: &mut Vec<Entry>) {
+        let records =
+            self.tree_within(window).chain(self.packed_within(window).map(Packed::unpack));
+        entries.extend(records.map(|record| Entry {
+            blocks: Extent::single(record.block),
+            epoch: record.epoch,
+            kind: Kind::Preserve,
+            position: record.position,
+            checksum: record.checksum,
+        }));
+        for (&epoch, extents) in &self.epochs {
+            let bare = |kind| move |blocks| Entry::bare(kind, epoch, blocks);
+            entries.extend(extents.zero.within(window).map(bare(Kind::PreserveZero)));
+            entries.extend(extents.lost.within(window).map(bare(Kind::Lost)));
+            entries.extend(extents.changed.within(window).map(bare(Kind::Changed)));
+        }
+    }
+
+    /// Add all blocks recorded in the epochs from `since` up to, not including, `until`.
+    pub fn changed(&self, since: u32, until: u32, extents: &mut Vec<Extent>) {
         let mut add = |block: u64| match extents.last_mut() {
             Some(last) if last.end == block => last.end += 1,
             Some(last) if last.contains(block) => {}
@@ -232,113 +239,31 @@ impl Index {
         let tree = self.tree.keys().filter(|(_, epoch)| since <= *epoch && *epoch < until);
         tree.for_each(|(block, _)| add(*block));
         for (_, more) in self.epochs.range(since..until.max(since)) {
-            extents.extend(more.zero.to_set().iter());
+            extents.extend(more.zero.within(EVERYTHING));
             extents.extend(more.lost.iter());
-            extents.extend(more.changed.to_set().iter());
+            extents.extend(more.changed.within(EVERYTHING));
         }
-        ExtentSet::from_unsorted(extents)
     }
 
-    /// The blocks recorded in each epoch, in one pass.
-    pub fn changed_by_epoch(&self) -> BTreeMap<u32, ExtentSet> {
-        let mut extents: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
-        let runs = self.runs.iter().flat_map(|run| run.iter().map(Packed::key));
-        for (block, epoch) in runs.chain(self.tree.keys().copied()) {
-            let list = extents.entry(epoch).or_default();
-            match list.last_mut() {
-                Some(last) if last.end == block => last.end += 1,
-                _ => list.push(Extent::single(block)),
-            }
-        }
-        for (&epoch, more) in &self.epochs {
-            let list = extents.entry(epoch).or_default();
-            list.extend(more.zero.within(EVERYTHING));
-            list.extend(more.lost.iter());
-            list.extend(more.changed.within(EVERYTHING));
-        }
-        extents.into_iter().map(|(epoch, list)| (epoch, ExtentSet::from_unsorted(list))).collect()
-    }
-
-    /// True if a batch of an epoch from `since` on is unreadable.
-    pub fn is_damaged_since(&self, since: u32) -> bool {
-        self.epochs.range(since..).any(|(_, extents)| extents.is_damaged)
-    }
-
-    /// Blocks recorded as lost in epochs from `since` on, for which nothing older was kept.
-    pub fn lost_since(&self, since: u32) -> ExtentSet {
-        let mut all = ExtentSet::new();
-        if self.epochs.range(since..).all(|(_, extents)| extents.lost.is_empty()) {
-            return all;
-        }
-        // A copy from the same or an earlier epoch serves the snapshot in spite of a loss. By
-        // extents: after a store was full, the whole disk may be lost.
-        let mut kept_by_epoch: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
-        let runs = self.runs.iter().flat_map(|run| run.iter().map(Packed::key));
-        for (block, epoch) in runs.chain(self.tree.keys().copied()).filter(|key| key.1 >= since) {
-            kept_by_epoch.entry(epoch).or_default().push(Extent::single(block));
-        }
-        let mut kept = ExtentSet::new();
-        for (&epoch, extents) in self.epochs.range(since..) {
-            let later = kept_by_epoch.split_off(&(epoch + 1));
-            let upto = std::mem::replace(&mut kept_by_epoch, later).into_values().flatten();
-            kept = kept.union(&upto.chain(extents.zero.within(EVERYTHING)).collect());
-            all = all.union(&extents.lost.difference(&kept));
-        }
-        all
-    }
-
-    /// Every preserved block, ordered by block, then epoch.
-    pub fn sorted_records(&self) -> Vec<Record> {
-        let mut all = Vec::with_capacity(self.record_count());
-        for run in &self.runs {
-            all.extend(run.iter().map(Packed::unpack));
-        }
-        all.extend(self.tree_records());
-        all.sort_by_key(Record::key);
-        all
+    /// True if anything from `since` on says that content is lost.
+    pub fn has_lost(&self, since: u32) -> bool {
+        self.epochs.range(since..).any(|(_, extents)| !extents.lost.is_empty())
     }
 
     fn tree_records(&self) -> impl Iterator<Item = Record> + '_ {
-        self.tree.iter().map(|(&(block, epoch), &(position, checksum))| Record {
-            block,
-            position,
-            epoch,
-            checksum,
-        })
-    }
-
-    /// Per epoch, the blocks whose old content was zero or is lost: copies without content of their
-    /// own.
-    pub fn contentless_extents(&self) -> Vec<(u32, ExtentSet)> {
-        let kept = self.epochs.iter().filter(|(_, e)| !e.zero.is_empty() || !e.lost.is_empty());
-        kept.map(|(&epoch, e)| (epoch, e.zero.to_set().union(&e.lost))).collect()
-    }
-
-    /// The zero extents of every epoch.
-    pub fn zero_extents(&self) -> Vec<(u32, ExtentSet)> {
-        let kept = self.epochs.iter().filter(|(_, e)| !e.zero.is_empty());
-        kept.map(|(&epoch, e)| (epoch, e.zero.to_set())).collect()
-    }
-
-    /// Records that keep nothing for anyone any more: `gone` become changes without a copy.
-    pub fn release(&mut self, kept: &[Record], gone: &[Record], zero: Vec<(u32, ExtentSet)>) {
-        for record in gone {
-            self.insert_changed(record.epoch, Extent::single(record.block));
-        }
-        for (epoch, remaining) in zero {
-            let extents = self.epochs.entry(epoch).or_default();
-            for extent in extents.zero.to_set().difference(&remaining).iter() {
-                extents.changed.insert(extent);
-            }
-            extents.zero = SparseBitmap::from_set(&remaining);
-        }
-        self.tree.clear();
-        self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(pack(kept))] };
+        self.tree_within(EVERYTHING)
     }
 
     /// Forget epochs before `first`: no snapshot or bookmark begins early enough to need them.
     pub fn forget_before(&mut self, first: u32) {
         self.epochs = self.epochs.split_off(&first);
+        self.tree.retain(|(_, epoch), _| *epoch >= first);
+        for run in &mut self.runs {
+            if run.iter().any(|r| r.epoch < first) {
+                *run = Arc::new(run.iter().filter(|r| r.epoch >= first).copied().collect());
+            }
+        }
+        self.runs.retain(|run| !run.is_empty());
     }
 
     /// The runs and tree to be merged, if the tree has grown enough. To be called by the committer,

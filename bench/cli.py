@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import increments, instants, machine, memory, registry, report, rounds
+from bench import increments, instants, machine, memory, registry, report, rounds, scale
 from bench.errors import BenchError, UsageError
 from bench.goals import Judge, judge
 from bench.results import Conditions, Results, Run, Session, load, merge, save
@@ -135,6 +135,15 @@ def _memory(given: argparse.Namespace) -> int:
         snapshot_count=given.snapshots,
     )
     return EXIT_OK if memory.measure(plan, parent=given.dir) else EXIT_FAILED
+
+
+def _scale(given: argparse.Namespace) -> int:
+    plan = scale.Plan(
+        epoch_count=given.epochs, zero_count=given.zeros, payload_count=given.payloads
+    )
+    if min(plan.epoch_count, plan.zero_count, plan.payload_count) < 1:
+        raise UsageError("--epochs, --zeros and --payloads must be at least 1")
+    return EXIT_OK if scale.measure(plan, parent=given.dir) else EXIT_FAILED
 
 
 def _print(
@@ -316,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     told.add_argument("--write", type=Path, metavar="FILE", help="replace the block in this file")
     told.set_defaults(handle=_report)
     _add_memory_command(commands)
+    _add_scale_command(commands)
     return parser
 
 
@@ -364,3 +374,14 @@ def _add_memory_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     add("--snapshots", type=int, default=20, help="idle snapshots to time (default: 20)")
     add("--dir", type=Path, help="scratch on a disk; needs 9 GiB at a million blocks")
     command.set_defaults(handle=_memory)
+
+
+def _add_scale_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "what a store costs after years: time and memory to open it, reads of old snapshots"
+    command = commands.add_parser("scale", help=summary, description=summary)
+    add = command.add_argument
+    add("--epochs", type=int, default=2000, help="live snapshots (default: 2000)")
+    add("--zeros", type=int, default=49_000_000, help="zero originals (default: 49000000)")
+    add("--payloads", type=int, default=1_000_000, help="originals with content (default: 1000000)")
+    add("--dir", type=Path, help="scratch on a disk; needs 8 GiB at these counts")
+    command.set_defaults(handle=_scale)

@@ -14,7 +14,7 @@ pub struct Entry {
     pub kind: Kind,
     /// Where the content lies, if it was kept.
     pub position: Position,
-    /// Of the content, if it was kept.
+    /// Of the content, if it was kept; of a loss what the log has in its place.
     pub checksum: u32,
 }
 

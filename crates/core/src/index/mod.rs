@@ -37,6 +37,13 @@ pub enum Content {
 /// What is known of a block in an epoch.
 type Nearest = (u64, u32, Content);
 
+/// Blocks by epoch.
+type GivenUp = BTreeMap<u32, ExtentSet>;
+
+fn is_given_up(given_up: &GivenUp, block: u64, epoch: u32) -> bool {
+    given_up.get(&epoch).is_some_and(|blocks| blocks.contains(block))
+}
+
 /// All records of a volume.
 #[derive(Default)]
 pub struct Index {
@@ -46,6 +53,8 @@ pub struct Index {
     frozen: BTreeMap<u32, Arc<Memory>>,
     /// What the journal says is lost, of any epoch.
     stray: Memory,
+    /// Copies that the journal says were given up: not kept, whatever the log says.
+    given_up: Arc<GivenUp>,
     /// Index files, with the epochs that each tells.
     layers: Arc<Vec<Layer>>,
     /// Epochs with an unreadable batch: what has no record may have lost it.
@@ -58,6 +67,7 @@ pub struct Lookup {
     epoch: u32,
     nearest: Vec<Nearest>,
     layers: Arc<Vec<Layer>>,
+    given_up: Arc<GivenUp>,
 }
 
 impl Lookup {
@@ -85,6 +95,11 @@ impl Lookup {
             if !is_read {
                 return Ok(false);
             }
+        }
+        if !self.given_up.is_empty() {
+            self.nearest.retain(|&(block, at, content)| {
+                !matches!(content, Content::Preserved(_)) || !is_given_up(&self.given_up, block, at)
+            });
         }
         // Kept content wins over loss in the same epoch.
         self.nearest.sort_by_key(|&(block, at, content)| (block, at, content == Content::Lost));
@@ -118,6 +133,15 @@ impl Index {
     /// Add blocks of any epoch of which the journal says that their content is lost.
     pub fn insert_stray_loss(&mut self, epoch: u32, blocks: &ExtentSet) {
         self.stray.insert_lost(epoch, blocks);
+    }
+
+    /// Copies of any epoch that are given up: lost, as if they had never been kept.
+    pub fn give_up(&mut self, by_epoch: &[(u32, ExtentSet)]) {
+        for (epoch, blocks) in by_epoch {
+            self.stray.insert_lost(*epoch, blocks);
+            let given_up = Arc::make_mut(&mut self.given_up).entry(*epoch).or_default();
+            *given_up = given_up.union(blocks);
+        }
     }
 
     /// Add blocks of the open epoch that changed without a copy.
@@ -167,7 +191,8 @@ impl Index {
         for &at in self.damaged.range(epoch..) {
             nearest.extend((blocks.start..blocks.end).map(|b| (b, at, Content::Lost)));
         }
-        Lookup { blocks, epoch, nearest, layers: Arc::clone(&self.layers) }
+        let (layers, given_up) = (Arc::clone(&self.layers), Arc::clone(&self.given_up));
+        Lookup { blocks, epoch, nearest, layers, given_up }
     }
 
     /// Everything there is, to be looked through without a lock.
@@ -177,7 +202,8 @@ impl Index {
         if !self.stray.is_empty() {
             memories.push(Arc::new(self.stray.clone()));
         }
-        Parts { memories, layers: Arc::clone(&self.layers) }
+        let (layers, given_up) = (Arc::clone(&self.layers), Arc::clone(&self.given_up));
+        Parts { memories, layers, given_up }
     }
 
     /// About how much of closed epochs is in memory and may be in an index file, and how many those
@@ -218,6 +244,9 @@ impl Index {
         self.frozen = self.frozen.split_off(&first);
         self.damaged = self.damaged.split_off(&first);
         self.stray.forget_before(first);
+        if !self.given_up.is_empty() {
+            self.given_up = Arc::new(Arc::make_mut(&mut self.given_up).split_off(&first));
+        }
         if !self.open.is_empty() {
             Arc::make_mut(&mut self.open).forget_before(first);
         }

@@ -39,6 +39,7 @@ impl Layer {
 pub struct Parts {
     pub(super) memories: Vec<Arc<Memory>>,
     pub(super) layers: Arc<Vec<Layer>>,
+    pub(super) given_up: Arc<BTreeMap<u32, ExtentSet>>,
 }
 
 /// Where a walk is: blocks before it are done.
@@ -64,12 +65,12 @@ impl Walk {
 impl Parts {
     /// Only memory: an index file to be.
     pub fn of_memories(memories: Vec<Arc<Memory>>) -> Self {
-        Self { memories, layers: Arc::default() }
+        Self { memories, layers: Arc::default(), given_up: Arc::default() }
     }
 
     /// Only index files.
     pub fn of_layers(layers: Vec<Layer>) -> Self {
-        Self { memories: Vec::new(), layers: Arc::new(layers) }
+        Self { memories: Vec::new(), layers: Arc::new(layers), given_up: Arc::default() }
     }
 
     /// Put the entries of the next window into `entries`, clipped to it, in no order; false if there
@@ -122,6 +123,12 @@ impl Parts {
         }
         for layer in self.layers.iter() {
             read(layer, window, entries)?;
+        }
+        if !self.given_up.is_empty() {
+            entries.retain(|entry| {
+                let (block, epoch) = (entry.blocks.start, entry.epoch);
+                entry.kind != Kind::Preserve || !super::is_given_up(&self.given_up, block, epoch)
+            });
         }
         walk.at = window.end;
         if entries.len() > WINDOW_ENTRIES_MAX {

@@ -116,8 +116,11 @@ fn encode_entry(out: &mut Vec<u8>, entry: &Entry, previous_start: u64) {
     if entry.kind == Kind::Preserve {
         put_number(out, entry.position.0);
         out.extend_from_slice(&entry.checksum.to_le_bytes());
-    } else {
-        put_number(out, entry.blocks.len());
+        return;
+    }
+    put_number(out, entry.blocks.len());
+    if entry.kind == Kind::Lost {
+        put_number(out, u64::from(entry.checksum));
     }
 }
 
@@ -134,7 +137,11 @@ fn decode_entry(bytes: &[u8], at: &mut usize, previous_start: u64) -> Option<Ent
         return Some(Entry { blocks: Extent::single(start), epoch, kind, position, checksum });
     }
     let end = start.checked_add(take_number(bytes, at)?)?;
-    Some(Entry::bare(kind, epoch, Extent { start, end }))
+    let mut entry = Entry::bare(kind, epoch, Extent { start, end });
+    if kind == Kind::Lost {
+        entry.checksum = u32::try_from(take_number(bytes, at)?).ok()?;
+    }
+    Some(entry)
 }
 
 /// What an index file says of itself.

@@ -25,7 +25,9 @@ fn entries() -> impl Strategy<Value = Vec<Entry>> {
             let kinds = [Kind::Preserve, Kind::PreserveZero, Kind::Lost, Kind::Changed];
             let kind = kinds[usize::from(kind)];
             let blocks = Extent::new(start, end);
-            entries.push(if kind == Kind::Preserve {
+            entries.push(if kind == Kind::Lost {
+                Entry { checksum: checksum % 2, ..Entry::bare(kind, epoch, blocks) }
+            } else if kind == Kind::Preserve {
                 let position = Position::new(checksum % 77, checksum % 16_384);
                 Entry { blocks: Extent::single(start), epoch, kind, position, checksum }
             } else {
@@ -176,4 +178,32 @@ fn an_epoch_is_told_by_the_file_that_took_it_over_and_by_no_other() {
     );
     assert_eq!(index.forget_before(3), [2]);
     assert!(look(&index).is_empty());
+}
+
+#[test]
+fn a_copy_that_was_given_up_is_lost_wherever_its_record_is() {
+    let dir = tempfile::tempdir().expect("directory");
+    let directory = FileDirectory::new(dir.path());
+    let record = |block| Record { block, position: Position::new(1, 4), epoch: 2, checksum: 9 };
+    let mut index = Index::default();
+    index.adopt(2, Memory::from_records(vec![record(5), record(6)]), false);
+    let all = Extent::new(0, 10);
+    let look = |index: &Index| {
+        let mut found = Vec::new();
+        index.look_up(all, 1).finish(Wait::Long, &mut found).expect("read");
+        found
+    };
+    index.give_up(&[(2, ExtentSet::from_extent(Extent::single(5)))]);
+    let expected = [(5, Content::Lost), (6, Content::Preserved(record(6)))];
+    assert_eq!(look(&index), expected);
+    let memories = index.unfiled().into_iter().map(|(_, memory)| memory).collect();
+    let (parts, mut entries) = (Parts::of_memories(memories), Vec::new());
+    parts.next_sorted(&mut Walk::new(0, 10), &mut entries).expect("read");
+    let layer = Layer { run: Arc::new(write(&directory, 1, &entries)), epochs: (2..3).collect() };
+    index.file(Some(&layer), &BTreeSet::new());
+    assert_eq!(look(&index), expected, "in an index file too");
+    let lost = index.parts().lost_since(1, 10).expect("read");
+    assert_eq!(lost, ExtentSet::from_extent(Extent::single(5)));
+    let changed = index.parts().changed(1, 3).expect("read");
+    assert_eq!(changed, ExtentSet::from_extent(Extent::new(5, 7)), "P5: it changed all the same");
 }

@@ -291,25 +291,30 @@ pub enum JournalError {
         /// What it would take.
         bytes: usize,
     },
-    /// An earlier write failed: nothing more is decided until the volume is opened anew.
-    #[error("an earlier journal write failed; open the volume anew")]
-    Broken,
+    /// What an earlier, failed write may have left cannot be wiped out.
+    #[error("an earlier write of the volume journal failed, and cannot be undone yet: {0}")]
+    Broken(io::Error),
 }
 
 /// The open journal.
 pub struct Journal {
     file: Arc<dyn Storage>,
     end: u64,
+    /// Where the last record begins.
+    last_start: u64,
     next_sequence: u64,
     allocated: u64,
-    is_broken: bool,
+    /// Bytes behind the end that a failed append may have left: a decision that was not taken, and
+    /// that must not be found by the next opening.
+    left_behind: u64,
 }
 
 impl Journal {
     /// Make the journal of a new store; `first` is durable when this returns.
     pub fn create(directory: &dyn Directory, first: &Entry) -> Result<Self, JournalError> {
         let file = directory.create(JOURNAL_NAME)?;
-        let mut journal = Self { file, end: 0, next_sequence: 1, allocated: 0, is_broken: false };
+        let mut journal =
+            Self { file, end: 0, last_start: 0, next_sequence: 1, allocated: 0, left_behind: 0 };
         journal.append(first)?;
         directory.sync()?;
         Ok(journal)
@@ -320,9 +325,10 @@ impl Journal {
         let file = directory.open(JOURNAL_NAME)?;
         let length = file.len()?;
         let mut entries = Vec::new();
-        let (mut at, mut sequence) = (0, 1);
+        let (mut at, mut last_start, mut sequence) = (0, 0, 1);
         while let Some((entry, next)) = read_record(&*file, at, length, sequence)? {
             entries.push(entry);
+            last_start = at;
             at = next;
             sequence += 1;
         }
@@ -333,13 +339,23 @@ impl Journal {
             }
             probe += UNIT;
         }
-        let journal =
-            Self { file, end: at, next_sequence: sequence, allocated: at, is_broken: false };
+        let journal = Self {
+            file,
+            end: at,
+            last_start,
+            next_sequence: sequence,
+            allocated: at,
+            left_behind: 0,
+        };
         Ok((journal, entries))
     }
 
-    /// Make what was read durable: a killed process may have written it and not synced.
-    pub fn sync(&self) -> Result<(), JournalError> {
+    /// Make what was read durable. A killed process may have written the last record and not
+    /// synced it; or its sync failed, and only what is written again will be.
+    pub fn rewrite_last(&self) -> Result<(), JournalError> {
+        let mut record = vec![0; to_usize(self.end - self.last_start)];
+        self.file.read_at(self.last_start, &mut record)?;
+        self.file.write_at(self.last_start, &record)?;
         Ok(self.file.sync()?)
     }
 
@@ -349,11 +365,22 @@ impl Journal {
         self.end + record_bytes + RESERVE_BYTES / 4 > self.allocated
     }
 
-    /// Make a decision durable. After an error nothing more is accepted.
-    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
-        if self.is_broken {
-            return Err(JournalError::Broken);
+    /// Wipe out what a failed append may have left. Until that is possible nothing more can be
+    /// decided, nor anything be built on what was decided before: an opening might see more.
+    pub fn heal(&mut self) -> Result<(), JournalError> {
+        if self.left_behind == 0 || is_broken(Rule::FailedDecisionsUndone) {
+            return Ok(());
         }
+        let nothing = vec![0; to_usize(self.left_behind)];
+        let wiped = self.file.write_at(self.end, &nothing).and_then(|()| self.file.sync());
+        wiped.map_err(JournalError::Broken)?;
+        self.left_behind = 0;
+        Ok(())
+    }
+
+    /// Make a decision durable. After an error it is not taken.
+    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
+        self.heal()?;
         let (kind, payload) = entry.encode();
         if payload.len() > to_usize(u64::from(RECORD_BYTES_MAX)) {
             // It could not be read back, and the journal would end there.
@@ -370,9 +397,12 @@ impl Journal {
         let synced = || if is_broken(Rule::JournalSync) { Ok(()) } else { self.file.sync() };
         let written = self.file.write_at(self.end, &record).and_then(|()| synced());
         if let Err(error) = written {
-            self.is_broken = true;
+            self.left_behind = to_u64(record.len());
+            // Tried again before anything else is decided.
+            let _ = self.heal();
             return Err(error.into());
         }
+        self.last_start = self.end;
         self.end = end;
         self.next_sequence += 1;
         Ok(())

@@ -76,9 +76,9 @@ pub struct Scan {
 impl Scan {
     /// The log was closed before the batch `next_batch`; if it ends earlier now, its tail is gone.
     pub fn expect_end(&mut self, next_batch: u64) {
-        let last = self.segments.values().next_back().map(|s| s.header);
+        let last = self.segments.get(&self.end.segment).map(|s| s.header);
         if let Some(last) = last.filter(|_| self.end.next_sequence < next_batch) {
-            self.missing.push((last.segment + 1, last.epoch));
+            self.missing.push((self.end.segment_max + 1, last.epoch));
         }
     }
 
@@ -194,13 +194,20 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
         if end_page.is_some_and(|end| cursor.page < end) {
             found.damaged.push((segment, cursor.page));
         }
-        let header = info.header;
-        found.end.segment = segment;
-        found.end.epoch = header.epoch;
-        found.end.ordinal = header.ordinal;
-        found.end.page = cursor.page;
         found.end.next_sequence = found.end.next_sequence.max(cursor.expected);
+        let header = info.header;
+        // Not the highest number: the old epoch may have had to go on in a new segment when that of
+        // the next one had been made already.
+        if (header.epoch, header.ordinal) >= (found.end.epoch, found.end.ordinal) {
+            found.end.segment = segment;
+            found.end.epoch = header.epoch;
+            found.end.ordinal = header.ordinal;
+            found.end.page = cursor.page;
+            let last = found.batches.last().filter(|batch| batch.segment == segment);
+            found.end.last_page = last.map_or(0, |batch| batch.page);
+        }
     }
+    found.batches.sort_by_key(|batch| batch.header.sequence);
     Ok(())
 }
 
@@ -221,6 +228,8 @@ fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
     if is_torn && !is_broken(Rule::LastBatchVerified) {
         if !is_broken(Rule::TornTailCut) {
             found.end.page = last.page;
+            // What was before it had been synced.
+            found.end.last_page = last.page;
         }
         found.end.next_sequence = last.header.sequence;
         found.batches.pop();

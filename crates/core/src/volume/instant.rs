@@ -68,9 +68,10 @@ struct Flip {
 impl Volume {
     /// Take a snapshot of the selected blocks as they are at one instant during this call.
     pub fn snapshot(&self, request: SnapshotRequest) -> Result<Instant> {
-        let mut committer = self.role()?;
-        self.finish_restore_first(&mut committer)?;
-        self.take_instant(&mut committer, request, None)
+        self.told(self.role().and_then(|mut committer| {
+            self.finish_restore_first(&mut committer)?;
+            self.take_instant(&mut committer, request, None)
+        }))
     }
 
     /// The instant, of a snapshot or of the safety snapshot of a restore.
@@ -90,6 +91,7 @@ impl Volume {
                 EPOCH_HEADER_BYTES_MAX / 2
             )));
         }
+        committer.journal.heal()?;
         let selection = self.share_selection(request.selection);
         let epoch = committer.epoch_max + 1;
         let prepared = committer.log.prepare_epoch();

@@ -216,6 +216,7 @@ impl Parts {
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
         let has_unfinished = !self.scan.unfinished.is_empty();
+        let end = self.decided.closed.is_none().then_some(self.scan.end);
         let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
@@ -223,7 +224,7 @@ impl Parts {
                 volume.origin_path.display()
             )));
         }
-        volume.settle_the_past(doubt, owes_space || has_unfinished)?;
+        volume.settle_the_past(doubt, end, owes_space || has_unfinished)?;
         if is_failed {
             volume.committer.lock().journal.append(&Entry::Recovered)?;
         }

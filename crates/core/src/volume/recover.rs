@@ -6,8 +6,10 @@ use super::{Committer, Volume};
 use crate::buffer::LeftBuffer;
 use crate::error::{Error, Result};
 use crate::journal::Entry;
+use crate::log::writer::LogEnd;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::unix_ns;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// What an earlier process left behind.
@@ -28,13 +30,28 @@ pub(super) fn return_memory() {
 
 impl Volume {
     /// Finish what was interrupted. A process that was killed had its writes taken by the kernel,
-    /// but not made durable: sync before anything is trusted.
-    pub(super) fn settle_the_past(&self, past: Past, owes_space: bool) -> Result<()> {
+    /// but not made durable: sync before anything is trusted. What its own sync failed for the
+    /// kernel takes for durable: that is written once more.
+    ///
+    /// `end` is where the log of a volume ends that was not closed.
+    pub(super) fn settle_the_past(
+        &self,
+        past: Past,
+        end: Option<LogEnd>,
+        owes_space: bool,
+    ) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
-        committer.journal.sync()?;
-        if let Some(segment) = committer.segments.keys().next_back() {
-            let file = self.segments.get(*segment).map_err(Error::store("log segment"))?;
+        committer.journal.rewrite_last()?;
+        if let Some(end) = end {
+            let rewritten = committer.log.rewrite_end(&end);
+            rewritten.map_err(Error::store("making the end of the log durable"))?;
+        }
+        let last = committer.segments.keys().next_back().copied();
+        let current = committer.segments.iter().filter(|(_, of)| **of == epoch);
+        let unsynced: BTreeSet<u32> = current.map(|(&segment, _)| segment).chain(last).collect();
+        for segment in unsynced {
+            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
             file.sync().map_err(Error::store("log segment"))?;
         }
         self.origin.sync().map_err(Error::origin("sync at opening"))?;

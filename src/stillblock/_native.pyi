@@ -116,6 +116,8 @@ class Volume:
     def delete_bookmark(self, *, epoch: int) -> None: ...
     def changed(self, *, since: int, until: int | None = None) -> Extents:
         """Blocks tracked by `since` that changed from its instant to that of `until`, or to now."""
+    def newly_selected(self, *, since: int, until: int) -> Extents:
+        """Blocks that `until` selects and `since` did not hold: an increment needs them whole."""
     def view(self, *, epoch: int, excluded_reads: Literal["zeros", "error"] = "zeros") -> View: ...
     def restore(
         self, *, epoch: int, request: Sequence[tuple[int, int]], safety_selection: Sequence[tuple[int, int]],
@@ -147,7 +149,7 @@ class View:
         """(start, end, flags): 1 hole, 2 reads as zeros, 4 not selected, 8 lost."""
     def close(self) -> None: ...
 
-ContextSpec = tuple[str, Literal["selected", "changed"], int]
+ContextSpec = tuple[str, Literal["selected", "changed", "dirty"], int]
 """(name told to clients, what it shows, since which epoch; 0 for "selected")"""
 
 @final

@@ -358,6 +358,10 @@ class Changes:
     """None: until now."""
     extents: Extents
     changed_bytes: int
+    newly_selected: Extents = ()
+    """What the later instant selects and the earlier one did not hold: an increment needs it
+    whole, changed or not. Nothing up to now: only an instant selects."""
+    newly_selected_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

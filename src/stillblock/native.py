@@ -21,7 +21,7 @@ RestoreStatus = _native.RestoreStatus
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]
 ExcludedReads = Literal["zeros", "error"]
-ContextKind = Literal["selected", "changed"]
+ContextKind = Literal["selected", "changed", "dirty"]
 ContextSpec = tuple[str, ContextKind, int]
 """What clients call a metadata context, what it shows, since which epoch (0 for "selected")."""
 
@@ -199,6 +199,11 @@ class Volume:
         """Return what changed from one instant to another or to now."""
         with _translated():
             return tuple(self.inner.changed(since=since, until=until))
+
+    def newly_selected(self, *, since: int, until: int) -> Extents:
+        """Return what the later instant selects and the earlier one did not hold."""
+        with _translated():
+            return tuple(self.inner.newly_selected(since=since, until=until))
 
     def view(self, *, epoch: int, excluded_reads: ExcludedReads = "zeros") -> View:
         """Open a snapshot for reading; holds it until closed."""

@@ -252,6 +252,12 @@ impl Volume {
         Ok(to_ranges(&set, self.0.block_size(), self.0.size_bytes()))
     }
 
+    #[pyo3(signature = (*, since, until))]
+    fn newly_selected(&self, py: Python<'_>, since: u32, until: u32) -> PyResult<Ranges> {
+        let set = detached(py, || self.0.newly_selected(since, until))?;
+        Ok(to_ranges(&set, self.0.block_size(), self.0.size_bytes()))
+    }
+
     #[pyo3(signature = (*, epoch, excluded_reads="zeros"))]
     fn view(&self, epoch: u32, excluded_reads: &str) -> PyResult<View> {
         let choices = [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];

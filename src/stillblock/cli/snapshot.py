@@ -278,6 +278,15 @@ def diff(
             f"{format_size(found.changed_bytes)} changed from {volume}@{found.since} to {end}, "
             f"in {counted(len(found.extents), 'extent')}"
         )
+        if found.newly_selected and not summary:
+            out.line()
+            out.table((">START", ">END", ">SIZE"), extents_rows(found.newly_selected), empty="")
+            out.line()
+        if found.newly_selected:
+            out.line(
+                f"{format_size(found.newly_selected_bytes)} newly selected: {volume}@{found.since} "
+                "did not hold it, so an increment needs all of it"
+            )
 
     output.result("changes", found, render)
 

@@ -285,12 +285,17 @@ def changes(volume: OpenVolume, request: ChangesRequest) -> Changes:
             "name the older one first"
         )
     extents = volume.engine.changed(since=since, until=until)
+    newly: Extents = ()
+    if until is not None:
+        newly = volume.engine.newly_selected(since=since, until=until)
     return Changes(
         volume=volume.name,
         since=since_name,
         until=until_name,
         extents=extents,
         changed_bytes=total_bytes(extents),
+        newly_selected=newly,
+        newly_selected_bytes=total_bytes(newly),
     )
 
 

@@ -20,7 +20,8 @@ _LOG: Final = logging.getLogger("stillblock.service")
 SELECTED_CONTEXT: Final = "x-stillblock:selected"
 CHANGED_CONTEXT: Final = "x-stillblock:changed:"
 DIRTY_CONTEXT: Final = "qemu:dirty-bitmap:"
-"""What existing backup clients ask for; the same contents."""
+"""What existing backup clients ask for: what a copy of that instant lacks, newly selected blocks
+included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,5 +230,5 @@ class ExportServer:
 def _changed_since(instant: Instant) -> tuple[native.ContextSpec, native.ContextSpec]:
     return (
         (CHANGED_CONTEXT + instant.name, "changed", instant.epoch),
-        (DIRTY_CONTEXT + instant.name, "changed", instant.epoch),
+        (DIRTY_CONTEXT + instant.name, "dirty", instant.epoch),
     )

@@ -20,6 +20,7 @@
 mod commit;
 mod decided;
 mod host;
+mod increment;
 mod instant;
 pub mod open;
 mod past;

@@ -38,6 +38,16 @@ pub(super) fn boot_id() -> Result<[u8; 16]> {
     Ok(id)
 }
 
+/// True if a file was changed since this machine was started. The kernel tells the time of the boot
+/// in whole seconds, and corrects it as it corrects the clock.
+pub(super) fn is_after_boot(modified_unix_ns: u64) -> bool {
+    const SLACK_S: u64 = 5;
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("btime "));
+    let boot = line.and_then(|seconds| seconds.trim().parse::<u64>().ok());
+    boot.is_some_and(|boot| modified_unix_ns / 1_000_000_000 > boot + SLACK_S)
+}
+
 /// What tells the origin from other disks now.
 pub fn identify(file: &File) -> std::io::Result<OriginIdentity> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};

@@ -6,6 +6,7 @@ use super::host::now_unix_ns;
 use super::{Committer, Volume};
 use crate::buffer::{LeftBuffer, note_replaying};
 use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
 use crate::journal::Entry;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,8 @@ use std::path::{Path, PathBuf};
 pub(super) struct Past {
     pub(super) suspect: Option<String>,
     pub(super) left: Option<(PathBuf, LeftBuffer)>,
+    /// Epochs in which records are gone, with every block.
+    pub(super) losses: Vec<(u32, ExtentSet)>,
 }
 
 /// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
@@ -37,6 +40,11 @@ impl Volume {
             file.sync().map_err(Error::store("log segment"))?;
         }
         self.origin.sync().map_err(Error::origin("sync at opening"))?;
+        // Before anything is recorded: a first change made from here on must not be taken for the
+        // one that is gone (P2).
+        for (epoch, blocks) in past.losses {
+            committer.journal.append(&Entry::Lost { epoch, blocks })?;
+        }
         let gone = self.forget_unneeded(epoch);
         {
             let blocks = self.block_count(self.size_bytes());

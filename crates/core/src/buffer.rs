@@ -11,6 +11,7 @@
 use crate::codec::{Reader, Writer};
 use crate::journal::OriginIdentity;
 use crate::number::{to_u64, to_usize};
+use crate::sabotage::{Rule, is_broken};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{Mode, OFlags};
 use smallvec::SmallVec;
@@ -77,6 +78,8 @@ pub struct Arena {
     _lock: Option<File>,
     slot_count: u32,
     block_size: usize,
+    #[cfg(feature = "simulation")]
+    is_removed: std::sync::atomic::AtomicBool,
 }
 
 impl Arena {
@@ -89,8 +92,25 @@ impl Arena {
     pub fn private(slot_count: u32, block_size: u64) -> io::Result<Self> {
         let length = to_usize(Self::bytes_for(slot_count, block_size));
         let memory = MmapRaw::from(MmapOptions::new().len(length).map_anon()?);
-        let block_size = to_usize(block_size);
-        Ok(Self { memory, path: None, _lock: None, slot_count, block_size })
+        Ok(Self::on(memory, None, slot_count, block_size))
+    }
+
+    fn on(
+        memory: MmapRaw,
+        named: Option<(PathBuf, File)>,
+        slot_count: u32,
+        block_size: u64,
+    ) -> Self {
+        let (path, lock) = named.unzip();
+        Self {
+            memory,
+            path,
+            _lock: lock,
+            slot_count,
+            block_size: to_usize(block_size),
+            #[cfg(feature = "simulation")]
+            is_removed: std::sync::atomic::AtomicBool::new(false),
+        }
     }
 
     /// In a new file of a memory filesystem: outlives the process.
@@ -109,18 +129,44 @@ impl Arena {
         // to the mapping.
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
         let memory = MmapRaw::map_raw(&file)?;
+        let named = Some((path.to_path_buf(), file));
+        let arena = Self::on(memory, named, slot_count, block_size);
+        arena.write_header(identity, block_size);
+        Ok(arena)
+    }
+
+    /// In memory of this process, with everything a file has: the simulation keeps it beyond a kill.
+    #[cfg(feature = "simulation")]
+    pub fn outliving(
+        slot_count: u32,
+        block_size: u64,
+        identity: &BufferIdentity,
+    ) -> io::Result<Self> {
+        let arena = Self::private(slot_count, block_size)?;
+        arena.write_header(identity, block_size);
+        Ok(arena)
+    }
+
+    /// What a kill at this moment leaves.
+    #[cfg(feature = "simulation")]
+    pub fn left(&self) -> Option<LeftBuffer> {
+        if self.is_removed.load(Ordering::Relaxed) {
+            return None;
+        }
+        // SAFETY: the mapping lives as long as `self`, and the simulation runs one thread at a time.
+        let bytes = unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.memory.len()) };
+        parse_left(bytes).and_then(Result::ok)
+    }
+
+    fn write_header(&self, identity: &BufferIdentity, block_size: u64) {
         let mut header = Writer::default();
         header.raw(&FILE_MAGIC).u32(FILE_VERSION).raw(&identity.uuid).u64(identity.generation);
         header.raw(&identity.boot_id).u64(identity.origin.device).u64(identity.origin.inode);
         header.u64(identity.origin.bytes).u64(identity.origin.modified_unix_ns);
-        header.u32(slot_count).u64(block_size);
+        header.u32(self.slot_count).u64(block_size);
         let crc = crc32c::crc32c(&header.0);
         header.u32(crc);
-        let path = Some(path.to_path_buf());
-        let block_size = to_usize(block_size);
-        let arena = Self { memory, path, _lock: Some(file), slot_count, block_size };
-        arena.slot_memory(0, header.0.len()).copy_from_slice(&header.0);
-        Ok(arena)
+        self.slot_memory(0, header.0.len()).copy_from_slice(&header.0);
     }
 
     fn header_at(slot: u32) -> usize {
@@ -192,6 +238,8 @@ impl Arena {
 
     /// Say that the buffer is empty for good, by removing its file.
     pub fn remove(&self) {
+        #[cfg(feature = "simulation")]
+        self.is_removed.store(true, Ordering::Relaxed);
         if let Some(path) = &self.path {
             // Left behind it would be recognised as another generation's.
             let _ = std::fs::remove_file(path);
@@ -226,7 +274,7 @@ pub struct LeftSlot {
 }
 
 /// What a buffer file holds.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LeftBuffer {
     /// Whose it is.
     pub identity: BufferIdentity,
@@ -426,6 +474,16 @@ impl WriteBuffer {
     }
 
     fn put_masked(&mut self, block: u64, epoch: u32, mask: SectorMask, at: u64, data: &[u8]) {
+        if is_broken(Rule::SlotsImmutable)
+            && let Some(slot) = self.by_block.get(&block).and_then(|list| list.last().copied())
+        {
+            let start = self.arena.data_at(slot) + to_usize(at);
+            self.arena.slot_memory(start, data.len()).copy_from_slice(data);
+            self.slots[to_usize(u64::from(slot))].mask |= mask;
+            let info = *self.info(slot);
+            self.arena.publish(slot, &info);
+            return;
+        }
         let slot = self.free.pop().expect("the caller saw a free slot under the same lock");
         let sequence = self.next_sequence;
         self.next_sequence += 1;

@@ -17,6 +17,8 @@ pub mod journal;
 pub mod log;
 pub mod nbd;
 pub mod number;
+pub mod sabotage;
 pub mod storage;
+pub mod sync;
 pub mod view;
 pub mod volume;

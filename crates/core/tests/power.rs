@@ -9,16 +9,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use stillblock_core::error::{Error, Result};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::view::{ExcludedReads, View};
-use stillblock_core::volume::open::{
-    Cache, CreateRequest, OpenRequest, Recover, create, open_through,
-};
+use stillblock_core::volume::host::Through;
+use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
 use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
 
 const SECTOR: usize = 512;
@@ -331,20 +330,19 @@ fn open_at(
         recover,
         has_background: false,
     };
-    let opened = AtomicU32::new(0);
-    open_through(
-        request,
-        &|file| {
-            let path = dir.join("disk.img");
-            world.know(&path);
-            Arc::new(Forgetful { file, path, world: Arc::clone(world) })
-        },
-        &|directory| {
-            let is_log = opened.fetch_add(1, Ordering::Relaxed) > 0;
-            let path = dir.join(if is_log { "store/log" } else { "store" });
-            Arc::new(ForgetfulDirectory { directory, path, world: Arc::clone(world) })
-        },
-    )
+    let (for_origin, for_store) = (Arc::clone(world), Arc::clone(world));
+    let path = dir.join("disk.img");
+    let host = Through {
+        origin: Box::new(move |file| {
+            for_origin.know(&path);
+            Arc::new(Forgetful { file, path: path.clone(), world: Arc::clone(&for_origin) })
+        }),
+        directory: Box::new(move |path, directory| {
+            let (path, world) = (path.to_path_buf(), Arc::clone(&for_store));
+            Arc::new(ForgetfulDirectory { directory, path, world })
+        }),
+    };
+    open_on(Arc::new(host), request)
 }
 
 impl Run<'_> {

@@ -11,6 +11,7 @@ use super::format::{
 };
 use super::writer::{LogEnd, Segments, segment_number};
 use crate::number::{to_u64, to_usize};
+use crate::sabotage::{Rule, is_broken};
 use crate::storage::Storage;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -250,8 +251,10 @@ fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
         let is_read = segments.read(position, &mut content).is_ok();
         !is_read || payload_checksum(block, last.header.epoch, &content) != checksum
     });
-    if is_torn {
-        found.end.page = last.page;
+    if is_torn && !is_broken(Rule::LastBatchVerified) {
+        if !is_broken(Rule::TornTailCut) {
+            found.end.page = last.page;
+        }
         found.end.next_sequence = last.header.sequence;
         found.batches.pop();
     }

@@ -3,8 +3,9 @@
 use super::batch::BatchBuilder;
 use super::format::{PAGE, Position, SegmentHeader};
 use crate::number::to_u64;
+use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
-use parking_lot::RwLock;
+use crate::sync::RwLock;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
@@ -61,7 +62,9 @@ impl Segments {
 
     fn create(&self, segment: u32) -> io::Result<Arc<dyn Storage>> {
         let file = self.directory.create(&segment_name(segment))?;
-        self.directory.sync()?;
+        if !is_broken(Rule::NameDurable) {
+            self.directory.sync()?;
+        }
         self.remember(segment, &file);
         Ok(file)
     }
@@ -245,7 +248,7 @@ impl LogWriter {
     /// told from a torn tail.
     pub fn seal(&mut self, batch: &mut BatchBuilder) -> io::Result<()> {
         let Some(epoch) = self.current.as_ref().map(|c| c.epoch) else { return Ok(()) };
-        if self.is_open_ended {
+        if self.is_open_ended && !is_broken(Rule::SealBeforePunch) {
             batch.begin(epoch, 0);
             self.append(batch)?;
             self.is_open_ended = false;
@@ -290,7 +293,9 @@ impl LogWriter {
         let current = self.current.as_mut().expect("rolled or open");
         let bytes = batch.finish(sequence);
         current.file.write_at(current.page * PAGE, bytes)?;
-        current.file.sync()?;
+        if !is_broken(Rule::LogSync) {
+            current.file.sync()?;
+        }
         let at = u32::try_from(current.page).expect("a segment is bounded");
         current.page += pages;
         self.is_open_ended = true;

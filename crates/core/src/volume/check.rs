@@ -9,7 +9,6 @@ use crate::journal::Journal;
 use crate::log::format::{PAGE, Position, payload_checksum};
 use crate::log::verify::{Finding, Severity, VerifiedEnd, verify_headers};
 use crate::number::{to_u64, to_usize};
-use crate::storage::FileDirectory;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -83,7 +82,7 @@ impl Volume {
     pub fn check_structure(&self) -> Result<Vec<Finding>> {
         let mut findings = Vec::new();
         let damaged = |message: String| Finding { severity: Severity::Damaged, message };
-        if let Err(error) = Journal::open(&FileDirectory::new(&self.store_path)) {
+        if let Err(error) = Journal::open(&*self.host.directory(&self.store_path)) {
             findings.push(damaged(Error::from(error).to_string()));
         }
         let (numbers, end) = {

@@ -14,11 +14,12 @@ use crate::index::Record;
 use crate::journal::Entry;
 use crate::log::format::{BATCH_BLOCKS_MAX, Kind, Position};
 use crate::number::{to_u64, to_usize};
+use crate::sabotage::{Rule, is_broken};
+use crate::sync::{Clock, unix_ns};
 use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 /// What a first change of a block needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,7 +94,7 @@ impl Volume {
         epoch_max: u32,
         frozen: Option<&FrozenClasses>,
     ) -> Result<bool> {
-        let started = Instant::now();
+        let started = Clock::now();
         let (mut taken, arena, size_bytes) = {
             let mut state = self.state.lock();
             let taken = state.buffer.take_batch(epoch_max, BATCH_BLOCKS_MAX);
@@ -110,9 +111,15 @@ impl Volume {
             taken = ready;
             self.state.lock().buffer.put_back(&waiting);
         }
+        if is_broken(Rule::SlotsUntilWritten) {
+            self.state.lock().buffer.drop_batch(&taken);
+        }
         if let Err(error) = self.commit_works(committer, &works, &arena, size_bytes, frozen) {
             self.state.lock().buffer.put_back(&taken);
             return Err(error);
+        }
+        if is_broken(Rule::SlotsUntilWritten) {
+            return Ok(true);
         }
         let bytes = to_u64(works.len()) * self.block_size;
         committer.note_drained(bytes, started);
@@ -173,14 +180,19 @@ impl Volume {
         frozen: Option<&FrozenClasses>,
     ) -> Result<()> {
         committer.batch.begin(committer.epoch, works.len());
+        let forgotten = is_broken(Rule::LastBlockWhole).then_some(size_bytes / self.block_size);
         let pending = works.iter().filter(|w| w.class.pending).map(|w| w.block);
+        let pending = pending.filter(move |block| Some(*block) != forgotten);
         self.keep_old_content(committer, runs_of(pending), size_bytes);
         let changed = works.iter().filter(|w| w.class.unsettled && !w.class.pending);
         for work in changed {
             committer.batch.note(Kind::Changed, Extent::single(work.block));
         }
+        if is_broken(Rule::LogFirst) {
+            self.write_slots(works, arena, size_bytes)?;
+        }
         self.record(committer)?;
-        if frozen.is_none() {
+        if frozen.is_none() && !is_broken(Rule::Settle) {
             let recorded = works.iter().filter(|w| w.class.pending || w.class.unsettled);
             self.settle(runs_of(recorded.map(|w| w.block)));
         }
@@ -423,6 +435,9 @@ impl Volume {
             return Ok(());
         }
         self.syncs_begun.fetch_add(1, Ordering::AcqRel);
+        if is_broken(Rule::FailedSyncLatches) && self.origin.sync().is_err() {
+            return self.origin.sync().map_err(Error::origin("making writes durable"));
+        }
         self.origin.sync().map_err(|e| self.latch_origin("making writes durable", e))
     }
 
@@ -440,7 +455,7 @@ impl Volume {
                 return;
             }
             let enough = to_usize(COMMIT_BYTES / self.block_size);
-            let deadline = Instant::now() + COMMIT_AGE;
+            let deadline = Clock::now() + COMMIT_AGE;
             while !state.buffer.is_empty()
                 && state.buffer.used() < enough
                 && !(state.is_kicked || state.is_stopping)
@@ -485,7 +500,7 @@ impl Volume {
     pub(super) fn run_heartbeat(&self) {
         let mut state = self.state.lock();
         while !state.is_stopping {
-            state.buffer.arena().note_alive(super::host::now_unix_ns());
+            state.buffer.arena().note_alive(unix_ns());
             self.stopping.wait_for(&mut state, HEARTBEAT);
         }
     }
@@ -525,7 +540,7 @@ fn has_work(state: &State) -> bool {
 }
 
 impl Committer {
-    fn note_drained(&mut self, bytes: u64, started: Instant) {
+    fn note_drained(&mut self, bytes: u64, started: Clock) {
         let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
         let rate = bytes.saturating_mul(1_000_000) / micros;
         // Small batches are mostly latency: they say little of the rate.

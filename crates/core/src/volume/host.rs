@@ -1,19 +1,259 @@
-//! What the operating system says of disks, locks, boots and memory filesystems.
+//! What the engine asks of the machine: disks, locks, the boot, and memory that outlives the process.
+//!
+//! [`System`] is the operating system. [`Through`] puts something between the engine and its devices;
+//! the simulation is a machine of its own.
 
+use crate::buffer::{Arena, BufferIdentity, LeftBuffer, note_replaying, read_left};
 use crate::error::{Error, Result};
 use crate::journal::OriginIdentity;
-use crate::storage::{FileStorage, OpenOptions};
+use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions, Storage};
 use rustix::fs::FlockOperation;
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const LOCK_NAME: &str = "lock";
 
-/// Nanoseconds since 1970.
-pub fn now_unix_ns() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+/// Something that is given back when it is dropped.
+pub type Held = Box<dyn Send>;
+
+/// The disk that is served.
+pub trait OriginDevice: Send + Sync {
+    /// Its bytes.
+    fn storage(&self) -> Arc<dyn Storage>;
+    /// What tells it from other disks now.
+    fn identify(&self) -> io::Result<OriginIdentity>;
+    /// Let others have it, though views may keep it open.
+    fn release(&self);
+}
+
+/// The machine under a volume.
+pub trait Host: Send + Sync {
+    /// The boot of the kernel: memory does not outlive it.
+    fn boot_id(&self) -> Result<[u8; 16]>;
+    /// Sixteen random bytes.
+    fn random(&self) -> Result<[u8; 16]>;
+    /// A directory of files.
+    fn directory(&self, path: &Path) -> Arc<dyn Directory>;
+    /// Make a directory and its parents.
+    fn make_directory(&self, path: &Path) -> io::Result<()>;
+    /// Keep other processes out of a store.
+    fn lock_store(&self, store: &Path) -> Result<Held>;
+    /// Open the served disk, and keep others from writing to it.
+    fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>>;
+    /// The one name of a path.
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf>;
+    /// A place in memory that outlives the process, if there is one.
+    fn default_buffer_dir(&self) -> Option<PathBuf>;
+    /// A new write buffer there.
+    fn new_buffer(
+        &self,
+        path: &Path,
+        slot_count: u32,
+        block_size: u64,
+        identity: &BufferIdentity,
+    ) -> io::Result<Arc<Arena>>;
+    /// The write buffer that a killed process left; its version if that is newer than ours.
+    fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>>;
+    /// When this boot began, if the machine knows: whoever writes later is not of an earlier one.
+    fn booted_unix_ns(&self) -> Option<u64> {
+        None
+    }
+    /// Note there that somebody works on it.
+    fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()>;
+}
+
+/// The operating system.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct System;
+
+struct SystemOrigin(Arc<FileStorage>);
+
+impl OriginDevice for SystemOrigin {
+    fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.0) as Arc<dyn Storage>
+    }
+
+    fn identify(&self) -> io::Result<OriginIdentity> {
+        identify(self.0.file())
+    }
+
+    fn release(&self) {
+        lock_whole(self.0.file(), libc::F_UNLCK);
+    }
+}
+
+impl Host for System {
+    fn boot_id(&self) -> Result<[u8; 16]> {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+        let text = text.map_err(Error::origin("reading the kernel's boot id"))?;
+        let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+        let mut id = [0; 16];
+        for (byte, pair) in id.iter_mut().zip(digits.as_bytes().chunks(2)) {
+            let pair = std::str::from_utf8(pair).unwrap_or("0");
+            *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
+        }
+        Ok(id)
+    }
+
+    fn booted_unix_ns(&self) -> Option<u64> {
+        // In whole seconds, and corrected as the clock is.
+        const SLACK_S: u64 = 5;
+        let text = std::fs::read_to_string("/proc/stat").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("btime "))?;
+        let seconds = line.trim().parse::<u64>().ok()?;
+        Some((seconds + SLACK_S) * 1_000_000_000)
+    }
+
+    fn random(&self) -> Result<[u8; 16]> {
+        use std::io::Read;
+        let mut bytes = [0; 16];
+        let read = File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes));
+        read.map_err(Error::store("reading random bytes"))?;
+        Ok(bytes)
+    }
+
+    fn directory(&self, path: &Path) -> Arc<dyn Directory> {
+        Arc::new(FileDirectory::new(path))
+    }
+
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        std::fs::create_dir_all(path)
+    }
+
+    fn lock_store(&self, store: &Path) -> Result<Held> {
+        let path = store.join(LOCK_NAME);
+        let opened = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Box::new(file)),
+            Err(_) => Err(Error::Locked(format!(
+                "the store {} is open in another process; use that one, or stop it",
+                store.display()
+            ))),
+        }
+    }
+
+    fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>> {
+        let opened = FileStorage::open(path, OpenOptions { direct, read_only: false });
+        let storage = opened.map_err(Error::origin(format!("opening {}", path.display())))?;
+        lock_origin(storage.file(), path)?;
+        Ok(Arc::new(SystemOrigin(Arc::new(storage))))
+    }
+
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
+        std::fs::canonicalize(path)
+    }
+
+    fn default_buffer_dir(&self) -> Option<PathBuf> {
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+        let candidates = runtime.into_iter().chain(std::iter::once(PathBuf::from("/dev/shm")));
+        candidates.into_iter().find(|dir| is_memory(dir) && is_writable(dir))
+    }
+
+    fn new_buffer(
+        &self,
+        path: &Path,
+        slot_count: u32,
+        block_size: u64,
+        identity: &BufferIdentity,
+    ) -> io::Result<Arc<Arena>> {
+        Ok(Arc::new(Arena::shared(path, slot_count, block_size, identity)?))
+    }
+
+    fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>> {
+        read_left(path)
+    }
+
+    fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()> {
+        note_replaying(path, unix_ns)
+    }
+}
+
+/// Puts a device between the engine and one of its own.
+pub type ThroughStorage = Box<dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage> + Send + Sync>;
+/// Puts a directory between the engine and the one at a path.
+pub type ThroughDirectory =
+    Box<dyn Fn(&Path, Arc<dyn Directory>) -> Arc<dyn Directory> + Send + Sync>;
+
+/// The operating system, with something between the engine and its devices: tests put faults there.
+pub struct Through {
+    /// Before the origin.
+    pub origin: ThroughStorage,
+    /// Before the store's directories.
+    pub directory: ThroughDirectory,
+}
+
+struct ThroughOrigin(Arc<dyn OriginDevice>, Arc<dyn Storage>);
+
+impl OriginDevice for ThroughOrigin {
+    fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.1)
+    }
+
+    fn identify(&self) -> io::Result<OriginIdentity> {
+        self.0.identify()
+    }
+
+    fn release(&self) {
+        self.0.release();
+    }
+}
+
+impl Host for Through {
+    fn boot_id(&self) -> Result<[u8; 16]> {
+        System.boot_id()
+    }
+
+    fn random(&self) -> Result<[u8; 16]> {
+        System.random()
+    }
+
+    fn directory(&self, path: &Path) -> Arc<dyn Directory> {
+        (self.directory)(path, System.directory(path))
+    }
+
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        System.make_directory(path)
+    }
+
+    fn lock_store(&self, store: &Path) -> Result<Held> {
+        System.lock_store(store)
+    }
+
+    fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>> {
+        let device = System.open_origin(path, direct)?;
+        let storage = (self.origin)(device.storage());
+        Ok(Arc::new(ThroughOrigin(device, storage)))
+    }
+
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
+        System.canonical(path)
+    }
+
+    fn default_buffer_dir(&self) -> Option<PathBuf> {
+        System.default_buffer_dir()
+    }
+
+    fn new_buffer(
+        &self,
+        path: &Path,
+        slot_count: u32,
+        block_size: u64,
+        identity: &BufferIdentity,
+    ) -> io::Result<Arc<Arena>> {
+        System.new_buffer(path, slot_count, block_size, identity)
+    }
+
+    fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>> {
+        System.left_buffer(path)
+    }
+
+    fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()> {
+        System.note_replaying(path, unix_ns)
+    }
 }
 
 pub(super) fn path_of(bytes: &[u8]) -> PathBuf {
@@ -26,30 +266,8 @@ pub(super) fn bytes_of(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 
-pub(super) fn boot_id() -> Result<[u8; 16]> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    let text = text.map_err(Error::origin("reading the kernel's boot id"))?;
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let mut id = [0; 16];
-    for (byte, pair) in id.iter_mut().zip(digits.as_bytes().chunks(2)) {
-        let pair = std::str::from_utf8(pair).unwrap_or("0");
-        *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
-    }
-    Ok(id)
-}
-
-/// True if a file was changed since this machine was started. The kernel tells the time of the boot
-/// in whole seconds, and corrects it as it corrects the clock.
-pub(super) fn is_after_boot(modified_unix_ns: u64) -> bool {
-    const SLACK_S: u64 = 5;
-    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("btime "));
-    let boot = line.and_then(|seconds| seconds.trim().parse::<u64>().ok());
-    boot.is_some_and(|boot| modified_unix_ns / 1_000_000_000 > boot + SLACK_S)
-}
-
 /// What tells the origin from other disks now.
-pub fn identify(file: &File) -> std::io::Result<OriginIdentity> {
+pub(super) fn identify(file: &File) -> io::Result<OriginIdentity> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let meta = file.metadata()?;
     if meta.file_type().is_block_device() {
@@ -66,15 +284,8 @@ pub fn identify(file: &File) -> std::io::Result<OriginIdentity> {
     })
 }
 
-pub(super) fn open_origin(path: &Path, direct: bool) -> Result<FileStorage> {
-    let opened = FileStorage::open(path, OpenOptions { direct, read_only: false });
-    let storage = opened.map_err(Error::origin(format!("opening {}", path.display())))?;
-    lock_origin(storage.file(), path)?;
-    Ok(storage)
-}
-
 /// Others must not write to the origin: QEMU and ourselves respect a lock of the whole file.
-pub(super) fn lock_origin(file: &File, path: &Path) -> Result<()> {
+fn lock_origin(file: &File, path: &Path) -> Result<()> {
     if lock_whole(file, libc::F_WRLCK) {
         return Ok(());
     }
@@ -85,7 +296,7 @@ pub(super) fn lock_origin(file: &File, path: &Path) -> Result<()> {
 }
 
 /// An open file description lock: it belongs to the opening, not to the process, fcntl(2).
-pub(super) fn lock_whole(file: &File, kind: libc::c_int) -> bool {
+fn lock_whole(file: &File, kind: libc::c_int) -> bool {
     let whole = libc::flock {
         l_type: kind.try_into().unwrap_or_default(),
         l_whence: libc::SEEK_SET.try_into().unwrap_or_default(),
@@ -98,34 +309,15 @@ pub(super) fn lock_whole(file: &File, kind: libc::c_int) -> bool {
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) == 0 }
 }
 
-pub(super) fn lock_store(store: &Path) -> Result<File> {
-    let path = store.join(LOCK_NAME);
-    let opened = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(_) => Err(Error::Locked(format!(
-            "the store {} is open in another process; use that one, or stop it",
-            store.display()
-        ))),
-    }
-}
-
-pub(super) fn default_buffer_dir() -> Option<PathBuf> {
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let candidates = runtime.into_iter().chain(std::iter::once(PathBuf::from("/dev/shm")));
-    candidates.into_iter().find(|dir| is_memory(dir) && is_writable(dir))
-}
-
 /// True if the directory lies on a filesystem that is in memory and outlives the process.
-pub(super) fn is_memory(dir: &Path) -> bool {
+fn is_memory(dir: &Path) -> bool {
     /// `TMPFS_MAGIC` and `RAMFS_MAGIC`, statfs(2).
     const MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
     let kind = rustix::fs::statfs(dir).map(|s| u64::try_from(s.f_type).unwrap_or(0));
     kind.is_ok_and(|kind| MEMORY.contains(&kind))
 }
 
-pub(super) fn is_writable(dir: &Path) -> bool {
+fn is_writable(dir: &Path) -> bool {
     rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
 }
 
@@ -133,12 +325,9 @@ pub(super) fn hex(uuid: [u8; 16]) -> String {
     format!("{:032x}", u128::from_be_bytes(uuid))
 }
 
-pub(super) fn random_uuid() -> Result<[u8; 16]> {
-    use std::io::Read;
-    let mut uuid = [0; 16];
-    let read = File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut uuid));
-    read.map_err(Error::store("reading random bytes"))?;
-    // Version 4, variant 1: RFC 9562, section 5.4.
+/// A new identity: version 4, variant 1 of RFC 9562, section 5.4.
+pub(super) fn random_uuid(host: &dyn Host) -> Result<[u8; 16]> {
+    let mut uuid = host.random()?;
     uuid[6] = uuid[6] & 0x0f | 0x40;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     Ok(uuid)

@@ -2,7 +2,7 @@
 //! for those who must decide before it is opened, or do not know yet what it is. Writes nothing.
 
 use super::decided::Decided;
-use super::host::{boot_id, identify, lock_store, path_of};
+use super::host::{Host, System, identify, path_of};
 use super::open::LOG_DIRECTORY;
 use crate::buffer::{LeftBuffer, SECTOR, read_left, sector_runs};
 use crate::epochs::Epoch;
@@ -88,7 +88,7 @@ pub struct Inspection {
 
 /// Look at a store that nobody has open, and at its origin: `origin`, or where it was last.
 pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
-    let _lock = match lock_store(store) {
+    let _lock = match System.lock_store(store) {
         Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::NotFound(format!("no store at {}", store.display())));
         }
@@ -126,7 +126,7 @@ pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
             inspection.is_touched = closed.is_other_than(&found);
         }
         (LeftAs::Interrupted, _, Some(found)) => {
-            inspection.is_touched = super::host::is_after_boot(found.modified_unix_ns);
+            inspection.is_touched = is_after_boot(&found);
         }
         (LeftAs::Killed, _, _) => inspection.look_at_buffer(&decided, disk.as_ref())?,
         _ => {}
@@ -134,10 +134,14 @@ pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
     Ok(inspection)
 }
 
+fn is_after_boot(found: &OriginIdentity) -> bool {
+    System.booted_unix_ns().is_some_and(|booted| found.modified_unix_ns > booted)
+}
+
 fn left_as(decided: &Decided) -> Result<LeftAs> {
     Ok(match &decided.opened {
         Some((boot, _)) if decided.closed.is_none() => {
-            if *boot == boot_id()? {
+            if *boot == System.boot_id()? {
                 LeftAs::Killed
             } else {
                 LeftAs::Interrupted

@@ -16,10 +16,11 @@ use crate::journal::Entry;
 use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader};
 use crate::log::writer::Prepared;
 use crate::number::to_u64;
-use parking_lot::MutexGuard;
+use crate::sabotage::{Rule, is_broken};
+use crate::sync::{Clock, MutexGuard, unix_ns};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant as Clock};
+use std::time::Duration;
 
 /// Rounds in which the buffer and the origin are drained before the gate closes, so that little is
 /// left after.
@@ -141,7 +142,9 @@ impl Volume {
             let sequence = self.state.lock().buffer.last_sequence();
             let epoch = committer.epoch;
             self.commit_until(committer, epoch, sequence, None)?;
-            self.sync_origin()?;
+            if !is_broken(Rule::OriginDurableAtInstant) {
+                self.sync_origin()?;
+            }
         }
         Ok(())
     }
@@ -170,14 +173,14 @@ impl Volume {
         let frozen = state.freeze_classes();
         let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
         let old_pending = std::mem::replace(&mut state.pending, pending);
-        for &block in frozen.keys() {
+        for &block in frozen.keys().filter(|_| !is_broken(Rule::SlotsFollowInstant)) {
             let value = selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
         }
         state.epoch = epoch;
         let upto = state.buffer.last_sequence();
         let size_bytes = state.size_bytes;
-        let created_unix_ns = super::host::now_unix_ns();
+        let created_unix_ns = unix_ns();
         state.is_gate_closed = false;
         let pause = closed.elapsed();
         drop(state);
@@ -195,7 +198,7 @@ impl Volume {
         closed: Clock,
         limit: Duration,
     ) -> Result<()> {
-        while state.straight_in_flight > 0 {
+        while state.straight_in_flight > 0 && !is_broken(Rule::DrainBeforeInstant) {
             let waited = self.drained.wait_until(state, closed + limit);
             if waited.timed_out() && state.straight_in_flight > 0 {
                 return Err(Error::PauseTimeout(format!(
@@ -222,8 +225,14 @@ impl Volume {
         restore: Option<&PreparedRestore>,
     ) -> Result<()> {
         let before = committer.epoch;
-        self.commit_until(committer, before, flip.upto, Some(&flip.frozen))?;
-        self.sync_origin()?;
+        if is_broken(Rule::HeaderBeforeNewer) {
+            self.commit_until(committer, epoch, u64::MAX, None)?;
+        }
+        let frozen = (!is_broken(Rule::ClassesFrozen)).then_some(&flip.frozen);
+        self.commit_until(committer, before, flip.upto, frozen)?;
+        if !is_broken(Rule::OriginDurableAtInstant) {
+            self.sync_origin()?;
+        }
         let restore = restore.map(|prepared| self.restore_header(prepared));
         let header = EpochHeader {
             epoch,

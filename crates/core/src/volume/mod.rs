@@ -20,7 +20,7 @@
 pub mod check;
 mod commit;
 mod decided;
-mod host;
+pub mod host;
 mod increment;
 pub mod inspect;
 mod instant;
@@ -40,6 +40,7 @@ pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
 
+use self::host::{Held, Host, OriginDevice};
 use crate::bitmap::Bitmap;
 use crate::buffer::WriteBuffer;
 use crate::epochs::Epochs;
@@ -51,12 +52,11 @@ use crate::log::batch::BatchBuilder;
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_u64;
 use crate::storage::Storage;
-use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+use crate::sync::{AtomicBool, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64 as Count, Ordering};
 use std::time::Duration;
 
 /// Requests run in pieces of at most this, so that an instant never waits for a long one.
@@ -134,35 +134,35 @@ struct Committer {
 #[derive(Default)]
 pub struct Counters {
     /// Writes that went straight to the origin.
-    pub straight_writes: AtomicU64,
+    pub straight_writes: Count,
     /// Writes that took slots.
-    pub buffered_writes: AtomicU64,
+    pub buffered_writes: Count,
     /// Large pieces that were preserved without slots.
-    pub bypass_writes: AtomicU64,
+    pub bypass_writes: Count,
     /// Times a write waited for room in the buffer.
-    pub buffer_waits: AtomicU64,
+    pub buffer_waits: Count,
     /// Blocks preserved with content.
-    pub preserved_blocks: AtomicU64,
+    pub preserved_blocks: Count,
     /// Blocks whose old content was zero.
-    pub preserved_zero_blocks: AtomicU64,
+    pub preserved_zero_blocks: Count,
     /// Blocks whose old content was lost.
-    pub lost_blocks: AtomicU64,
+    pub lost_blocks: Count,
     /// Batches made durable.
-    pub batches: AtomicU64,
+    pub batches: Count,
     /// Bytes appended to the log.
-    pub log_bytes: AtomicU64,
+    pub log_bytes: Count,
     /// Longest time the gate was closed.
-    pub pause_ns_max: AtomicU64,
+    pub pause_ns_max: Count,
 }
 
 impl Counters {
-    fn add(counter: &AtomicU64, value: u64) {
+    fn add(counter: &Count, value: u64) {
         counter.fetch_add(value, Ordering::Relaxed);
     }
 
     /// Name and value of each.
     pub fn list(&self) -> Vec<(&'static str, u64)> {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let of = |counter: &Count| counter.load(Ordering::Relaxed);
         vec![
             ("straight_writes", of(&self.straight_writes)),
             ("buffered_writes", of(&self.buffered_writes)),
@@ -185,7 +185,8 @@ pub struct Volume {
     store_path: PathBuf,
     origin_path: PathBuf,
     origin: Arc<dyn Storage>,
-    origin_identity: Box<dyn Fn() -> std::io::Result<crate::journal::OriginIdentity> + Send + Sync>,
+    origin_device: Arc<dyn OriginDevice>,
+    host: Arc<dyn Host>,
     segments: Arc<Segments>,
     meta: Mutex<Vec<u8>>,
     committer: Mutex<Committer>,
@@ -211,13 +212,11 @@ pub struct Volume {
     is_write_through: bool,
     has_background: bool,
     background: Mutex<Vec<JoinHandle<()>>>,
-    /// Held for as long as the volume is open: store and origin belong to this process.
-    locks: Mutex<Vec<std::fs::File>>,
+    /// Held for as long as the volume is open: the store belongs to this process.
+    store_lock: Mutex<Option<Held>>,
     /// The origin belongs to others from now on: nothing may be read through this volume any more
     /// (P2).
     is_released: AtomicBool,
-    /// Gives the origin's lock back, though views may keep it open.
-    release_origin: Box<dyn Fn() + Send + Sync>,
     /// What happened since the volume was opened.
     pub counters: Counters,
 }

@@ -2,14 +2,11 @@
 //! written before it is decided what there is.
 
 use super::decided::{Decided, epochs_with_losses, index_of, restoring_of};
-use super::host::{
-    boot_id, bytes_of, default_buffer_dir, hex, identify, is_after_boot, lock_store, lock_whole,
-    now_unix_ns, open_origin, path_of, random_uuid,
-};
+use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
 use super::recover::Past;
 use super::{Committer, Counters, State, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer, read_left};
+use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer};
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::{Entry, Journal, OriginIdentity};
@@ -18,13 +15,12 @@ use crate::log::format::BATCH_BLOCKS_MAX;
 use crate::log::scan::Scan;
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
-use crate::storage::{Directory, FileDirectory, FileStorage, Storage};
-use parking_lot::{Condvar, Mutex, RwLock};
+use crate::storage::FileDirectory;
+use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, RwLock, spawn, unix_ns};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 /// The directory of log segments in the store.
 pub(super) const LOG_DIRECTORY: &str = "log";
@@ -100,6 +96,11 @@ pub struct StoreInfo {
 
 /// Make a store for an origin; tells the volume's identity.
 pub fn create(request: &CreateRequest) -> Result<[u8; 16]> {
+    create_on(&System, request)
+}
+
+/// As [`create`], on any machine.
+pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
     let size_ok = BLOCK_SIZES.contains(&request.block_size) && request.block_size.is_power_of_two();
     if !size_ok {
         return Err(Error::Usage(format!(
@@ -107,21 +108,22 @@ pub fn create(request: &CreateRequest) -> Result<[u8; 16]> {
             request.block_size
         )));
     }
-    let origin = open_origin(&request.origin, false)?;
-    let identity = identify(origin.file()).map_err(Error::origin("identifying it"))?;
+    let origin = host.open_origin(&request.origin, false)?;
+    let identity = origin.identify().map_err(Error::origin("identifying it"))?;
     if identity.bytes == 0 {
         return Err(Error::Usage(format!("{} has no bytes", request.origin.display())));
     }
     let store = &request.store;
     let making = || Error::store(format!("making {}", store.display()));
-    std::fs::create_dir_all(store.join(LOG_DIRECTORY)).map_err(making())?;
-    let _lock = lock_store(store)?;
-    let names = FileDirectory::new(store).list().map_err(making())?;
+    host.make_directory(&store.join(LOG_DIRECTORY)).map_err(making())?;
+    let _lock = host.lock_store(store)?;
+    let directory = host.directory(store);
+    let names = directory.list().map_err(making())?;
     if names.iter().any(|name| name == crate::journal::JOURNAL_NAME) {
         return Err(Error::Usage(format!("{} is a store already", store.display())));
     }
-    let path = std::fs::canonicalize(&request.origin).map_err(Error::origin("its path"))?;
-    let uuid = random_uuid()?;
+    let path = host.canonical(&request.origin).map_err(Error::origin("its path"))?;
+    let uuid = random_uuid(host)?;
     let first = Entry::Created {
         uuid,
         block_size: u32::try_from(request.block_size).expect("checked above"),
@@ -129,9 +131,9 @@ pub fn create(request: &CreateRequest) -> Result<[u8; 16]> {
         identity,
         meta: request.meta.clone(),
     };
-    Journal::create(&FileDirectory::new(store), &first)?;
+    Journal::create(&*directory, &first)?;
     if let Some(parent) = store.parent().filter(|p| !p.as_os_str().is_empty()) {
-        FileDirectory::new(parent).sync().map_err(making())?;
+        host.directory(parent).sync().map_err(making())?;
     }
     Ok(uuid)
 }
@@ -165,60 +167,44 @@ struct Parts {
     decided: Decided,
     journal: Journal,
     scan: Scan,
-    origin: Arc<FileStorage>,
-    /// The origin as the engine reads and writes it.
-    storage: Arc<dyn Storage>,
+    host: Arc<dyn Host>,
+    origin: Arc<dyn OriginDevice>,
     origin_path: PathBuf,
     segments: Arc<Segments>,
-    store_lock: File,
+    store_lock: Held,
 }
 
 /// Open a volume: it belongs to this process until it is closed or dropped.
 pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
-    open_through(request, &|origin| origin, &|directory| directory)
+    open_on(Arc::new(System), request)
 }
 
-/// As [`open`], with something between the engine and its devices: tests put faults there.
-pub fn open_through(
-    request: OpenRequest,
-    origin_through: &dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>,
-    directory_through: &dyn Fn(Arc<dyn Directory>) -> Arc<dyn Directory>,
-) -> Result<Arc<Volume>> {
-    let store_lock = match lock_store(&request.store) {
+/// As [`open`], on any machine.
+pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>> {
+    let store_lock = match host.lock_store(&request.store) {
         Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::NotFound(format!("no store at {}", request.store.display())));
         }
         other => other?,
     };
-    let directory = directory_through(Arc::new(FileDirectory::new(&request.store)));
+    let directory = host.directory(&request.store);
     let opened = Journal::open(&*directory).map_err(Error::from);
     let (journal, entries) = opened.map_err(|error| not_a_store(&request.store, error))?;
     let decided = Decided::from(entries).ok_or_else(|| {
         Error::Damaged(format!("{} has no first record", request.store.display()))
     })?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
-    let origin = Arc::new(open_origin(&origin_path, request.direct)?);
-    let storage = origin_through(Arc::clone(&origin) as Arc<dyn Storage>);
-    let log_directory = FileDirectory::new(&request.store.join(LOG_DIRECTORY));
-    let segments = Arc::new(Segments::new(directory_through(Arc::new(log_directory))));
+    let origin = host.open_origin(&origin_path, request.direct)?;
+    let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
     let scan = decided.scan(&segments)?;
-    let parts = Parts {
-        request,
-        decided,
-        journal,
-        scan,
-        origin,
-        storage,
-        origin_path,
-        segments,
-        store_lock,
-    };
+    let parts =
+        Parts { request, decided, journal, scan, host, origin, origin_path, segments, store_lock };
     parts.assemble()
 }
 
 impl Parts {
     fn assemble(self) -> Result<Arc<Volume>> {
-        let boot = boot_id()?;
+        let boot = self.host.boot_id()?;
         let doubt = Past { losses: self.unrecorded_losses(), ..self.examine(boot)? };
         let buffer_path = self.buffer_path();
         let (opened, buffer_bytes) = (self.request.has_background, self.request.buffer_bytes);
@@ -263,13 +249,13 @@ impl Parts {
         if self.request.cache == Cache::WriteThrough {
             return None;
         }
-        let dir = self.request.buffer_dir.clone().or_else(default_buffer_dir)?;
+        let dir = self.request.buffer_dir.clone().or_else(|| self.host.default_buffer_dir())?;
         Some(dir.join(format!("stillblock-{}.buffer", hex(self.decided.uuid))))
     }
 
     /// What the last process left, and whether the origin is still what it was.
     fn examine(&self, boot: [u8; 16]) -> Result<Past> {
-        let identity = identify(self.origin.file()).map_err(Error::origin("identifying it"))?;
+        let identity = self.origin.identify().map_err(Error::origin("identifying it"))?;
         if identity.bytes < self.decided.size_bytes {
             return Err(Error::OriginChanged(format!(
                 "{} has {} bytes and had {}; restore its length",
@@ -288,7 +274,8 @@ impl Parts {
         if *last_boot != boot {
             // A power cut takes the buffer with it, as it takes any disk's cache. Whoever wrote to
             // a file after this boot was not us.
-            let is_touched = is_after_boot(identity.modified_unix_ns);
+            let booted = self.host.booted_unix_ns();
+            let is_touched = booted.is_some_and(|booted| identity.modified_unix_ns > booted);
             let suspect = is_touched.then(|| {
                 "the origin was written outside since the machine was started again".to_owned()
             });
@@ -302,7 +289,8 @@ impl Parts {
 
     fn examine_left(&self, buffer: &[u8], identity: OriginIdentity) -> Result<Past> {
         let path = path_of(buffer);
-        let left = read_left(&path).map_err(Error::store("reading the write buffer"))?;
+        let left =
+            self.host.left_buffer(&path).map_err(Error::store("reading the write buffer"))?;
         if let (Some(Err(version)), Recover::Refuse | Recover::Replay) =
             (&left, self.request.recover)
         {
@@ -348,8 +336,8 @@ impl Parts {
     }
 
     fn build(self, is_write_through: bool) -> Result<Arc<Volume>> {
-        let Self { request, decided, journal, scan, origin, .. } = self;
-        let Self { storage, origin_path, segments, store_lock, .. } = self;
+        let Self { request, decided, journal, scan, host, origin, .. } = self;
+        let Self { origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
@@ -401,18 +389,14 @@ impl Parts {
             is_kicked: false,
             is_stopping: false,
         };
-        let identified = Arc::clone(&origin);
-        let released = Arc::clone(&origin);
-        let release_origin = Box::new(move || {
-            lock_whole(released.file(), libc::F_UNLCK);
-        });
         let volume = Volume {
             uuid: decided.uuid,
             block_size: decided.block_size,
             store_path: request.store,
             origin_path,
-            origin: storage,
-            origin_identity: Box::new(move || identify(identified.file())),
+            origin: origin.storage(),
+            origin_device: origin,
+            host,
             segments,
             meta: Mutex::new(decided.meta.clone()),
             committer: Mutex::new(committer),
@@ -435,9 +419,8 @@ impl Parts {
             is_write_through,
             has_background: request.has_background,
             background: Mutex::default(),
-            locks: Mutex::new(vec![store_lock]),
+            store_lock: Mutex::new(Some(store_lock)),
             is_released: AtomicBool::new(false),
-            release_origin,
             counters: Counters::default(),
         };
         Ok(Arc::new(volume))
@@ -452,8 +435,7 @@ fn slots_for(bytes: u64, block_size: u64) -> u32 {
 impl Volume {
     fn spawn(self: &Arc<Self>, name: &str, run: fn(&Self)) -> Result<()> {
         let worker = Arc::clone(self);
-        let thread = std::thread::Builder::new().name(name.into());
-        let handle = thread.spawn(move || run(&worker));
+        let handle = spawn(name, move || run(&worker));
         let handle = handle.map_err(Error::store(format!("starting the {name}")))?;
         self.background.lock().push(handle);
         Ok(())
@@ -468,20 +450,18 @@ impl Volume {
         buffer_bytes: u64,
     ) -> Result<()> {
         let mut committer = self.committer.lock();
-        let origin = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        let origin = self.origin_device.identify().map_err(Error::origin("identifying it"))?;
         let identity = BufferIdentity { uuid: self.uuid, generation, boot_id: boot, origin };
-        let arena = match buffer_path {
-            Some(path) => {
-                let slots = slots_for(buffer_bytes, self.block_size);
-                let arena = Arena::shared(path, slots, self.block_size, &identity);
-                arena.map_err(Error::store(format!("making {}", path.display())))?
-            }
-            None => {
-                Arena::private(slots_for(WRITE_THROUGH_BYTES, self.block_size), self.block_size)
-                    .map_err(Error::store("memory for the write buffer"))?
-            }
+        let arena = if let Some(path) = buffer_path {
+            let slots = slots_for(buffer_bytes, self.block_size);
+            let arena = self.host.new_buffer(path, slots, self.block_size, &identity);
+            arena.map_err(Error::store(format!("making {}", path.display())))?
+        } else {
+            let slots = slots_for(WRITE_THROUGH_BYTES, self.block_size);
+            let arena = Arena::private(slots, self.block_size);
+            Arc::new(arena.map_err(Error::store("memory for the write buffer"))?)
         };
-        arena.note_alive(now_unix_ns());
+        arena.note_alive(unix_ns());
         let entry = Entry::Opened {
             boot_id: boot,
             generation,
@@ -491,7 +471,7 @@ impl Volume {
         committer.journal.append(&entry)?;
         let mut state = self.state.lock();
         state.admitted_slots = to_usize(super::ADMIT_BYTES_MIN / self.block_size);
-        state.buffer = WriteBuffer::new(Arc::new(arena), 1);
+        state.buffer = WriteBuffer::new(arena, 1);
         Ok(())
     }
 
@@ -534,7 +514,7 @@ impl Volume {
         // A full store may refuse; without it the next opening verifies the last batch, as after a
         // power cut.
         let _ = log.seal(batch);
-        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;
         let next_batch = committer.log.next_batch();
         committer.journal.append(&Entry::Closed { identity, next_batch })?;
         self.state.lock().buffer.arena().remove();
@@ -560,7 +540,7 @@ impl Volume {
         }
         // Before the lock is given back: a view looks at it after it has read.
         self.is_released.store(true, Ordering::Release);
-        (self.release_origin)();
-        self.locks.lock().clear();
+        self.origin_device.release();
+        drop(self.store_lock.lock().take());
     }
 }

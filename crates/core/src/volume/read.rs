@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
+use crate::sabotage::{Rule, is_broken};
 
 /// Blocks with slots are read in pieces of this size, so that the state lock is held shortly.
 const MERGE_BYTES: u64 = 64 << 10;
@@ -16,7 +17,7 @@ impl State {
     /// True if the origin alone does not tell what these blocks hold.
     fn is_covered(&self, blocks: Extent) -> bool {
         let is_restoring = self.restoring.as_ref().is_some_and(|r| r.blocks.any(blocks));
-        if is_restoring || self.buffer.is_empty() {
+        if is_restoring || self.buffer.is_empty() || is_broken(Rule::ReadsSeeSlots) {
             return is_restoring;
         }
         (blocks.start..blocks.end).any(|block| self.buffer.has(block))

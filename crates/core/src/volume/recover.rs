@@ -2,12 +2,13 @@
 //! served.
 
 use super::decided::apply;
-use super::host::now_unix_ns;
 use super::{Committer, Volume};
-use crate::buffer::{LeftBuffer, note_replaying};
+use crate::buffer::LeftBuffer;
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
+use crate::sabotage::{Rule, is_broken};
+use crate::sync::unix_ns;
 use std::path::{Path, PathBuf};
 
 /// What an earlier process left behind.
@@ -70,7 +71,7 @@ impl Volume {
         if let Some(reason) = past.suspect {
             self.mark_suspect(&mut committer, &reason)?;
         }
-        if let Some((path, left)) = past.left {
+        if let Some((path, left)) = past.left.filter(|_| !is_broken(Rule::LeftReplayed)) {
             self.replay(&mut committer, &path, &left)?;
         }
         return_memory();
@@ -87,7 +88,7 @@ impl Volume {
             let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
             // What holds records is never deleted because something else does not know it.
             let is_empty = crate::log::scan::is_without_batches(&file, self.uuid);
-            if is_empty.map_err(Error::store("log segment"))? {
+            if is_empty.map_err(Error::store("log segment"))? || is_broken(Rule::UnknownLogKept) {
                 self.segments.remove(segment).map_err(Error::store("log segment"))?;
             }
         }
@@ -113,8 +114,14 @@ impl Volume {
     ) -> Result<()> {
         let epoch = committer.epoch;
         // Interrupted, it is done again; the origin is then as new as this.
-        let alive = || note_replaying(path, now_unix_ns()).map_err(Error::store("write buffer"));
+        let alive = || {
+            let noted = self.host.note_replaying(path, unix_ns());
+            noted.map_err(Error::store("write buffer"))
+        };
         alive()?;
+        if is_broken(Rule::ReplayBeforeClosed) {
+            self.note_replayed(committer)?;
+        }
         for slot in &left.slots {
             let is_full = {
                 let mut state = self.state.lock();
@@ -131,7 +138,11 @@ impl Volume {
         }
         self.commit_until(committer, epoch, u64::MAX, None)?;
         self.sync_origin()?;
-        let identity = (self.origin_identity)().map_err(Error::origin("identifying it"))?;
+        self.note_replayed(committer)
+    }
+
+    fn note_replayed(&self, committer: &mut Committer) -> Result<()> {
+        let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;
         let next_batch = committer.log.next_batch();
         committer.journal.append(&Entry::Closed { identity, next_batch })?;
         Ok(())

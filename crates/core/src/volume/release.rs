@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::journal::Entry;
-use parking_lot::MutexGuard;
+use crate::sabotage::{Rule, is_broken};
+use crate::sync::MutexGuard;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -131,6 +132,15 @@ impl Volume {
         if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
             found.selection = Some(narrowed);
         }
+        if is_broken(Rule::NarrowInRole) {
+            let bits = self.bits(committer.epoch, self.block_count(self.size_bytes()));
+            MutexGuard::bump(&mut committer);
+            let mut state = self.state.lock();
+            if bits.0.block_count() == state.unsettled.block_count() {
+                (state.unsettled, state.pending) = bits;
+            }
+            return Ok(0);
+        }
         self.let_go(&mut committer)
     }
 
@@ -158,7 +168,9 @@ impl Volume {
                  --force"
             )));
         }
-        committer.journal.append(&Entry::Deleted { epoch })?;
+        if !is_broken(Rule::RecordBeforeFree) {
+            committer.journal.append(&Entry::Deleted { epoch })?;
+        }
         {
             let mut epochs = self.epochs.write();
             if let Some(found) = epochs.0.get_mut(&epoch) {
@@ -167,7 +179,11 @@ impl Volume {
             }
             epochs.drop_dead();
         }
-        self.let_go(&mut committer)
+        let freed = self.let_go(&mut committer)?;
+        if is_broken(Rule::RecordBeforeFree) {
+            committer.journal.append(&Entry::Deleted { epoch })?;
+        }
+        Ok(freed)
     }
 
     /// Keep what a snapshot selects as the baseline of a later increment.
@@ -251,6 +267,8 @@ impl Volume {
         };
         let (mut kept, mut gone) = (Vec::with_capacity(records.len()), Vec::new());
         for_each_copy(&records, &others, |record, previous| {
+            let previous =
+                if is_broken(Rule::OlderSnapshotsKeepCopies) { record.epoch - 1 } else { previous };
             let is_needed = epochs.needs(record.block, record.epoch, previous);
             if is_needed { kept.push(*record) } else { gone.push(*record) }
         });
@@ -389,7 +407,8 @@ impl Volume {
         // What is on its way first, then what is recorded: a slot is dropped only once its record
         // can be found (P5). The other way round a change that is committed meanwhile would be in
         // neither.
-        let under_way = if until.is_none() { self.changes_under_way() } else { ExtentSet::new() };
+        let is_live = until.is_none() && !is_broken(Rule::ChangedSeesSlots);
+        let under_way = if is_live { self.changes_under_way() } else { ExtentSet::new() };
         let recorded = {
             let index = self.index.read();
             if index.is_damaged_since(since) {

@@ -1,6 +1,7 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
-use super::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_through};
+use super::host::Through;
+use super::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
 use super::{RestoreRequest, SnapshotRequest, Volume};
 use crate::error::{Error, Result};
 use crate::export::STATE_ZERO;
@@ -181,11 +182,14 @@ impl Scene {
     }
 
     fn open_as(&self, request: OpenRequest) -> Result<Arc<Volume>> {
-        open_through(
-            request,
-            &|origin| Arc::new(FaultyStorage(origin, "origin".into(), self.faults.clone())),
-            &|directory| Arc::new(FaultyDirectory(directory, self.faults.clone())),
-        )
+        let (faults, more) = (self.faults.clone(), self.faults.clone());
+        let host = Through {
+            origin: Box::new(move |origin| {
+                Arc::new(FaultyStorage(origin, "origin".into(), faults.clone()))
+            }),
+            directory: Box::new(move |_, inner| Arc::new(FaultyDirectory(inner, more.clone()))),
+        };
+        open_on(Arc::new(host), request)
     }
 
     fn open(&self) -> Arc<Volume> {
@@ -517,7 +521,7 @@ fn a_replay_that_was_interrupted_is_replayed_again() {
     for block in 0..20 {
         put(&volume, block * 2, 0xA1);
     }
-    let long_ago = super::host::now_unix_ns() - 10_000_000_000;
+    let long_ago = crate::sync::unix_ns() - 10_000_000_000;
     volume.state.lock().buffer.arena().note_alive(long_ago);
     volume.abandon();
     drop(volume);

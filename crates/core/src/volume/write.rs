@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet, round_in};
 use crate::log::format::{BATCH_BLOCKS_MAX, Kind};
 use crate::number::{to_u64, to_usize};
-use parking_lot::MutexGuard;
+use crate::sabotage::{Rule, is_broken};
+use crate::sync::MutexGuard;
 
 /// Runs of first changes of at least this size do not pass through the buffer.
 const BYPASS_BYTES_MIN: u64 = 256 << 10;
@@ -51,8 +52,8 @@ impl State {
     }
 
     fn way(&self, block: u64) -> Way {
-        let is_held =
-            self.unsettled.get(block) || self.buffer.has(block) || self.is_restoring(block);
+        let is_restoring = self.is_restoring(block) && !is_broken(Rule::RestoringHoldsSlots);
+        let is_held = self.unsettled.get(block) || self.buffer.has(block) || is_restoring;
         if is_held { Way::Slots } else { Way::Straight }
     }
 
@@ -537,10 +538,10 @@ impl Volume {
             }
             (state.buffer.is_empty(), state.buffer.hold())
         };
-        if !is_empty {
+        if !is_empty && !is_broken(Rule::FlushCommits) {
             self.commit_now(sequence)?;
         }
-        self.sync_origin()
+        if is_broken(Rule::FlushSyncs) { Ok(()) } else { self.sync_origin() }
     }
 
     /// As a flush, for the blocks of one range.
@@ -566,7 +567,9 @@ impl State {
     /// The front of `extent` that a discard treats alike, and whether its content is still needed.
     fn trim_run(&self, extent: Extent) -> (Extent, bool) {
         let is_needed = |block: u64| {
-            self.pending.get(block) || self.buffer.has(block) || self.is_restoring(block)
+            let is_needed =
+                self.pending.get(block) || self.buffer.has(block) || self.is_restoring(block);
+            is_needed && !is_broken(Rule::TrimSparesNeeded)
         };
         let first = is_needed(extent.start);
         if self.buffer.is_empty() && self.restoring.is_none() {

@@ -134,6 +134,9 @@ class Volume:
     @staticmethod
     def inspect(*, store: str, origin: str | None = None) -> Inspection:
         """Look at a store that nobody has open, and at its origin; changes nothing."""
+    @staticmethod
+    def check_unused(*, store: str) -> None:
+        """Fail if somebody has the store open, whatever is in it."""
     def accept_origin(self, note: str) -> int:
         """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""
     def check_structure(self) -> list[tuple[bool, str]]:

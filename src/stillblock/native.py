@@ -68,6 +68,12 @@ def inspect(store: Path, *, origin: Path | None = None) -> Inspection:
         )
 
 
+def check_unused(store: Path) -> None:
+    """Raise `LockedError` if somebody has the store open, whatever is in it."""
+    with _translated():
+        _native.Volume.check_unused(store=str(store))
+
+
 class Volume:
     """One origin with its store, open in this process. Thread-safe."""
 

@@ -127,6 +127,12 @@ impl Volume {
         Ok(Inspection::new(py, found))
     }
 
+    #[staticmethod]
+    #[pyo3(signature = (*, store))]
+    fn check_unused(py: Python<'_>, store: PathBuf) -> PyResult<()> {
+        detached(py, || core::inspect::check_unused(&store))
+    }
+
     fn accept_origin(&self, py: Python<'_>, note: &str) -> PyResult<usize> {
         detached(py, || self.0.accept_origin(note))
     }

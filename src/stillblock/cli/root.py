@@ -111,13 +111,14 @@ def _announce(output: Output, ready: Ready, attach: Any) -> None:
 
 
 def status(*, common: Common = _COMMON) -> int:
-    """Show what is served, to whom, and how far a restore is."""
-    from stillblock.catalog import Catalog  # noqa: PLC0415
+    """Show what is served, to whom, and how far a restore or a scrub is."""
     from stillblock.cli.restore import describe  # noqa: PLC0415
+    from stillblock.cli.upkeep import describe as describe_verification  # noqa: PLC0415
+    from stillblock.operations.registry import open_catalog  # noqa: PLC0415
     from stillblock.service.client import RemoteSession, find_server  # noqa: PLC0415
 
     output, config = Output(common), common.config()
-    with Catalog(config.catalog_path) as catalog:
+    with open_catalog(config) as catalog:
         known = catalog.volumes()
     found: list[dict[str, object]] = []
     rows: list[tuple[str, ...]] = []
@@ -126,21 +127,37 @@ def status(*, common: Common = _COMMON) -> int:
     for entry in known:
         socket_path = find_server(config, entry.name)
         if socket_path is None:
-            found.append({"name": entry.name, "is_served": False, "exports": [], "restore": None})
+            found.append(
+                {
+                    "name": entry.name,
+                    "is_served": False,
+                    "exports": [],
+                    "restore": None,
+                    "verification": None,
+                }
+            )
             rows.append((entry.name, "stopped", "", ""))
             continue
         session = RemoteSession(socket_path, entry.name)
         try:
             exports, restore = session.exports().exports, session.restore_status()
+            verification = session.verification_status()
         except StillblockError as error:
             output.warn(f"{entry.name}: {error}")
             code = ExitCode.PARTIAL
             continue
         found.append(
-            {"name": entry.name, "is_served": True, "exports": exports, "restore": restore}
+            {
+                "name": entry.name,
+                "is_served": True,
+                "exports": exports,
+                "restore": restore,
+                "verification": verification,
+            }
         )
         rows += [(e.name, "served", str(e.connections), e.uri) for e in exports]
         remarks += [describe(restore)] if restore.is_running else []
+        remarks += [describe_verification(verification)] if verification.is_running else []
 
     def render(out: Output) -> None:
         out.table(("NAME", "STATE", ">CLIENTS", "URI"), rows, empty="no volumes yet")

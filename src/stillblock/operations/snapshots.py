@@ -207,9 +207,13 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         snapshot=snapshot_info(volume, snapshot),
         rules=record.rules,
         terms=record.terms,
-        extents=volume.engine.selection(epoch=snapshot.epoch.epoch),
+        # What a snapshot without its header selects is not known; its state says so.
+        extents=()
+        if snapshot.epoch.damage
+        else volume.engine.selection(epoch=snapshot.epoch.epoch),
         left_out=record.left_out,
         lost=tuple(snapshot.epoch.lost),
+        damaged=tuple(snapshot.epoch.damaged),
         consistency=record.consistency,
         pause_ns=record.pause_ns,
         in_flight=record.in_flight,
@@ -321,4 +325,8 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         lost_bytes=total_bytes(tuple(epoch.lost)),
         holders=volume.hooks.holders(volume, epoch),
         description=record.description,
+        state=snapshot.state,
+        damaged_bytes=total_bytes(tuple(epoch.damaged)),
+        damage=epoch.damage,
+        accepted=epoch.accepted,
     )

@@ -180,7 +180,9 @@ class ExportServer:
             self._offered.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
-        snapshots = {f"{volume.name}@{s.record.name}": s for s in volume.snapshots()}
+        # Of a snapshot without its header nothing can be read.
+        there = (s for s in volume.snapshots() if not s.epoch.damage)
+        snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
         for name in self._names_of(volume):
             if name != volume.name and name not in snapshots:

@@ -163,6 +163,15 @@ impl Decided {
         for entry in &self.entries {
             apply(&mut epochs, entry);
         }
+        // Noted at an earlier opening; what showed it may be gone.
+        let all = self.all_blocks();
+        for (last, _) in self.lost.iter().filter(|(_, blocks)| *blocks == all) {
+            for found in epochs.0.range_mut(..=*last).map(|(_, found)| found) {
+                found.losses = format!(
+                    "records of epoch {last} are gone from the log; what they held gives errors"
+                );
+            }
+        }
         for loss in scan.losses() {
             for found in epochs.0.range_mut(..=loss.last).map(|(_, found)| found) {
                 found.losses = format!(

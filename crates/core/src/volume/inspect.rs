@@ -134,6 +134,11 @@ pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
     Ok(inspection)
 }
 
+/// Fail if somebody has the store open, whatever is in it.
+pub fn check_unused(store: &Path) -> Result<()> {
+    System.lock_store(store).map(drop)
+}
+
 fn is_after_boot(found: &OriginIdentity) -> bool {
     System.booted_unix_ns().is_some_and(|booted| found.modified_unix_ns > booted)
 }

@@ -122,7 +122,12 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
     if names.iter().any(|name| name == crate::journal::JOURNAL_NAME) {
         return Err(Error::Usage(format!("{} is a store already", store.display())));
     }
-    let path = host.canonical(&request.origin).map_err(Error::origin("its path"))?;
+    // An absolute path keeps its symlinks: a device's id is steadier than its name.
+    let path = if request.origin.is_absolute() {
+        request.origin.clone()
+    } else {
+        host.canonical(&request.origin).map_err(Error::origin("its path"))?
+    };
     let uuid = random_uuid(host)?;
     let first = Entry::Created {
         uuid,

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Self
@@ -176,7 +176,7 @@ class Catalog:
             ).fetchall()
         found: list[tuple[VolumeEntry, EntryState]] = []
         for *fields, checksum in rows:
-            if _checksum(fields) != checksum:
+            if not all(isinstance(f, str) for f in fields) or _checksum(fields) != checksum:
                 raise CatalogError(
                     f"catalog {self._path} is damaged: the entry of volume {fields[0]} fails its "
                     "checksum",
@@ -296,11 +296,25 @@ class Catalog:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise CatalogError(
                 f"catalog {self._path}: {error}",
                 hint=_REBUILD,
             ) from error
+
+
+def salvage(path: Path) -> tuple[VolumeEntry, ...]:
+    """Return what can be read of a damaged catalog; the reader verifies each entry."""
+    found: list[VolumeEntry] = []
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
+            for row in connection.execute("SELECT name, uuid, origin, store FROM volume"):
+                if all(isinstance(field, str) for field in row):
+                    name, uuid, origin, store = row
+                    found.append(VolumeEntry(name=name, uuid=uuid, origin=origin, store=store))
+    except (sqlite3.Error, UnicodeDecodeError):
+        pass  # what was read before is all there is
+    return tuple(found)
 
 
 def _checksum(fields: Sequence[str]) -> str:

@@ -114,6 +114,8 @@ def _has_question(plan: recovery.RecoveryPlan) -> bool:
 
 
 def _question(plan: recovery.RecoveryPlan) -> str:
+    if plan.left_in != "buffer":
+        return f"Accept that writes {plan.volume} acknowledged and nobody flushed are lost?"
     if plan.how == "discard":
         return f"Give up {format_size(plan.write_bytes)} that were acknowledged?"
     return f"Write {format_size(plan.differing_bytes)} over what {plan.origin} holds now?"

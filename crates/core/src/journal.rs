@@ -18,8 +18,8 @@ pub const JOURNAL_NAME: &str = "journal";
 const UNIT: u64 = 512;
 const MAGIC: [u8; 4] = *b"SBJR";
 const HEADER_BYTES: usize = 28;
-/// The version this code writes and the highest it reads.
-pub const JOURNAL_VERSION: u32 = 1;
+/// The highest version this code reads; it writes the lowest that has a record's kind.
+pub const JOURNAL_VERSION: u32 = 2;
 /// Space kept allocated beyond the end, so that marks can be written when the store is full.
 const RESERVE_BYTES: u64 = 1 << 20;
 /// No record of ours is longer: a selection of 16 million extents.
@@ -36,6 +36,16 @@ pub struct OriginIdentity {
     pub bytes: u64,
     /// Last change of the content, 0 for a block device.
     pub modified_unix_ns: u64,
+}
+
+impl OriginIdentity {
+    /// True if it is another disk, or was written since. The device is not compared: its number
+    /// changes at boot.
+    pub fn is_other_than(&self, now: &Self) -> bool {
+        self.bytes != now.bytes
+            || self.modified_unix_ns != now.modified_unix_ns
+            || self.inode != now.inode
+    }
 }
 
 /// One decision.
@@ -146,7 +156,18 @@ pub enum Entry {
     },
     /// Somebody looked at a failed or doubtful origin and accepts it as it is.
     Recovered,
+    /// Somebody accepts the origin although it was written outside: the snapshots up to this epoch
+    /// are in doubt no more.
+    Accepted {
+        /// The last of them.
+        epoch: u32,
+        /// Who and when, for people.
+        note: Vec<u8>,
+    },
 }
+
+/// Kinds above this one came with version 2: a program that does not know them says so.
+const VERSION_1_KIND_MAX: u8 = 17;
 
 impl Entry {
     fn encode(&self) -> (u8, Vec<u8>) {
@@ -217,6 +238,10 @@ impl Entry {
                 16
             }
             Self::Recovered => 17,
+            Self::Accepted { epoch, note } => {
+                out.u32(*epoch).bytes(note);
+                18
+            }
         };
         (kind, out.0)
     }
@@ -252,6 +277,7 @@ impl Entry {
             15 => Self::RestoreEnded { epoch: input.u32()? },
             16 => Self::OriginFailed { reason: input.bytes()?.to_vec() },
             17 => Self::Recovered,
+            18 => Self::Accepted { epoch: input.u32()?, note: input.bytes()?.to_vec() },
             _ => return Err(Malformed { at: 0 }),
         })
     }
@@ -277,7 +303,11 @@ pub enum JournalError {
     #[error("{0}")]
     Io(#[from] io::Error),
     /// Not intact, with valid records after it.
-    #[error("the journal is damaged at byte {at}")]
+    #[error(
+        "the journal is damaged at byte {at}: what was decided there, a deletion or a loss, is not \
+         known, so no snapshot is opened; the origin is not touched and is a disk of its own; \
+         restore the store from a copy, or let go of it with volume remove --keep-store"
+    )]
     Damaged {
         /// Where.
         at: u64,
@@ -413,7 +443,8 @@ impl Journal {
 fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Writer::default();
     let length = u32::try_from(payload.len()).expect("a record is bounded");
-    out.raw(&MAGIC).u32(JOURNAL_VERSION).u64(sequence).u32(u32::from(kind)).u32(length);
+    let version = if kind > VERSION_1_KIND_MAX { JOURNAL_VERSION } else { 1 };
+    out.raw(&MAGIC).u32(version).u64(sequence).u32(u32::from(kind)).u32(length);
     let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
     out.u32(crc).raw(payload);
     out.0.resize(out.0.len().next_multiple_of(to_usize(UNIT)), 0);

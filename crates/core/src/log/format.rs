@@ -109,9 +109,6 @@ impl SegmentHeader {
             return Err(SegmentError::NotASegment);
         }
         let version = input.u32()?;
-        if version > FORMAT_VERSION {
-            return Err(SegmentError::Version(version));
-        }
         let header = Self {
             uuid: input.array()?,
             segment: input.u32()?,
@@ -123,7 +120,11 @@ impl SegmentHeader {
             epoch_header_bytes: input.u32()?,
             epoch_header_crc: input.u32()?,
         };
+        // First: one rotten bit of the version is not a newer version. All versions keep it here.
         let is_intact = input.u32()? == crc32c::crc32c(&page[..COVERED]);
+        if is_intact && version > FORMAT_VERSION {
+            return Err(SegmentError::Version(version));
+        }
         if is_intact && header.epoch_header_bytes <= EPOCH_HEADER_BYTES_MAX {
             Ok(header)
         } else {

@@ -53,6 +53,18 @@ pub struct FoundSegment {
     pub epoch_header: Option<EpochHeader>,
 }
 
+/// Records that are gone: which they were is not known, only where they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loss {
+    /// In which segment.
+    pub segment: u32,
+    /// The first epoch they may have been of. A segment that is gone may have gone on with the
+    /// epoch of the one before it.
+    pub first: u32,
+    /// The last one.
+    pub last: u32,
+}
+
 /// All that is in a log.
 #[derive(Debug, Default)]
 pub struct Scan {
@@ -64,11 +76,12 @@ pub struct Scan {
     pub damaged: Vec<(u32, u64)>,
     /// Files without an intact header that hold nothing: instants that never came.
     pub unfinished: Vec<u32>,
+    /// Files without an intact header that hold no record and may have held an instant.
+    pub headerless: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
     pub unreadable: Vec<(u32, u32)>,
-    /// Files that others name as their predecessors and that are not there, or hold nothing, with
-    /// the last epoch whose records they may have held.
-    pub missing: Vec<(u32, u32)>,
+    /// Files that others name as their predecessors and that are not there, or hold nothing.
+    pub missing: Vec<Loss>,
     /// Where to go on.
     pub end: LogEnd,
 }
@@ -78,17 +91,36 @@ impl Scan {
     pub fn expect_end(&mut self, next_batch: u64) {
         let last = self.segments.get(&self.end.segment).map(|s| s.header);
         if let Some(last) = last.filter(|_| self.end.next_sequence < next_batch) {
-            self.missing.push((self.end.segment_max + 1, last.epoch));
+            let (segment, epoch) = (self.end.segment_max + 1, last.epoch);
+            self.missing.push(Loss { segment, first: epoch, last: epoch });
         }
     }
 
-    /// Segments that lost records, with the last epoch whose records those may have been.
-    pub fn losses(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+    /// These instants are on record elsewhere, and their headers are not here. What has no header
+    /// may be their segments, so it is kept; unless the log was closed, and ends where it was
+    /// closed, records may have gone with them.
+    pub fn expect_instants(&mut self, vanished: &BTreeSet<u32>, closed: Option<u64>) {
+        let Some(&last) = vanished.last() else { return };
+        let kept = std::mem::take(&mut self.unfinished);
+        self.headerless.extend(kept);
+        let is_whole = closed.is_some_and(|next_batch| self.end.next_sequence >= next_batch);
+        if is_whole || self.end.epoch > last {
+            // Every batch is there, or a later segment tells what is missing before it.
+            return;
+        }
+        let segment = self.headerless.last().copied().unwrap_or(self.end.segment + 1);
+        self.missing.push(Loss { segment, first: self.end.epoch.max(1).min(last), last });
+    }
+
+    /// Where records are gone.
+    pub fn losses(&self) -> impl Iterator<Item = Loss> + '_ {
+        let of = |segment, epoch| Loss { segment, first: epoch, last: epoch };
         let damaged = self
             .damaged
             .iter()
-            .filter_map(|(segment, _)| Some((*segment, self.segments.get(segment)?.header.epoch)));
-        damaged.chain(self.unreadable.iter().copied()).chain(self.missing.iter().copied())
+            .filter_map(move |(at, _)| Some(of(*at, self.segments.get(at)?.header.epoch)));
+        let unreadable = self.unreadable.iter().map(move |&(segment, epoch)| of(segment, epoch));
+        damaged.chain(unreadable).chain(self.missing.iter().copied())
     }
 }
 
@@ -151,13 +183,14 @@ fn find_missing(found: &mut Scan) {
     let is_there = |segment: u32| {
         found.segments.contains_key(&segment) || found.unreadable.iter().any(|u| u.0 == segment)
     };
-    let later = found.segments.values().skip(1).map(|s| s.header);
-    let broken = later.filter(|header| !is_there(header.previous_segment));
+    let pairs = found.segments.values().zip(found.segments.values().skip(1));
+    let broken = pairs.filter(|(_, after)| !is_there(after.header.previous_segment));
     found.missing = broken
-        .map(|header| {
+        .map(|(before, after)| {
+            let (first, header) = (before.header.epoch, after.header);
             let is_same_epoch = header.ordinal > 0;
             let last = if is_same_epoch { header.epoch } else { header.epoch.saturating_sub(1) };
-            (header.previous_segment, last)
+            Loss { segment: header.previous_segment, first: first.min(last), last }
         })
         .collect();
 }
@@ -241,24 +274,24 @@ pub fn is_without_batches(file: &Arc<dyn Storage>, uuid: [u8; 16]) -> io::Result
     Ok(PageReader::new(Arc::clone(file))?.epoch_of_batches(uuid).is_none())
 }
 
-enum Step {
+pub(super) enum Step {
     Batch(BatchHeader, Vec<Descriptor>),
     Damage,
     End,
 }
 
-struct Cursor<'a> {
-    reader: &'a PageReader,
-    uuid: [u8; 16],
-    epoch: u32,
-    expected: u64,
-    page: u64,
-    limit: u64,
+pub(super) struct Cursor<'a> {
+    pub(super) reader: &'a PageReader,
+    pub(super) uuid: [u8; 16],
+    pub(super) epoch: u32,
+    pub(super) expected: u64,
+    pub(super) page: u64,
+    pub(super) limit: u64,
 }
 
 impl Cursor<'_> {
     /// Take what begins at `page`, and move behind it.
-    fn next_batch(&mut self) -> Step {
+    pub(super) fn next_batch(&mut self) -> Step {
         let at_head = self.intact(false, self.page).map(|found| (self.page, found));
         let found = at_head.or_else(|| self.search_tail());
         if let Some((_, (header, descriptors))) = found {
@@ -310,13 +343,13 @@ impl Cursor<'_> {
 /// Pages of the largest batch: blocks of 64 KiB, with head and tail.
 const BATCH_PAGES_MAX: u64 = (BATCH_BLOCKS_MAX as u64) * 16 + 32;
 
-struct PageReader {
+pub(super) struct PageReader {
     file: Arc<dyn Storage>,
-    pages: u64,
+    pub(super) pages: u64,
 }
 
 impl PageReader {
-    fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
+    pub(super) fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
         let pages = file.len()? / PAGE;
         Ok(Self { file, pages })
     }
@@ -325,7 +358,7 @@ impl PageReader {
         self.pages(page, 1)
     }
 
-    fn pages(&self, page: u64, count: u64) -> io::Result<Vec<u8>> {
+    pub(super) fn pages(&self, page: u64, count: u64) -> io::Result<Vec<u8>> {
         if page + count > self.pages {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -345,7 +378,7 @@ impl PageReader {
     }
 }
 
-type Headers = (SegmentHeader, Option<EpochHeader>);
+pub(super) type Headers = (SegmentHeader, Option<EpochHeader>);
 
 /// The segment's header and epoch header from the first intact copy.
 fn read_header(reader: &PageReader) -> Result<Headers, SegmentError> {
@@ -369,7 +402,7 @@ fn read_header(reader: &PageReader) -> Result<Headers, SegmentError> {
     Err(last)
 }
 
-fn read_header_at(reader: &PageReader, page: u64) -> Result<Headers, SegmentError> {
+pub(super) fn read_header_at(reader: &PageReader, page: u64) -> Result<Headers, SegmentError> {
     let bytes = reader.page(page).map_err(|_| SegmentError::Damaged)?;
     let header = SegmentHeader::decode(&bytes)?;
     if header.ordinal != 0 {

@@ -179,6 +179,11 @@ impl LogWriter {
         self.appended_bytes
     }
 
+    /// Segment and page at which the next batch begins.
+    pub fn position(&self) -> (u32, u32) {
+        self.end_of_current()
+    }
+
     fn end_of_current(&self) -> (u32, u32) {
         self.current.as_ref().map_or(self.previous, |current| {
             let page = u32::try_from(current.page).expect("a segment is bounded");

@@ -254,10 +254,8 @@ impl Volume {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             selection: Some(Arc::clone(selection)),
-            bookmark: None,
             meta: meta.to_vec(),
-            suspect: String::new(),
-            pins: 0,
+            ..Epoch::default()
         };
         let mut epochs = self.epochs.write();
         epochs.0.insert(epoch, info);

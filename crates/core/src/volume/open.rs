@@ -1,17 +1,18 @@
 //! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is
 //! written before it is decided what there is.
 
-use super::decided::{Decided, index_of, restoring_of};
+use super::decided::{Decided, epochs_with_losses, index_of, restoring_of};
 use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
 use super::recover::Past;
 use super::{Committer, Counters, State, Volume};
 use crate::bitmap::Bitmap;
 use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer};
 use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
 use crate::journal::{Entry, Journal, OriginIdentity};
 use crate::log::batch::BatchBuilder;
 use crate::log::format::BATCH_BLOCKS_MAX;
-use crate::log::scan::{Scan, scan};
+use crate::log::scan::Scan;
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
 use crate::storage::FileDirectory;
@@ -22,13 +23,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// The directory of log segments in the store.
-const LOG_DIRECTORY: &str = "log";
+pub(super) const LOG_DIRECTORY: &str = "log";
 /// Smallest and largest block sizes: a page of the log; as many sectors as a slot's mask has bits.
 const BLOCK_SIZES: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// A write-through volume still needs slots for the writes in flight.
 const WRITE_THROUGH_BYTES: u64 = 16 << 20;
-/// The killed process may have written for this long after it last said that it lives.
-const ALIVE_SLACK_NS: u64 = 3_000_000_000;
 
 /// What a new volume is.
 pub struct CreateRequest {
@@ -123,7 +122,12 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
     if names.iter().any(|name| name == crate::journal::JOURNAL_NAME) {
         return Err(Error::Usage(format!("{} is a store already", store.display())));
     }
-    let path = host.canonical(&request.origin).map_err(Error::origin("its path"))?;
+    // An absolute path keeps its symlinks: a device's id is steadier than its name.
+    let path = if request.origin.is_absolute() {
+        request.origin.clone()
+    } else {
+        host.canonical(&request.origin).map_err(Error::origin("its path"))?
+    };
     let uuid = random_uuid(host)?;
     let first = Entry::Created {
         uuid,
@@ -153,7 +157,7 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
     })
 }
 
-fn not_a_store(store: &Path, error: Error) -> Error {
+pub(super) fn not_a_store(store: &Path, error: Error) -> Error {
     match error {
         Error::Store { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             Error::NotFound(format!("{} is not a store: it has no journal", store.display()))
@@ -197,10 +201,7 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
-    let mut scan = scan(&segments, decided.uuid, decided.block_size, &decided.aborted)?;
-    if let Some((_, next_batch)) = decided.closed {
-        scan.expect_end(next_batch);
-    }
+    let scan = decided.scan(&segments)?;
     let parts =
         Parts { request, decided, journal, scan, host, origin, origin_path, segments, store_lock };
     parts.assemble()
@@ -209,7 +210,7 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
 impl Parts {
     fn assemble(self) -> Result<Arc<Volume>> {
         let boot = self.host.boot_id()?;
-        let doubt = self.examine(boot)?;
+        let doubt = Past { losses: self.unrecorded_losses(), ..self.examine(boot)? };
         let buffer_path = self.buffer_path();
         let (opened, buffer_bytes) = (self.request.has_background, self.request.buffer_bytes);
         let (recover, is_failed) = (self.request.recover, !self.decided.origin_failure.is_empty());
@@ -236,6 +237,20 @@ impl Parts {
         Ok(volume)
     }
 
+    /// Losses that the log shows now and the journal does not know: what shows them may be written
+    /// over, or be gone by the next opening.
+    fn unrecorded_losses(&self) -> Vec<(u32, ExtentSet)> {
+        if self.scan.losses().next().is_none() {
+            return Vec::new();
+        }
+        let all = self.decided.all_blocks();
+        let known =
+            |epoch: u32| self.decided.lost.iter().any(|(e, set)| *e == epoch && *set == all);
+        let epochs = self.decided.epochs(&self.scan);
+        let damaged = epochs_with_losses(&self.scan, &epochs).into_iter();
+        damaged.filter(|&epoch| !known(epoch)).map(|epoch| (epoch, all.clone())).collect()
+    }
+
     fn buffer_path(&self) -> Option<PathBuf> {
         if self.request.cache == Cache::WriteThrough {
             return None;
@@ -257,16 +272,22 @@ impl Parts {
         }
         let Some((last_boot, buffer)) = &self.decided.opened else { return Ok(Past::default()) };
         if let Some((closed, _)) = self.decided.closed {
-            let is_other = closed.bytes != identity.bytes
-                || closed.modified_unix_ns != identity.modified_unix_ns
-                || closed.inode != identity.inode;
-            let suspect = is_other.then(|| {
+            let suspect = closed.is_other_than(&identity).then(|| {
                 "the origin was written or replaced outside since the volume was closed".to_owned()
             });
-            return Ok(Past { suspect, left: None });
+            return Ok(Past { suspect, ..Past::default() });
         }
-        if *last_boot != boot || buffer.is_empty() {
-            // A power cut takes the buffer with it, as it takes any disk's cache.
+        if *last_boot != boot {
+            // A power cut takes the buffer with it, as it takes any disk's cache. Whoever wrote to
+            // a file after this boot was not us.
+            let booted = self.host.booted_unix_ns();
+            let is_touched = booted.is_some_and(|booted| identity.modified_unix_ns > booted);
+            let suspect = is_touched.then(|| {
+                "the origin was written outside since the machine was started again".to_owned()
+            });
+            return Ok(Past { suspect, ..Past::default() });
+        }
+        if buffer.is_empty() {
             return Ok(Past::default());
         }
         self.examine_left(buffer, identity)
@@ -303,14 +324,12 @@ impl Parts {
                 path.display()
             )));
         };
-        let same_origin = left.identity.origin.inode == identity.inode;
-        let is_touched =
-            identity.modified_unix_ns > left.alive_unix_ns.saturating_add(ALIVE_SLACK_NS);
-        if (same_origin && !is_touched) || recover != Recover::Refuse {
-            let suspect = (is_touched || !same_origin)
+        let is_touched = left.is_origin_touched(&identity);
+        if !is_touched || recover != Recover::Refuse {
+            let suspect = is_touched
                 .then(|| "the origin was written outside after the server was killed".to_owned());
             let left = (recover != Recover::Discard).then_some((path, left));
-            return Ok(Past { suspect, left });
+            return Ok(Past { suspect, left, ..Past::default() });
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
         Err(Error::RecoveryNeeded(format!(
@@ -329,13 +348,20 @@ impl Parts {
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
         let restoring = restoring_of(&scan, &decided, block_count);
-        let in_segments: BTreeMap<u32, u32> =
+        let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.iter().map(|(&number, s)| (number, s.header.epoch)).collect();
         let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
-        let epoch =
-            live.copied().max().unwrap_or(0).max(epochs.0.keys().copied().max().unwrap_or(0));
-        let epoch_max = in_segments.values().copied().max().unwrap_or(0).max(decided.epoch_max);
-        let index = index_of(&scan, &decided);
+        // Not those without a header: there is no segment to go on with.
+        let known = epochs.0.iter().filter(|(_, e)| e.damage.is_empty()).map(|(&epoch, _)| epoch);
+        let epoch = live.copied().max().unwrap_or(0).max(known.max().unwrap_or(0));
+        // Kept until the instants they may belong to are gone.
+        let last = epochs.0.keys().next_back().copied().unwrap_or(0);
+        in_segments.extend(scan.unreadable.iter().copied());
+        in_segments.extend(scan.headerless.iter().map(|&segment| (segment, last)));
+        let epoch_max = in_segments.values().copied().max().unwrap_or(0);
+        let epoch_max = epoch_max.max(decided.epoch_max).max(last);
+        let damaged = epochs_with_losses(&scan, &epochs);
+        let index = index_of(&scan, &decided, &damaged);
         let log = LogWriter::new(decided.uuid, Arc::clone(&segments), scan.end)
             .map_err(Error::store("opening the log"))?;
         let committer = Committer {
@@ -385,6 +411,7 @@ impl Parts {
             index: RwLock::new(index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            rotten: Mutex::default(),
             syncing: Mutex::new(()),
             syncs_begun: AtomicU64::new(0),
             gate_opened: Condvar::new(),

@@ -5,6 +5,7 @@ use super::decided::apply;
 use super::{Committer, Volume};
 use crate::buffer::LeftBuffer;
 use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
 use crate::journal::Entry;
 use crate::log::writer::LogEnd;
 use crate::sabotage::{Rule, is_broken};
@@ -17,6 +18,8 @@ use std::path::{Path, PathBuf};
 pub(super) struct Past {
     pub(super) suspect: Option<String>,
     pub(super) left: Option<(PathBuf, LeftBuffer)>,
+    /// Epochs in which records are gone, with every block.
+    pub(super) losses: Vec<(u32, ExtentSet)>,
 }
 
 /// Rebuilding the index takes several times its size for a moment; the allocator would keep it.
@@ -55,6 +58,11 @@ impl Volume {
             file.sync().map_err(Error::store("log segment"))?;
         }
         self.origin.sync().map_err(Error::origin("sync at opening"))?;
+        // Before anything is recorded: a first change made from here on must not be taken for the
+        // one that is gone (P2).
+        for (epoch, blocks) in past.losses {
+            committer.journal.append(&Entry::Lost { epoch, blocks })?;
+        }
         let gone = self.forget_unneeded(epoch);
         {
             let blocks = self.block_count(self.size_bytes());

@@ -59,6 +59,11 @@ format: setup-test ## Rewrite the sources in the one format
 test-long: setup-test build ## The deep model runs and soak tests; takes the better part of an hour
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
 
+.PHONY: soak
+soak: ## Stop the simulated machine at every step of ever new programs, until you stop it
+	cargo test --locked --release --package stillblock-core --features simulation --test simulation \
+	    -- --ignored --nocapture soak
+
 .PHONY: bench
 bench: setup-test build ## Compare with the peers on this machine; prints one table
 	$(BIN)/python -m bench
@@ -98,6 +103,7 @@ fmt: setup-test
 .PHONY: lint
 lint: setup-test
 	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+	cargo clippy --quiet --locked --package stillblock-core --features simulation --test simulation -- -D warnings
 	$(BIN)/ruff check --quiet $(PYTHON_SOURCES)
 
 .PHONY: types
@@ -116,6 +122,8 @@ layers: setup-test
 test-rust: setup-test
 	@# Not the shim: it is a module of an interpreter and does not link alone. Python's tests test it.
 	cargo $(CARGO_TEST) --locked --package stillblock-core
+	@# The same engine in the machine that is stopped at every step: docs/reliability.md.
+	cargo $(CARGO_TEST) --locked --package stillblock-core --features simulation --test simulation
 	cargo test --quiet --locked --doc --package stillblock-core
 
 # --- Set-up -----------------------------------------------------------------------------------------------------

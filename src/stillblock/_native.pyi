@@ -43,6 +43,12 @@ class Epoch:
     exclusive_bytes: int
     """Bytes that deleting this snapshot alone would free."""
     lost: Extents
+    damaged: Extents
+    """Blocks whose content is there and is known to fail its checksum."""
+    damage: str
+    """Why nothing of the snapshot can be read, its header being gone; empty if it is there."""
+    accepted: str
+    """Which doubt somebody accepted, and their note; empty if nobody had to."""
     is_suspect: bool
     suspect_reason: str
     in_use: int
@@ -56,6 +62,47 @@ class RestoreStatus:
     safety_epoch: int
     total_bytes: int
     done_bytes: int
+
+@final
+class Inspection:
+    """What a store says of itself while nobody has it open."""
+
+    uuid: str
+    origin: str
+    block_size: int
+    size_bytes: int
+    meta: bytes
+    left_as: Literal["closed", "killed", "interrupted"]
+    """By the last process: killed in this boot, or not closed in another one."""
+    left_in: Literal["nothing", "lost", "buffer", "newer"]
+    """What a killed process left: no buffer, one that is gone, one to replay, one of a newer version."""
+    left_slots: int
+    left_blocks: Extents
+    differing_blocks: Extents
+    """Those of which the origin holds something else now."""
+    alive_unix_ns: int
+    closed: tuple[int, int, int] | None
+    """(inode, bytes, modified_unix_ns) of the origin when the volume was closed."""
+    found: tuple[int, int, int] | None
+    """The same of what is there now; None if nothing is."""
+    is_touched: bool
+    """Written by others since, as far as can be known."""
+    origin_failure: str
+    is_restoring: bool
+    epochs: list[tuple[int, bool, bool, bytes, str]]
+    """(epoch, has snapshot, has bookmark, meta, damage)"""
+
+@final
+class ContentCheck:
+    """Preserved content compared with its checksums, a step at a time."""
+
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def done_bytes(self) -> int: ...
+    def step(self, bytes_max: int) -> bool:
+        """Read so much more; False once all is done."""
+    def damaged_blocks(self) -> int: ...
 
 @final
 class Statistics:
@@ -84,6 +131,22 @@ class Volume:
     @staticmethod
     def peek(*, store: str) -> tuple[str, str, int, bytes]:
         """(uuid, origin path, block size, meta) of a store without opening the volume, even while it is served."""
+    @staticmethod
+    def inspect(*, store: str, origin: str | None = None) -> Inspection:
+        """Look at a store that nobody has open, and at its origin; changes nothing."""
+    @staticmethod
+    def check_unused(*, store: str) -> None:
+        """Fail if somebody has the store open, whatever is in it."""
+    def accept_origin(self, note: str) -> int:
+        """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""
+    def check_structure(self) -> list[tuple[bool, str]]:
+        """(is lost, what) for everything in journal and log that is not as it was written."""
+    def check_content(self, *, share: int = 10000, seed: int = 0) -> ContentCheck:
+        """Prepare to read preserved content: all, or a share in parts of 10000 that `seed` chooses."""
+    def damaged(self) -> list[tuple[int, Extents]]:
+        """Rotten content that some snapshot reads, by the epoch it was preserved in."""
+    def note_damaged(self, found: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> None:
+        """Remember what an earlier process found."""
     @property
     def uuid(self) -> str: ...
     @property
@@ -116,6 +179,8 @@ class Volume:
     def delete_bookmark(self, *, epoch: int) -> None: ...
     def changed(self, *, since: int, until: int | None = None) -> Extents:
         """Blocks tracked by `since` that changed from its instant to that of `until`, or to now."""
+    def newly_selected(self, *, since: int, until: int) -> Extents:
+        """Blocks that `until` selects and `since` did not hold: an increment needs them whole."""
     def view(self, *, epoch: int, excluded_reads: Literal["zeros", "error"] = "zeros") -> View: ...
     def restore(
         self, *, epoch: int, request: Sequence[tuple[int, int]], safety_selection: Sequence[tuple[int, int]],
@@ -147,7 +212,7 @@ class View:
         """(start, end, flags): 1 hole, 2 reads as zeros, 4 not selected, 8 lost."""
     def close(self) -> None: ...
 
-ContextSpec = tuple[str, Literal["selected", "changed"], int]
+ContextSpec = tuple[str, Literal["selected", "changed", "dirty"], int]
 """(name told to clients, what it shows, since which epoch; 0 for "selected")"""
 
 @final

@@ -241,6 +241,11 @@ class Snapshot:
         request = snapshots.ChangesRequest(since=_instant_name(other), until=self.id)
         return snapshots.changes(self._volume._opened, request).extents  # noqa: SLF001
 
+    def newly_selected_since(self, other: Snapshot | Bookmark) -> Extents:
+        """Return what this selects and an older instant did not hold: an increment needs it too."""
+        request = snapshots.ChangesRequest(since=_instant_name(other), until=self.id)
+        return snapshots.changes(self._volume._opened, request).newly_selected  # noqa: SLF001
+
     def bookmark(self, name: str | None = None) -> Bookmark:
         """Keep tracking what changes after this, also once it is deleted."""
         request = bookmarks.BookmarkRequest(snapshot=self.id, name=name)

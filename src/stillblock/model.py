@@ -169,12 +169,25 @@ class RuleTerm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedCopy:
+    """Preserved content that fails its checksum: which bytes, preserved in which epoch."""
+
+    epoch: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeConfig:
     """What the store itself remembers about its volume; enough to import it elsewhere."""
 
     name: str
     created_unix_ns: int
     rules: tuple[RuleTerm, ...] = ()
+    last_verified_unix_ns: int | None = None
+    """When all preserved content was last read and compared with its checksums."""
+    damaged: tuple[DamagedCopy, ...] = ()
+    """Preserved content that was found to fail them."""
 
 
 class VolumeState(StrEnum):
@@ -225,9 +238,25 @@ class VolumeInfo:
     store_bytes: int
     is_served: bool
     suspect_reason: str = ""
+    last_verified_unix_ns: int | None = None
+    """When all preserved content was last read and compared with its checksums."""
+    damaged_bytes: int = 0
+    """Preserved content that is known to fail them."""
 
 
 # Snapshots --------------------------------------------------------------------------------------
+
+
+class SnapshotState(StrEnum):
+    """Whether a snapshot is what it was; the worst that is known."""
+
+    OK = "ok"
+    SUSPECT = "suspect"
+    """Something happened that could not be seen: the origin was written by others."""
+    PARTIAL = "partial"
+    """Some originals could not be kept; reading them is an error, the rest is right."""
+    DAMAGED = "damaged"
+    """Something that was kept is rotten; reading it is an error, the rest is right."""
 
 
 class SnapshotPurpose(StrEnum):
@@ -309,6 +338,13 @@ class SnapshotInfo:
     holders: int
     """Views, restores and exports that hold it."""
     description: str = ""
+    state: SnapshotState = SnapshotState.OK
+    damaged_bytes: int = 0
+    """Kept, and known to fail its checksum."""
+    damage: str = ""
+    """Why nothing of it can be read; empty if its header is there."""
+    accepted: str = ""
+    """Which doubt somebody accepted, and their note."""
 
     @property
     def reference(self) -> str:
@@ -326,6 +362,8 @@ class Receipt:
     extents: Extents
     left_out: tuple[LeftOut, ...]
     lost: Extents
+    damaged: Extents
+    """Kept, and known to fail its checksum."""
     consistency: str
     """`barrier`: all writes acknowledged before the instant, none after; as after a power cut."""
     pause_ns: int | None
@@ -358,6 +396,10 @@ class Changes:
     """None: until now."""
     extents: Extents
     changed_bytes: int
+    newly_selected: Extents = ()
+    """What the later instant selects and the earlier one did not hold: an increment needs it
+    whole, changed or not. Nothing up to now: only an instant selects."""
+    newly_selected_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 Instant = _native.Instant
 Epoch = _native.Epoch
 RestoreStatus = _native.RestoreStatus
+Inspection = _native.Inspection
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]
 ExcludedReads = Literal["zeros", "error"]
-ContextKind = Literal["selected", "changed"]
+ContextKind = Literal["selected", "changed", "dirty"]
 ContextSpec = tuple[str, ContextKind, int]
 """What clients call a metadata context, what it shows, since which epoch (0 for "selected")."""
 
@@ -59,6 +60,20 @@ def peek(store: Path) -> tuple[str, str, int, bytes]:
         return _native.Volume.peek(store=str(store))
 
 
+def inspect(store: Path, *, origin: Path | None = None) -> Inspection:
+    """Look at a store that nobody has open, and at its origin; change nothing."""
+    with _translated():
+        return _native.Volume.inspect(
+            store=str(store), origin=None if origin is None else str(origin)
+        )
+
+
+def check_unused(store: Path) -> None:
+    """Raise `LockedError` if somebody has the store open, whatever is in it."""
+    with _translated():
+        _native.Volume.check_unused(store=str(store))
+
+
 class Volume:
     """One origin with its store, open in this process. Thread-safe."""
 
@@ -92,6 +107,31 @@ class Volume:
                     recover=recover,
                 )
             )
+
+    def accept_origin(self, note: str) -> int:
+        """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""
+        with _translated():
+            return self.inner.accept_origin(note)
+
+    def check_structure(self) -> tuple[tuple[bool, str], ...]:
+        """Return (is lost, what) for all in journal and log that is not as it was written."""
+        with _translated():
+            return tuple(self.inner.check_structure())
+
+    def check_content(self, *, share: int, seed: int) -> ContentCheck:
+        """Prepare to verify preserved content, or a share of it in parts of 10000."""
+        with _translated():
+            return ContentCheck(self.inner.check_content(share=share, seed=seed))
+
+    def damaged(self) -> tuple[tuple[int, Extents], ...]:
+        """Return the rotten content that some snapshot reads, by the epoch it was preserved in."""
+        with _translated():
+            return tuple((epoch, tuple(extents)) for epoch, extents in self.inner.damaged())
+
+    def note_damaged(self, found: Sequence[tuple[int, Extents]]) -> None:
+        """Remember what an earlier process found."""
+        with _translated():
+            self.inner.note_damaged(found)
 
     @property
     def uuid(self) -> str:
@@ -200,6 +240,11 @@ class Volume:
         with _translated():
             return tuple(self.inner.changed(since=since, until=until))
 
+    def newly_selected(self, *, since: int, until: int) -> Extents:
+        """Return what the later instant selects and the earlier one did not hold."""
+        with _translated():
+            return tuple(self.inner.newly_selected(since=since, until=until))
+
     def view(self, *, epoch: int, excluded_reads: ExcludedReads = "zeros") -> View:
         """Open a snapshot for reading; holds it until closed."""
         with _translated():
@@ -258,6 +303,34 @@ class Volume:
         """Stop cleanly: everything is on the origin when this returns."""
         with _translated():
             self.inner.close()
+
+
+class ContentCheck:
+    """Preserved content compared with its checksums, a step at a time."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: _native.ContentCheck) -> None:
+        self.inner = inner
+
+    @property
+    def total_bytes(self) -> int:
+        """What there is to read."""
+        return self.inner.total_bytes
+
+    @property
+    def done_bytes(self) -> int:
+        """What was read."""
+        return self.inner.done_bytes
+
+    def step(self, *, bytes_max: int) -> bool:
+        """Read so much more; return False once all is done."""
+        with _translated():
+            return self.inner.step(bytes_max)
+
+    def damaged_blocks(self) -> int:
+        """Return how many copies failed so far."""
+        return self.inner.damaged_blocks()
 
 
 class View:

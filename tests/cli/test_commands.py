@@ -131,6 +131,9 @@ def test_a_lost_catalog_is_rebuilt_from_the_store(run, web, state):
     run("snapshot", "create", "web@monday")
     for path in state.glob("catalog.sqlite*"):
         path.unlink()
+    # A store in the state directory is found again by itself; one elsewhere is imported.
+    assert "web@monday" in run("snapshot", "list", "web").out
+    assert run("volume", "remove", "--keep-store", "web", "--yes").code == 0
     assert run("volume", "show", "web").code == 1
     assert run("volume", "import", str(state / "stores" / "web")).code == 0
     assert "web@monday" in run("snapshot", "list", "web").out

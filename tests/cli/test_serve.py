@@ -66,7 +66,7 @@ def test_a_killed_server_leaves_a_volume_that_says_how_to_recover(run, web, serv
     with serving("web") as (process, _):
         process.kill()
         process.wait(timeout=20)
-    ran = run("volume", "recover", "web", "--replay")
+    ran = run("volume", "recover", "web", "--replay", "--yes")
     assert ran.code == 0
     assert "complete" in ran.out
     assert run("volume", "show", "web").code == 0

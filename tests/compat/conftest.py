@@ -12,7 +12,7 @@ import pytest
 
 import stillblock
 from stillblock.config import Config
-from stillblock.operations.volumes import import_volume
+from stillblock.operations.imports import ImportRequest, import_volume, plan_import
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Golden:
         """Import it, as a user does with a store that was moved here, and open it."""
         config = Config.load()
         config.ensure()
-        import_volume(config, self.store, origin=self.origin)
+        request = ImportRequest(store=self.store, origin=self.origin)
+        import_volume(config, plan_import(config, request))
         return stillblock.open("web", **options)
 
 

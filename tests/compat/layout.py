@@ -165,6 +165,13 @@ def journal_records(data: bytes) -> list[JournalRecord]:
     return found
 
 
+def seal_segment_header(page: bytearray, start: int = 0) -> None:
+    """Make the checksum of a segment header that was changed right again."""
+    crc_at = table("log.md", "Segment header").offset("crc")
+    covered = bytes(page[start : start + crc_at])
+    page[start + crc_at : start + crc_at + 4] = crc32c(covered).to_bytes(4, "little")
+
+
 def seal_journal_record(record: bytearray) -> None:
     """Give a changed record its right checksum."""
     layout = table("journal.md", "Record")

@@ -153,6 +153,21 @@ def test_changes_run_from_old_to_new(session):
         session.changes(since="b", until="a")
 
 
+def test_what_an_older_instant_did_not_hold_is_newly_selected(session):
+    take(session, "a", terms=WITHOUT_FIRST_HALF)
+    session.create_bookmark("a")
+    take(session, "b")
+    take(session, "c", terms=(RuleTerm(include=False, text="256K-1M"),))
+    first_half = ((0, MIB // 2),)
+    assert session.changes(since="a", until="b").newly_selected == first_half
+    assert session.changes(since="a", until="b").newly_selected_bytes == MIB // 2
+    assert session.changes(since="a", until="c").newly_selected == ((0, MIB // 4),)
+    assert session.changes(since="b", until="c").newly_selected == ()
+    assert session.changes(since="a").newly_selected == ()
+    session.delete_snapshot("a")  # its bookmark still knows what it held
+    assert session.changes(since="a", until="b").newly_selected == first_half
+
+
 def test_a_restore_is_planned_and_leaves_a_safety_snapshot(session):
     take(session, "monday")
     request = RestoreRequest(snapshot="monday")

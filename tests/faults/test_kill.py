@@ -298,7 +298,7 @@ def test_an_origin_touched_after_a_kill_is_not_written_over_without_asking(kille
 
 def test_replay_puts_the_acknowledged_writes_over_what_was_touched(killed):
     touch(killed)
-    ran = killed.cli("volume", "recover", "web", "--replay")
+    ran = killed.cli("volume", "recover", "web", "--replay", "--yes")
     assert "complete" in ran.out
     origin = killed.origin.read_bytes()
     assert origin[: 64 * BLOCK] == b"\xaa" * (64 * BLOCK)
@@ -311,7 +311,7 @@ def test_replay_puts_the_acknowledged_writes_over_what_was_touched(killed):
 def test_discard_forgets_the_acknowledged_writes_and_keeps_what_was_touched(killed):
     before = pattern(5, 4 * MIB)
     touch(killed)
-    killed.cli("volume", "recover", "web", "--discard")
+    killed.cli("volume", "recover", "web", "--discard", "--yes")
     origin = killed.origin.read_bytes()
     assert origin[2 * MIB : 2 * MIB + BLOCK] == b"\xbb" * BLOCK
     for at in range(0, 64 * BLOCK, BLOCK):
@@ -333,7 +333,8 @@ def test_a_write_buffer_that_is_gone_is_said_and_only_discard_accepts_it(killed)
     assert ran.code == 1
     assert "volume recover" in ran.err
     assert killed.try_cli("volume", "recover", "web", "--replay").code != 0
-    killed.cli("volume", "recover", "web", "--discard")
+    assert killed.try_cli("volume", "recover", "web", "--discard").code == 2  # it asks
+    killed.cli("volume", "recover", "web", "--discard", "--yes")
     killed.start()
     assert killed.read("before") == pattern(5, 4 * MIB)
 
@@ -379,8 +380,7 @@ def test_two_processes_cannot_open_one_volume_by_any_name():
         served.start()
         other = Served(folder=served.folder / "other", origin=served.origin, name="twin")
         other.folder.mkdir()
-        other.cli("volume", "import", str(served.store), "--name", "twin")
-        ran = other.try_cli("serve", "twin")
+        ran = other.try_cli("volume", "import", str(served.store), "--name", "twin")
         assert ran.code == 11
         assert "in use" in ran.err or "open in another process" in ran.err
         beside = served.origin.parent

@@ -68,11 +68,24 @@ def test_the_selection_is_a_map(week):
     ]
 
 
-@pytest.mark.parametrize("context", ["x-stillblock:changed:monday", "qemu:dirty-bitmap:monday"])
-def test_what_changed_between_two_snapshots_is_a_map_under_both_names(week, context):
+def test_what_changed_between_two_snapshots_and_what_is_newly_selected_are_told_apart(week):
     served, _ = week
-    dirty = [extent[:2] for extent in mapped(served.uri("tuesday"), context) if extent[2]]
-    assert dirty == [(CHANGED.start, CHANGED.stop), (ZEROED.start, ZEROED.stop)]
+    found = mapped(served.uri("tuesday"), "x-stillblock:changed:monday")
+    assert [extent for extent in found if extent[2]] == [
+        (CHANGED.start, CHANGED.stop, 1),
+        (EXCLUDED.start, EXCLUDED.stop, 2),
+        (ZEROED.start, ZEROED.stop, 1),
+    ]
+
+
+def test_newly_selected_blocks_are_dirty(week):
+    served, _ = week
+    found = mapped(served.uri("tuesday"), "qemu:dirty-bitmap:monday")
+    assert [extent for extent in found if extent[2]] == [
+        (CHANGED.start, CHANGED.stop, 1),
+        (EXCLUDED.start, EXCLUDED.stop, 1),
+        (ZEROED.start, ZEROED.stop, 1),
+    ]
 
 
 def test_what_changed_up_to_now_is_a_map_of_the_live_disk(week):

@@ -21,9 +21,9 @@ INSTANTS = (Instant(name="mon", epoch=1), Instant(name="tue", epoch=4))
 def test_the_live_disk_shows_what_changed_since_every_instant():
     assert contexts_of_volume(INSTANTS) == [
         ("x-stillblock:changed:mon", "changed", 1),
-        ("qemu:dirty-bitmap:mon", "changed", 1),
+        ("qemu:dirty-bitmap:mon", "dirty", 1),
         ("x-stillblock:changed:tue", "changed", 4),
-        ("qemu:dirty-bitmap:tue", "changed", 4),
+        ("qemu:dirty-bitmap:tue", "dirty", 4),
     ]
 
 
@@ -32,7 +32,7 @@ def test_a_snapshot_shows_its_selection_and_what_changed_since_older_instants_on
     assert contexts_of_snapshot(4, INSTANTS) == [
         ("x-stillblock:selected", "selected", 0),
         ("x-stillblock:changed:mon", "changed", 1),
-        ("qemu:dirty-bitmap:mon", "changed", 1),
+        ("qemu:dirty-bitmap:mon", "dirty", 1),
     ]
 
 

@@ -247,6 +247,17 @@ impl Arena {
     }
 }
 
+/// The killed process may have written for this long after it last said that it lives.
+const ALIVE_SLACK_NS: u64 = 3_000_000_000;
+
+impl LeftBuffer {
+    /// True if the origin is another one now, or was written after the process died.
+    pub fn is_origin_touched(&self, now: &OriginIdentity) -> bool {
+        let alive_until = self.alive_unix_ns.saturating_add(ALIVE_SLACK_NS);
+        self.identity.origin.inode != now.inode || now.modified_unix_ns > alive_until
+    }
+}
+
 /// A slot that a killed process left behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeftSlot {
@@ -297,9 +308,6 @@ fn parse_left(bytes: &[u8]) -> Option<Result<LeftBuffer, u32>> {
         return None;
     }
     let version = input.u32().ok()?;
-    if version > FILE_VERSION {
-        return Some(Err(version));
-    }
     let uuid = input.array().ok()?;
     let generation = input.u64().ok()?;
     let boot_id = input.array().ok()?;
@@ -313,6 +321,9 @@ fn parse_left(bytes: &[u8]) -> Option<Result<LeftBuffer, u32>> {
     let block_size = input.u64().ok()?;
     if input.u32().ok()? != crc32c::crc32c(&bytes[..COVERED]) {
         return None;
+    }
+    if version > FILE_VERSION {
+        return Some(Err(version));
     }
     if to_u64(bytes.len()) != Arena::bytes_for(slot_count, block_size) {
         return None;

@@ -14,7 +14,7 @@ pub struct Bookmark {
 }
 
 /// One instant.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Epoch {
     /// Size of the origin then.
     pub origin_bytes: u64,
@@ -28,6 +28,12 @@ pub struct Epoch {
     pub meta: Vec<u8>,
     /// Why the snapshot is in doubt; empty if it is not.
     pub suspect: String,
+    /// Which records are gone that it may need; empty if none are.
+    pub losses: String,
+    /// Who accepted an earlier doubt, and when; empty if nobody had to.
+    pub accepted: String,
+    /// Why nothing of the snapshot can be read, its header being gone; empty if it is there.
+    pub damage: String,
     /// Views, restores and exports that hold it.
     pub pins: usize,
 }
@@ -35,7 +41,12 @@ pub struct Epoch {
 impl Epoch {
     /// True if anything still begins here.
     pub fn is_live(&self) -> bool {
-        self.selection.is_some() || self.bookmark.is_some()
+        self.has_snapshot() || self.bookmark.is_some()
+    }
+
+    /// True if there is a snapshot, be it one whose header is gone.
+    pub fn has_snapshot(&self) -> bool {
+        self.selection.is_some() || !self.damage.is_empty()
     }
 
     /// The blocks whose changes are wanted since here.

@@ -136,7 +136,10 @@ impl From<JournalError> for Error {
                 Self::Version(format!("{error}; use a newer stillblock to open this store"))
             }
             JournalError::TooLarge { .. } => Self::Usage(error.to_string()),
-            JournalError::Damaged { .. } | JournalError::Broken => Self::Damaged(error.to_string()),
+            JournalError::Broken(source) => Self::store(
+                "an earlier write of the volume journal failed and cannot be undone yet",
+            )(source),
+            JournalError::Damaged { .. } => Self::Damaged(error.to_string()),
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use crate::error::Error;
 use crate::export::{BlockSizes, Export, ExportError, StatusExtent, ZeroRequest};
+use crate::extent::ExtentSet;
 use crate::view::{View, status_of};
-use crate::volume::Volume;
+use crate::volume::{Volume, push_status};
 use parking_lot::RwLock;
 use std::sync::Arc;
 
@@ -17,8 +18,13 @@ pub enum ContextKind {
     /// Flag 1 where the snapshot selects.
     Selected,
     /// Flag 1 where blocks changed since the instant of this epoch: to the view's own instant, or
-    /// to now.
+    /// to now. Flag 2 where the view selects blocks that this epoch did not hold.
     Changed {
+        /// Since when.
+        since: u32,
+    },
+    /// Flag 1 where either of the two holds: what a copy of that instant lacks.
+    Dirty {
         /// Since when.
         since: u32,
     },
@@ -42,6 +48,33 @@ impl Contexts {
         let contexts = self.0.read();
         contexts.iter().find(|(known, _)| known == name).map(|(_, kind)| *kind)
     }
+}
+
+/// Two maps of the same range in one: flag 1 where the first says so, flag 2 where the second does;
+/// as far as both go.
+fn overlaid(
+    first: &[StatusExtent],
+    second: &[StatusExtent],
+    extents_max: usize,
+) -> Vec<StatusExtent> {
+    let mut found = Vec::new();
+    let (mut ones, mut twos) = (first.iter().peekable(), second.iter().peekable());
+    while let (Some(one), Some(two)) = (ones.peek(), twos.peek()) {
+        let (start, end) = (one.start.max(two.start), one.end.min(two.end));
+        let (one_ends, two_ends) = (one.end == end, two.end == end);
+        push_status(&mut found, start, end, one.flags | two.flags << 1);
+        if found.len() > extents_max {
+            break;
+        }
+        if one_ends {
+            ones.next();
+        }
+        if two_ends {
+            twos.next();
+        }
+    }
+    found.truncate(extents_max);
+    found
 }
 
 fn sizes_of(volume: &Volume) -> BlockSizes {
@@ -138,10 +171,12 @@ impl Export for VolumeExport {
         match self.contexts.find(context) {
             None => self.volume.allocation(offset_bytes, length_bytes, extents_max),
             Some(ContextKind::Selected) => Err(Error::Usage("a live disk selects nothing".into())),
-            Some(ContextKind::Changed { since }) => self.volume.changed(since, None).map(|set| {
-                let block_size = self.volume.block_size();
-                status_of(&set, block_size, offset_bytes, length_bytes, extents_max)
-            }),
+            Some(ContextKind::Changed { since } | ContextKind::Dirty { since }) => {
+                self.volume.changed(since, None).map(|set| {
+                    let block_size = self.volume.block_size();
+                    status_of(&set, block_size, offset_bytes, length_bytes, extents_max)
+                })
+            }
         }
         .map_err(|e| refused(&e))
     }
@@ -159,6 +194,12 @@ impl ViewExport {
     /// Hand out a view.
     pub fn new(view: Arc<View>, description: String) -> Self {
         Self { view, description, contexts: Contexts::default() }
+    }
+
+    /// What changed since an instant, and what the view selects that it did not hold.
+    fn lacking(&self, since: u32) -> crate::error::Result<(ExtentSet, ExtentSet)> {
+        let (volume, epoch) = (self.view.volume(), self.view.epoch());
+        Ok((volume.changed(since, Some(epoch))?, volume.newly_selected(since, epoch)?))
     }
 
     /// The view.
@@ -224,19 +265,43 @@ impl Export for ViewExport {
         length_bytes: u64,
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>, ExportError> {
+        let block_size = self.view.volume().block_size();
+        // Each border of one of two maps may split an extent of the other.
+        let limit = extents_max.saturating_add(1);
         match self.contexts.find(context) {
             None => self.view.allocation(offset_bytes, length_bytes, extents_max),
             Some(ContextKind::Selected) => {
                 self.view.selected(offset_bytes, length_bytes, extents_max)
             }
-            Some(ContextKind::Changed { since }) => {
-                let changed = self.view.volume().changed(since, Some(self.view.epoch()));
-                changed.map(|set| {
-                    let block_size = self.view.volume().block_size();
-                    status_of(&set, block_size, offset_bytes, length_bytes, extents_max)
-                })
-            }
+            Some(ContextKind::Changed { since }) => self.lacking(since).map(|(changed, newly)| {
+                let changed = status_of(&changed, block_size, offset_bytes, length_bytes, limit);
+                let newly = status_of(&newly, block_size, offset_bytes, length_bytes, limit);
+                overlaid(&changed, &newly, extents_max)
+            }),
+            Some(ContextKind::Dirty { since }) => self.lacking(since).map(|(changed, newly)| {
+                let dirty = changed.union(&newly);
+                status_of(&dirty, block_size, offset_bytes, length_bytes, extents_max)
+            }),
         }
         .map_err(|e| refused(&e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extents(list: &[(u64, u64, u32)]) -> Vec<StatusExtent> {
+        list.iter().map(|&(start, end, flags)| StatusExtent { start, end, flags }).collect()
+    }
+
+    #[test]
+    fn two_maps_are_laid_over_one_another_as_far_as_both_go() {
+        let first = extents(&[(0, 4, 0), (4, 12, 1), (12, 20, 0)]);
+        let second = extents(&[(0, 8, 0), (8, 16, 1)]);
+        let both = extents(&[(0, 4, 0), (4, 8, 1), (8, 12, 3), (12, 16, 2)]);
+        assert_eq!(overlaid(&first, &second, 10), both);
+        assert_eq!(overlaid(&first, &second, 2), both[..2]);
+        assert_eq!(overlaid(&first, &[], 10), []);
     }
 }

@@ -18,10 +18,8 @@ pub const JOURNAL_NAME: &str = "journal";
 const UNIT: u64 = 512;
 const MAGIC: [u8; 4] = *b"SBJR";
 const HEADER_BYTES: usize = 28;
-/// The highest version this code reads. A record is written with the lowest that has its kind.
+/// The highest version this code reads; it writes the lowest that has a record's kind.
 pub const JOURNAL_VERSION: u32 = 2;
-/// The last kind of version 1.
-const VERSION_1_KIND_MAX: u8 = 17;
 /// Space kept allocated beyond the end, so that marks can be written when the store is full.
 const RESERVE_BYTES: u64 = 1 << 20;
 /// No record of ours is longer: a selection of 16 million extents.
@@ -38,6 +36,16 @@ pub struct OriginIdentity {
     pub bytes: u64,
     /// Last change of the content, 0 for a block device.
     pub modified_unix_ns: u64,
+}
+
+impl OriginIdentity {
+    /// True if it is another disk, or was written since. The device is not compared: its number
+    /// changes at boot.
+    pub fn is_other_than(&self, now: &Self) -> bool {
+        self.bytes != now.bytes
+            || self.modified_unix_ns != now.modified_unix_ns
+            || self.inode != now.inode
+    }
 }
 
 /// One decision.
@@ -155,7 +163,18 @@ pub enum Entry {
         /// That block.
         block: u64,
     },
+    /// Somebody accepts the origin although it was written outside: the snapshots up to this epoch
+    /// are in doubt no more.
+    Accepted {
+        /// The last of them.
+        epoch: u32,
+        /// Who and when, for people.
+        note: Vec<u8>,
+    },
 }
+
+/// Kinds above this one came with version 2: a program that does not know them says so.
+const VERSION_1_KIND_MAX: u8 = 17;
 
 impl Entry {
     fn encode(&self) -> (u8, Vec<u8>) {
@@ -226,6 +245,10 @@ impl Entry {
                 16
             }
             Self::Recovered => 17,
+            Self::Accepted { epoch, note } => {
+                out.u32(*epoch).bytes(note);
+                18
+            }
             Self::Freeing { sequence, block } => {
                 out.u64(*sequence).u64(*block);
                 24
@@ -265,6 +288,7 @@ impl Entry {
             15 => Self::RestoreEnded { epoch: input.u32()? },
             16 => Self::OriginFailed { reason: input.bytes()?.to_vec() },
             17 => Self::Recovered,
+            18 => Self::Accepted { epoch: input.u32()?, note: input.bytes()?.to_vec() },
             24 => Self::Freeing { sequence: input.u64()?, block: input.u64()? },
             _ => return Err(Malformed { at: 0 }),
         })
@@ -291,7 +315,11 @@ pub enum JournalError {
     #[error("{0}")]
     Io(#[from] io::Error),
     /// Not intact, with valid records after it.
-    #[error("the journal is damaged at byte {at}")]
+    #[error(
+        "the journal is damaged at byte {at}: what was decided there, a deletion or a loss, is not \
+         known, so no snapshot is opened; the origin is not touched and is a disk of its own; \
+         restore the store from a copy, or let go of it with volume remove --keep-store"
+    )]
     Damaged {
         /// Where.
         at: u64,
@@ -305,25 +333,30 @@ pub enum JournalError {
         /// What it would take.
         bytes: usize,
     },
-    /// An earlier write failed: nothing more is decided until the volume is opened anew.
-    #[error("an earlier journal write failed; open the volume anew")]
-    Broken,
+    /// What an earlier, failed write may have left cannot be wiped out.
+    #[error("an earlier write of the volume journal failed, and cannot be undone yet: {0}")]
+    Broken(io::Error),
 }
 
 /// The open journal.
 pub struct Journal {
     file: Arc<dyn Storage>,
     end: u64,
+    /// Where the last record begins.
+    last_start: u64,
     next_sequence: u64,
     allocated: u64,
-    is_broken: bool,
+    /// Bytes behind the end that a failed append may have left: a decision that was not taken, and
+    /// that must not be found by the next opening.
+    left_behind: u64,
 }
 
 impl Journal {
     /// Make the journal of a new store; `first` is durable when this returns.
     pub fn create(directory: &dyn Directory, first: &Entry) -> Result<Self, JournalError> {
         let file = directory.create(JOURNAL_NAME)?;
-        let mut journal = Self { file, end: 0, next_sequence: 1, allocated: 0, is_broken: false };
+        let mut journal =
+            Self { file, end: 0, last_start: 0, next_sequence: 1, allocated: 0, left_behind: 0 };
         journal.append(first)?;
         directory.sync()?;
         Ok(journal)
@@ -334,9 +367,10 @@ impl Journal {
         let file = directory.open(JOURNAL_NAME)?;
         let length = file.len()?;
         let mut entries = Vec::new();
-        let (mut at, mut sequence) = (0, 1);
+        let (mut at, mut last_start, mut sequence) = (0, 0, 1);
         while let Some((entry, next)) = read_record(&*file, at, length, sequence)? {
             entries.push(entry);
+            last_start = at;
             at = next;
             sequence += 1;
         }
@@ -347,13 +381,23 @@ impl Journal {
             }
             probe += UNIT;
         }
-        let journal =
-            Self { file, end: at, next_sequence: sequence, allocated: at, is_broken: false };
+        let journal = Self {
+            file,
+            end: at,
+            last_start,
+            next_sequence: sequence,
+            allocated: at,
+            left_behind: 0,
+        };
         Ok((journal, entries))
     }
 
-    /// Make what was read durable: a killed process may have written it and not synced.
-    pub fn sync(&self) -> Result<(), JournalError> {
+    /// Make what was read durable. A killed process may have written the last record and not
+    /// synced it; or its sync failed, and only what is written again will be.
+    pub fn rewrite_last(&self) -> Result<(), JournalError> {
+        let mut record = vec![0; to_usize(self.end - self.last_start)];
+        self.file.read_at(self.last_start, &mut record)?;
+        self.file.write_at(self.last_start, &record)?;
         Ok(self.file.sync()?)
     }
 
@@ -368,11 +412,22 @@ impl Journal {
         self.end + record_bytes + RESERVE_BYTES / 4 > self.allocated
     }
 
-    /// Make a decision durable. After an error nothing more is accepted.
-    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
-        if self.is_broken {
-            return Err(JournalError::Broken);
+    /// Wipe out what a failed append may have left. Until that is possible nothing more can be
+    /// decided, nor anything be built on what was decided before: an opening might see more.
+    pub fn heal(&mut self) -> Result<(), JournalError> {
+        if self.left_behind == 0 || is_broken(Rule::FailedDecisionsUndone) {
+            return Ok(());
         }
+        let nothing = vec![0; to_usize(self.left_behind)];
+        let wiped = self.file.write_at(self.end, &nothing).and_then(|()| self.file.sync());
+        wiped.map_err(JournalError::Broken)?;
+        self.left_behind = 0;
+        Ok(())
+    }
+
+    /// Make a decision durable. After an error it is not taken.
+    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
+        self.heal()?;
         let (kind, payload) = entry.encode();
         if payload.len() > to_usize(u64::from(RECORD_BYTES_MAX)) {
             // It could not be read back, and the journal would end there.
@@ -389,9 +444,12 @@ impl Journal {
         let synced = || if is_broken(Rule::JournalSync) { Ok(()) } else { self.file.sync() };
         let written = self.file.write_at(self.end, &record).and_then(|()| synced());
         if let Err(error) = written {
-            self.is_broken = true;
+            self.left_behind = to_u64(record.len());
+            // Tried again before anything else is decided.
+            let _ = self.heal();
             return Err(error.into());
         }
+        self.last_start = self.end;
         self.end = end;
         self.next_sequence += 1;
         Ok(())
@@ -402,7 +460,7 @@ impl Journal {
 fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Writer::default();
     let length = u32::try_from(payload.len()).expect("a record is bounded");
-    let version = if kind <= VERSION_1_KIND_MAX { 1 } else { 2 };
+    let version = if kind > VERSION_1_KIND_MAX { JOURNAL_VERSION } else { 1 };
     out.raw(&MAGIC).u32(version).u64(sequence).u32(u32::from(kind)).u32(length);
     let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
     out.u32(crc).raw(payload);

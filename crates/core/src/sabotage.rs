@@ -28,6 +28,8 @@ pub enum Rule {
     NameDurable,
     /// Decisions are not synced.
     JournalSync,
+    /// What a failed decision left in the journal stays there.
+    FailedDecisionsUndone,
     /// A segment whose header cannot be read is removed with its records.
     UnknownLogKept,
     /// The bits of a narrowed snapshot are made while others commit.
@@ -86,6 +88,7 @@ impl Rule {
         Self::SealBeforePunch,
         Self::NameDurable,
         Self::JournalSync,
+        Self::FailedDecisionsUndone,
         Self::UnknownLogKept,
         Self::NarrowInRole,
         Self::RecordBeforeFree,

@@ -16,6 +16,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<values::Instant>()?;
     module.add_class::<values::Epoch>()?;
     module.add_class::<values::RestoreStatus>()?;
+    module.add_class::<values::Inspection>()?;
+    module.add_class::<volume::ContentCheck>()?;
     module.add_class::<values::Statistics>()?;
     module.add_class::<volume::Volume>()?;
     module.add_class::<volume::View>()?;

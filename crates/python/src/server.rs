@@ -17,6 +17,7 @@ fn contexts_of(specs: Specs) -> PyResult<Vec<(String, ContextKind)>> {
     let kind = |(name, kind, since): (String, String, u32)| match kind.as_str() {
         "selected" => Ok((name, ContextKind::Selected)),
         "changed" => Ok((name, ContextKind::Changed { since })),
+        "dirty" => Ok((name, ContextKind::Dirty { since })),
         _ => Err(raise("usage", format!("a context cannot show {kind:?}"))),
     };
     specs.into_iter().map(kind).collect()

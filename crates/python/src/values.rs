@@ -4,8 +4,11 @@ use crate::error::raise;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
+use stillblock_core::epochs::Epoch as Epochal;
 use stillblock_core::extent::{ExtentSet, round_out};
+use stillblock_core::journal::OriginIdentity;
 use stillblock_core::volume as core;
+use stillblock_core::volume::inspect;
 
 /// Half-open byte ranges.
 pub type Ranges = Vec<(u64, u64)>;
@@ -67,6 +70,9 @@ pub struct Epoch {
     preserved_bytes: u64,
     exclusive_bytes: u64,
     lost: Ranges,
+    damaged: Ranges,
+    damage: String,
+    accepted: String,
     is_suspect: bool,
     suspect_reason: String,
     in_use: usize,
@@ -82,17 +88,21 @@ impl Epoch {
             epoch: info.epoch,
             size_bytes: state.origin_bytes,
             created_unix_ns: state.created_unix_ns,
-            has_snapshot: state.selection.is_some(),
+            has_snapshot: state.has_snapshot(),
             has_bookmark: state.bookmark.is_some(),
             selected_bytes: (info.selected_blocks * block_size).min(state.origin_bytes),
             preserved_bytes: info.preserved_blocks * block_size,
             exclusive_bytes: info.exclusive_blocks * block_size,
             lost: to_ranges(&info.lost, block_size, state.origin_bytes),
-            is_suspect: !state.suspect.is_empty(),
+            damaged: to_ranges(&info.damaged, block_size, state.origin_bytes),
+            is_suspect: !state.suspect.is_empty() || !state.losses.is_empty(),
             in_use: state.pins,
             meta: PyBytes::new(py, &state.meta).unbind(),
             bookmark_meta: PyBytes::new(py, bookmark_meta).unbind(),
-            suspect_reason: state.suspect,
+            // What is gone for good says more than a doubt.
+            suspect_reason: if state.losses.is_empty() { state.suspect } else { state.losses },
+            damage: state.damage,
+            accepted: state.accepted,
         }
     }
 }
@@ -112,6 +122,67 @@ impl From<core::RestoreStatus> for RestoreStatus {
             safety_epoch: status.safety_epoch,
             total_bytes: status.total_bytes,
             done_bytes: status.done_bytes,
+        }
+    }
+}
+
+#[pyclass(frozen, get_all)]
+pub struct Inspection {
+    uuid: String,
+    origin: String,
+    block_size: u64,
+    size_bytes: u64,
+    meta: Py<PyBytes>,
+    left_as: &'static str,
+    left_in: &'static str,
+    left_slots: usize,
+    left_blocks: Ranges,
+    differing_blocks: Ranges,
+    alive_unix_ns: u64,
+    closed: Option<(u64, u64, u64)>,
+    found: Option<(u64, u64, u64)>,
+    is_touched: bool,
+    origin_failure: String,
+    is_restoring: bool,
+    epochs: Vec<(u32, bool, bool, Py<PyBytes>, String)>,
+}
+
+impl Inspection {
+    pub fn new(py: Python<'_>, found: inspect::Inspection) -> Self {
+        let identity = |i: OriginIdentity| (i.inode, i.bytes, i.modified_unix_ns);
+        let ranges = |set| to_ranges(set, found.block_size, found.size_bytes);
+        let epoch = |(number, epoch): (u32, Epochal)| {
+            let meta = PyBytes::new(py, &epoch.meta).unbind();
+            let (has_snapshot, has_bookmark) = (epoch.has_snapshot(), epoch.bookmark.is_some());
+            (number, has_snapshot, has_bookmark, meta, epoch.damage)
+        };
+        Self {
+            uuid: format!("{:032x}", u128::from_be_bytes(found.uuid)),
+            origin: found.origin.to_string_lossy().into_owned(),
+            block_size: found.block_size,
+            size_bytes: found.size_bytes,
+            meta: PyBytes::new(py, &found.meta).unbind(),
+            left_as: match found.left_as {
+                inspect::LeftAs::Closed => "closed",
+                inspect::LeftAs::Killed => "killed",
+                inspect::LeftAs::Interrupted => "interrupted",
+            },
+            left_in: match found.left_in {
+                inspect::LeftIn::Nothing => "nothing",
+                inspect::LeftIn::Lost => "lost",
+                inspect::LeftIn::Buffer => "buffer",
+                inspect::LeftIn::Newer => "newer",
+            },
+            left_slots: found.writes.slots,
+            left_blocks: ranges(&found.writes.blocks),
+            differing_blocks: ranges(&found.writes.differing),
+            alive_unix_ns: found.writes.alive_unix_ns,
+            closed: found.closed.map(identity),
+            found: found.found.map(identity),
+            is_touched: found.is_touched,
+            origin_failure: found.origin_failure,
+            is_restoring: found.is_restoring,
+            epochs: found.epochs.into_iter().map(epoch).collect(),
         }
     }
 }

@@ -1,14 +1,17 @@
 //! `Volume` and `View`.
 
 use crate::error::{detached, from_core, raise};
-use crate::values::{Epoch, Instant, Ranges, RestoreStatus, Statistics, to_blocks, to_ranges};
+use crate::values::{
+    Epoch, Inspection, Instant, Ranges, RestoreStatus, Statistics, to_blocks, to_ranges,
+};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use stillblock_core::export::{STATE_HOLE, STATE_ZERO};
+use stillblock_core::log::verify::Severity;
 use stillblock_core::number::to_usize;
 use stillblock_core::view::{ExcludedReads, View as CoreView};
 use stillblock_core::volume as core;
@@ -115,6 +118,45 @@ impl Volume {
         let info = detached(py, || open::peek(&store))?;
         let origin = info.origin.to_string_lossy().into_owned();
         Ok((hex(info.uuid), origin, info.block_size, PyBytes::new(py, &info.meta).unbind()))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, store, origin=None))]
+    fn inspect(py: Python<'_>, store: PathBuf, origin: Option<PathBuf>) -> PyResult<Inspection> {
+        let found = detached(py, || core::inspect::inspect(&store, origin.as_deref()))?;
+        Ok(Inspection::new(py, found))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, store))]
+    fn check_unused(py: Python<'_>, store: PathBuf) -> PyResult<()> {
+        detached(py, || core::inspect::check_unused(&store))
+    }
+
+    fn accept_origin(&self, py: Python<'_>, note: &str) -> PyResult<usize> {
+        detached(py, || self.0.accept_origin(note))
+    }
+
+    fn check_structure(&self, py: Python<'_>) -> PyResult<Vec<(bool, String)>> {
+        let findings = detached(py, || self.0.check_structure())?;
+        Ok(findings.into_iter().map(|f| (f.severity == Severity::Damaged, f.message)).collect())
+    }
+
+    #[pyo3(signature = (*, share=10_000, seed=0))]
+    fn check_content(&self, py: Python<'_>, share: u64, seed: u64) -> PyResult<ContentCheck> {
+        let check = detached(py, || core::check::ContentCheck::new(&self.0, share, seed))?;
+        Ok(ContentCheck(Mutex::new(check)))
+    }
+
+    fn damaged(&self, py: Python<'_>) -> PyResult<Vec<(u32, Ranges)>> {
+        let found = detached(py, || self.0.damaged())?;
+        Ok(by_epoch(&found, self.0.block_size(), self.0.size_bytes()))
+    }
+
+    fn note_damaged(&self, found: Vec<(u32, Ranges)>) -> PyResult<()> {
+        let blocks = |(epoch, ranges): (u32, Ranges)| Ok((epoch, self.blocks(&ranges)?));
+        self.0.note_damaged(&found.into_iter().map(blocks).collect::<PyResult<Vec<_>>>()?);
+        Ok(())
     }
 
     #[getter]
@@ -252,6 +294,12 @@ impl Volume {
         Ok(to_ranges(&set, self.0.block_size(), self.0.size_bytes()))
     }
 
+    #[pyo3(signature = (*, since, until))]
+    fn newly_selected(&self, py: Python<'_>, since: u32, until: u32) -> PyResult<Ranges> {
+        let set = detached(py, || self.0.newly_selected(since, until))?;
+        Ok(to_ranges(&set, self.0.block_size(), self.0.size_bytes()))
+    }
+
     #[pyo3(signature = (*, epoch, excluded_reads="zeros"))]
     fn view(&self, epoch: u32, excluded_reads: &str) -> PyResult<View> {
         let choices = [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];
@@ -311,6 +359,45 @@ impl Volume {
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         detached(py, || self.0.close())
+    }
+}
+
+fn by_epoch(
+    found: &[(u32, stillblock_core::extent::ExtentSet)],
+    block_size: u64,
+    size_bytes: u64,
+) -> Vec<(u32, Ranges)> {
+    found.iter().map(|(epoch, set)| (*epoch, to_ranges(set, block_size, size_bytes))).collect()
+}
+
+#[pyclass(frozen)]
+pub struct ContentCheck(Mutex<core::check::ContentCheck>);
+
+impl ContentCheck {
+    fn lock(&self) -> MutexGuard<'_, core::check::ContentCheck> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl ContentCheck {
+    #[getter]
+    fn total_bytes(&self) -> u64 {
+        self.lock().total_bytes()
+    }
+
+    #[getter]
+    fn done_bytes(&self) -> u64 {
+        self.lock().done_bytes()
+    }
+
+    fn step(&self, py: Python<'_>, bytes_max: u64) -> PyResult<bool> {
+        detached(py, || self.lock().step(bytes_max))
+    }
+
+    fn damaged_blocks(&self) -> usize {
+        let of = |(_, set): &(u32, stillblock_core::extent::ExtentSet)| to_usize(set.block_count());
+        self.lock().damaged().iter().map(of).sum()
     }
 }
 

@@ -111,13 +111,14 @@ def _announce(output: Output, ready: Ready, attach: Any) -> None:
 
 
 def status(*, common: Common = _COMMON) -> int:
-    """Show what is served, to whom, and how far a restore is."""
-    from stillblock.catalog import Catalog  # noqa: PLC0415
+    """Show what is served, to whom, and how far a restore or a scrub is."""
     from stillblock.cli.restore import describe  # noqa: PLC0415
+    from stillblock.cli.upkeep import describe as describe_verification  # noqa: PLC0415
+    from stillblock.operations.registry import open_catalog  # noqa: PLC0415
     from stillblock.service.client import RemoteSession, find_server  # noqa: PLC0415
 
     output, config = Output(common), common.config()
-    with Catalog(config.catalog_path) as catalog:
+    with open_catalog(config) as catalog:
         known = catalog.volumes()
     found: list[dict[str, object]] = []
     rows: list[tuple[str, ...]] = []
@@ -126,21 +127,37 @@ def status(*, common: Common = _COMMON) -> int:
     for entry in known:
         socket_path = find_server(config, entry.name)
         if socket_path is None:
-            found.append({"name": entry.name, "is_served": False, "exports": [], "restore": None})
+            found.append(
+                {
+                    "name": entry.name,
+                    "is_served": False,
+                    "exports": [],
+                    "restore": None,
+                    "verification": None,
+                }
+            )
             rows.append((entry.name, "stopped", "", ""))
             continue
         session = RemoteSession(socket_path, entry.name)
         try:
             exports, restore = session.exports().exports, session.restore_status()
+            verification = session.verification_status()
         except StillblockError as error:
             output.warn(f"{entry.name}: {error}")
             code = ExitCode.PARTIAL
             continue
         found.append(
-            {"name": entry.name, "is_served": True, "exports": exports, "restore": restore}
+            {
+                "name": entry.name,
+                "is_served": True,
+                "exports": exports,
+                "restore": restore,
+                "verification": verification,
+            }
         )
         rows += [(e.name, "served", str(e.connections), e.uri) for e in exports]
         remarks += [describe(restore)] if restore.is_running else []
+        remarks += [describe_verification(verification)] if verification.is_running else []
 
     def render(out: Output) -> None:
         out.table(("NAME", "STATE", ">CLIENTS", "URI"), rows, empty="no volumes yet")
@@ -197,19 +214,42 @@ def _show_event(output: Output, event: Event) -> None:
     )
 
 
-def doctor(*, common: Common = _COMMON) -> int:
-    """Show what this system offers, and what is wrong with it."""
-    from stillblock.operations.doctor import Level, examine  # noqa: PLC0415
+def doctor(*, repair: bool = False, common: Common = _COMMON) -> int:
+    """Show what this system offers, and what is wrong with the state directory.
+
+    Exit code 0: all is well, or only something useful is missing; 3: warnings; 1: something is
+    broken.
+
+    Parameters
+    ----------
+    repair
+        First put right what can be without a doubt: a damaged catalog, stores that it does not
+        list, sockets and write buffers that nobody needs.
+    """
+    from stillblock.operations.doctor import examine  # noqa: PLC0415
+    from stillblock.operations.findings import Level  # noqa: PLC0415
+    from stillblock.operations.state import repair_state  # noqa: PLC0415
+    from stillblock.service.client import find_server  # noqa: PLC0415
 
     output, config = Output(common), common.config()
-    checks = examine(config)
+
+    def is_served(name: str) -> bool:
+        return find_server(config, name) is not None
+
+    repaired = repair_state(config, is_served) if repair else ()
+    for done in repaired:
+        output.remark(done)
+    checks = examine(config, is_served)
     rows = [(str(check.level), check.name, check.finding, check.advice) for check in checks]
     output.result(
         "doctor",
-        {"checks": checks},
+        {"checks": checks, "repaired": repaired},
         lambda out: out.table(("", "CHECK", "FINDING", "WHAT TO DO"), rows, empty=""),
     )
-    return ExitCode.FAILED if any(c.level is Level.BROKEN for c in checks) else ExitCode.OK
+    levels = {check.level for check in checks}
+    if Level.BROKEN in levels:
+        return ExitCode.FAILED
+    return ExitCode.PARTIAL if Level.WARNING in levels else ExitCode.OK
 
 
 def demo(*, keep: Path | None = None, common: Common = _COMMON) -> int:

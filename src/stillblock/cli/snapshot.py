@@ -278,6 +278,15 @@ def diff(
             f"{format_size(found.changed_bytes)} changed from {volume}@{found.since} to {end}, "
             f"in {counted(len(found.extents), 'extent')}"
         )
+        if found.newly_selected and not summary:
+            out.line()
+            out.table((">START", ">END", ">SIZE"), extents_rows(found.newly_selected), empty="")
+            out.line()
+        if found.newly_selected:
+            out.line(
+                f"{format_size(found.newly_selected_bytes)} newly selected: {volume}@{found.since} "
+                "did not hold it, so an increment needs all of it"
+            )
 
     output.result("changes", found, render)
 
@@ -285,9 +294,9 @@ def diff(
 def _volumes(volume: str | None, common: Common) -> list[str]:
     if volume is not None:
         return [volume_of(volume)]
-    from stillblock.catalog import Catalog  # noqa: PLC0415
+    from stillblock.operations.registry import open_catalog  # noqa: PLC0415
 
-    with Catalog(common.config().catalog_path) as catalog:
+    with open_catalog(common.config()) as catalog:
         return [entry.name for entry in catalog.volumes()]
 
 
@@ -297,6 +306,8 @@ def _flags(info: SnapshotInfo) -> str:
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
         "bookmarked" if info.has_bookmark else "",
         f"LOST {format_size(info.lost_bytes)}" if info.lost_bytes else "",
+        f"DAMAGED {format_size(info.damaged_bytes)}" if info.damaged_bytes else "",
+        "DAMAGED" if info.damage else "",
         "SUSPECT" if info.is_suspect else "",
     ]
     return ", ".join(filter(None, notes))
@@ -337,7 +348,10 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("preserved", f"{size_exact(info.preserved_bytes)}, shared ones included"),
             ("own", f"{size_exact(info.exclusive_bytes)}, freed by deleting it"),
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
+            ("damaged", size_exact(info.damaged_bytes) if info.damaged_bytes else ""),
+            ("DAMAGED", info.damage),
             ("SUSPECT", info.suspect_reason),
+            ("accepted", info.accepted),
             ("notes", _flags(info)),
             ("description", info.description),
             ("read it at", uri),
@@ -362,7 +376,10 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
                 f"{size_exact(info.selected_bytes)} in {counted(len(found.extents), 'extent')}",
             ),
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
+            ("damaged", size_exact(info.damaged_bytes) if info.damaged_bytes else ""),
+            ("DAMAGED", info.damage),
             ("SUSPECT", info.suspect_reason),
+            ("accepted", info.accepted),
         )
     )
     if found.terms:

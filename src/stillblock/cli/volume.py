@@ -1,4 +1,4 @@
-"""`stillblock volume`: add, list, show, resize, release, recover, import, remove."""
+"""`stillblock volume`: add, list, show, resize, release, import, remove; upkeep beside it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Annotated, Final
 
 from cyclopts import Parameter
 
+from stillblock.cli import upkeep
 from stillblock.cli.app import new_app
 from stillblock.cli.options import Change, Common, Size, Terms, VolumeName, volume_of
 from stillblock.cli.output import Output, age, counted, percent, rules_text, size_exact
-from stillblock.errors import InUseError, UsageError
-from stillblock.model import BLOCK_SIZE_DEFAULT, VolumeEntry, format_instant, format_size
-from stillblock.operations import volumes
+from stillblock.errors import InUseError
+from stillblock.model import BLOCK_SIZE_DEFAULT, format_instant, format_size
+from stillblock.operations import imports, volumes
 from stillblock.service.client import find_server
 from stillblock.service.session import open_session
 
@@ -123,6 +124,8 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
                     "made",
                     f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)",
                 ),
+                ("last verified", upkeep.verified_text(info.last_verified_unix_ns)),
+                ("DAMAGED", format_size(info.damaged_bytes) if info.damaged_bytes else ""),
                 ("SUSPECT", info.suspect_reason),
             )
         )
@@ -160,31 +163,9 @@ def release(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     _show_released(output, done)
 
 
-@app.command
-def recover(
-    volume: VolumeName,
-    /,
-    *,
-    replay: bool = False,
-    discard: bool = False,
-    common: Common = _COMMON,
-) -> None:
-    """Decide about the writes that a killed server had acknowledged but not yet put on the origin.
-
-    Parameters
-    ----------
-    replay
-        Put them on the origin: clients see every acknowledged write.
-    discard
-        Drop them, as a power cut would.
-    """
-    if replay == discard:
-        raise UsageError("say either --replay or --discard")
-    output, config, name = Output(common), common.config(), volume_of(volume)
-    if find_server(config, name) is not None:
-        raise InUseError(f"{name} is served: there is nothing to recover")
-    done = volumes.recover_volume(config, name, how="replay" if replay else "discard")
-    _show_released(output, done)
+app.command(upkeep.recover)
+app.command(upkeep.check)
+app.command(upkeep.scrub)
 
 
 @app.command(name="import")
@@ -194,9 +175,12 @@ def import_(
     *,
     name: str | None = None,
     origin: Path | None = None,
-    common: Common = _COMMON,
+    accept_origin: bool = False,
+    change: Change = _CHANGE,
 ) -> None:
     """Put a store on the list again, after it was moved or the catalog was lost.
+
+    Says which snapshots are in it, and refuses an origin that does not fit.
 
     Parameters
     ----------
@@ -206,14 +190,31 @@ def import_(
         What to call it here; default: as the store says.
     origin
         Where the origin is now; default: as the store says.
+    accept_origin
+        Let a restore go on on an origin that is not the very disk it was running on.
     """
-    output, config = Output(common), common.config()
-    entry: VolumeEntry = volumes.import_volume(config, store, name=name, origin=origin)
-    output.result(
-        "volume-imported",
-        {"volume": entry},
-        lambda out: out.line(f"imported {entry.name}: {entry.origin}, store {entry.store}"),
+    output, config = Output(change), change.config()
+    plan = imports.plan_import(
+        config,
+        imports.ImportRequest(store=store, name=name, origin=origin, accept_origin=accept_origin),
     )
+
+    def render(out: Output) -> None:
+        verb = "would import" if change.dry_run else "imported"
+        out.line(f"{verb} {plan.name}: {plan.origin}, store {plan.store}")
+        kept = counted(len(plan.snapshots), "snapshot")
+        out.line(f"{kept}, {counted(plan.bookmark_count, 'bookmark')}")
+        for snapshot in plan.snapshots:
+            damage = f"  DAMAGED: {snapshot.damage}" if snapshot.damage else ""
+            out.line(f"  {plan.name}@{snapshot.name}{damage}")
+
+    if change.dry_run:
+        output.result("volume-import-plan", plan, render)
+    else:
+        entry = imports.import_volume(config, plan)
+        output.result("volume-imported", {"volume": entry, "plan": plan}, render)
+    for note in plan.notes:
+        output.warn(note)
 
 
 @app.command

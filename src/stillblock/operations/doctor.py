@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
 import shutil
 import tempfile
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock import native
-from stillblock.catalog import Catalog
-from stillblock.errors import StillblockError
 from stillblock.model import format_size
+from stillblock.operations.findings import Check, Level
+from stillblock.operations.state import examine_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from stillblock.config import Config
-    from stillblock.model import VolumeEntry
 
 _ALIGN_BYTES: Final = 4096
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+"""fallocate(2)"""
 _LOCKED_BYTES_WANTED: Final = native.BUFFER_BYTES_DEFAULT
 _TOOLS: Final = (
     ("nbdinfo", "libnbd-bin"),
@@ -34,84 +35,19 @@ _TOOLS: Final = (
 )
 
 
-class Level(StrEnum):
-    """How bad a finding is."""
-
-    OK = "ok"
-    MISSING = "missing"
-    """Something useful is not there; everything else works."""
-    BROKEN = "broken"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One finding."""
-
-    name: str
-    level: Level
-    finding: str
-    advice: str = ""
-
-
-def examine(config: Config) -> tuple[Check, ...]:
+def examine(config: Config, is_served: Callable[[str], bool]) -> tuple[Check, ...]:
     """Return every finding; changes nothing that outlives it."""
-    with_volumes = _catalog(config)
     return (
-        *with_volumes[0],
-        *(check for entry in with_volumes[1] for check in _volume(entry)),
+        *examine_state(config, is_served),
         _direct_io(config.state_dir),
         _nowait(config.state_dir),
+        _punching(config.state_dir),
         _shared_memory(),
         _memlock(),
         _device("kernel NBD client", Path("/sys/module/nbd"), "as root: modprobe nbd"),
         _device("FUSE", Path("/dev/fuse"), "install fuse3, to mount through nbdfuse"),
         *_tools(),
     )
-
-
-def _catalog(config: Config) -> tuple[list[Check], tuple[VolumeEntry, ...]]:
-    found = [
-        Check(name="state directory", level=Level.OK, finding=str(config.state_dir)),
-        Check(name="sockets", level=Level.OK, finding=str(config.run_dir)),
-    ]
-    try:
-        with Catalog(config.catalog_path) as catalog:
-            entries = catalog.volumes()
-    except StillblockError as error:
-        found.append(
-            Check(
-                name="catalog",
-                level=Level.BROKEN,
-                finding=error.message,
-                advice=error.hint or "",
-            )
-        )
-        return found, ()
-    finding = f"{len(entries)} volume{'' if len(entries) == 1 else 's'}"
-    found.append(Check(name="catalog", level=Level.OK, finding=finding))
-    return found, entries
-
-
-def _volume(entry: VolumeEntry) -> Iterator[Check]:
-    name = f"volume {entry.name}"
-    try:
-        uuid, _, _, _ = native.peek(Path(entry.store))
-    except StillblockError as error:
-        advice = "mount what holds the store, or `volume import` it from where it is now"
-        yield Check(name=name, level=Level.BROKEN, finding=str(error), advice=advice)
-        return
-    if uuid != entry.uuid:
-        yield Check(
-            name=name,
-            level=Level.BROKEN,
-            finding=f"{entry.store} holds another volume, {uuid}",
-            advice=f"`volume remove --keep-store {entry.name}`, then `volume import`",
-        )
-    elif not Path(entry.origin).exists():
-        yield Check(name=name, level=Level.BROKEN, finding=f"origin {entry.origin} does not exist")
-    else:
-        free_bytes = shutil.disk_usage(entry.store).free
-        yield Check(name=name, level=Level.OK, finding=f"store has {format_size(free_bytes)} free")
 
 
 def _direct_io(directory: Path) -> Check:
@@ -141,6 +77,23 @@ def _nowait(directory: Path) -> Check:
         if error.errno != errno.EAGAIN:
             return Check(name=name, level=Level.MISSING, finding=error.strerror or str(error))
     return Check(name=name, level=Level.OK, finding="works")
+
+
+def _punching(directory: Path) -> Check:
+    """Whether the space of preserved content can be given back."""
+    name = "punching holes in the state directory"
+    with tempfile.NamedTemporaryFile(dir=directory) as probe:
+        os.posix_fallocate(probe.fileno(), 0, 4 * _ALIGN_BYTES)
+        libc = ctypes.CDLL(None, use_errno=True)
+        offset, length = ctypes.c_int64(_ALIGN_BYTES), ctypes.c_int64(_ALIGN_BYTES)
+        if libc.fallocate64(probe.fileno(), _PUNCH_HOLE | _KEEP_SIZE, offset, length) == 0:
+            return Check(name=name, level=Level.OK, finding="works")
+        return Check(
+            name=name,
+            level=Level.MISSING,
+            finding=os.strerror(ctypes.get_errno()),
+            advice="deleting a snapshot frees whole log segments only; use ext4, XFS or Btrfs",
+        )
 
 
 def _shared_memory() -> Check:

@@ -115,6 +115,8 @@ def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgres
             meta=encode_snapshot(record),
             pause_limit_ms=request.pause_limit_ms,
         )
+        # Once more, in the journal: it must not vanish if its header rots.
+        volume.store_record(status.safety_epoch, record)
         volume.hooks.reconcile(volume)
     volume.event("restore_started", snapshot=plan.snapshot, write_bytes=status.total_bytes)
     return _progress(volume, status, is_running=True)

@@ -207,9 +207,13 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         snapshot=snapshot_info(volume, snapshot),
         rules=record.rules,
         terms=record.terms,
-        extents=volume.engine.selection(epoch=snapshot.epoch.epoch),
+        # What a snapshot without its header selects is not known; its state says so.
+        extents=()
+        if snapshot.epoch.damage
+        else volume.engine.selection(epoch=snapshot.epoch.epoch),
         left_out=record.left_out,
         lost=tuple(snapshot.epoch.lost),
+        damaged=tuple(snapshot.epoch.damaged),
         consistency=record.consistency,
         pause_ns=record.pause_ns,
         in_flight=record.in_flight,
@@ -285,12 +289,17 @@ def changes(volume: OpenVolume, request: ChangesRequest) -> Changes:
             "name the older one first"
         )
     extents = volume.engine.changed(since=since, until=until)
+    newly: Extents = ()
+    if until is not None:
+        newly = volume.engine.newly_selected(since=since, until=until)
     return Changes(
         volume=volume.name,
         since=since_name,
         until=until_name,
         extents=extents,
         changed_bytes=total_bytes(extents),
+        newly_selected=newly,
+        newly_selected_bytes=total_bytes(newly),
     )
 
 
@@ -316,4 +325,8 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         lost_bytes=total_bytes(tuple(epoch.lost)),
         holders=volume.hooks.holders(volume, epoch),
         description=record.description,
+        state=snapshot.state,
+        damaged_bytes=total_bytes(tuple(epoch.damaged)),
+        damage=epoch.damage,
+        accepted=epoch.accepted,
     )

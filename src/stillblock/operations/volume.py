@@ -22,6 +22,7 @@ from stillblock.errors import (
     RecoveryNeededError,
     StillblockError,
 )
+from stillblock.extents import total_bytes
 from stillblock.model import (
     ID_PREFIX_MIN,
     LATEST,
@@ -29,20 +30,23 @@ from stillblock.model import (
     ExportInfo,
     SnapshotPurpose,
     SnapshotRecord,
+    SnapshotState,
     VolumeConfig,
     VolumeEntry,
     VolumeInfo,
     check_new_name,
     name_for_instant,
 )
+from stillblock.operations import registry, verification
+from stillblock.operations.registry import VOLUME_KIND, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stillblock.config import Config
+    from stillblock.operations.verification import Verification
 
 _LOG: Final = logging.getLogger("stillblock.operations")
-_VOLUME_KIND: Final = "volume-config"
 _SNAPSHOT_KIND: Final = "snapshot-record"
 _BOOKMARK_KIND: Final = "bookmark-record"
 
@@ -111,6 +115,15 @@ class Snapshot:
     epoch: native.Epoch
     record: SnapshotRecord
 
+    @property
+    def state(self) -> SnapshotState:
+        """The worst that is known of it."""
+        if self.epoch.damage or self.epoch.damaged:
+            return SnapshotState.DAMAGED
+        if self.epoch.lost:
+            return SnapshotState.PARTIAL
+        return SnapshotState.SUSPECT if self.epoch.is_suspect else SnapshotState.OK
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bookmark:
@@ -130,18 +143,19 @@ class OpenVolume:
         """Held by whatever changes names, so that two requests cannot both find one free."""
         self._config = config
         self._entry = entry
+        self.verification: Verification | None = None
+        """The latest one; it ends with the volume."""
         self._is_closed = False
 
     @classmethod
     def open(cls, config: Config, name: str, options: EngineOptions | None = None) -> Self:
         """Open a volume of the catalog; the message of a refusal says what to do."""
         chosen = options or EngineOptions()
-        with Catalog(config.catalog_path) as catalog:
-            entry = catalog.volume(name)
         with _advice(name):
+            entry, origin = registry.locate(config, name)
             engine = native.Volume.open(
                 Path(entry.store),
-                origin=Path(entry.origin),
+                origin=Path(origin),
                 cache=chosen.cache,
                 direct=chosen.direct,
                 buffer_dir=chosen.buffer_dir,
@@ -150,8 +164,11 @@ class OpenVolume:
             )
         volume = cls(config, entry, engine)
         try:
-            if volume.settings().name != name:  # imported under another name
-                volume.store_settings(replace(volume.settings(), name=name))
+            settings = volume.settings()
+            if settings.name != name:  # imported under another name
+                volume.store_settings(replace(settings, name=name))
+            verification.remember_damage(engine, settings.damaged)
+            registry.follow(config, entry, engine.origin)
         except BaseException:
             volume.close()
             raise
@@ -165,6 +182,9 @@ class OpenVolume:
 
     def close(self) -> None:
         """Stop cleanly; the origin is a complete raw disk afterwards."""
+        # Not under the lock: what it found is kept under it.
+        if self.verification is not None:
+            self.verification.cancel()
         with self.lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -183,7 +203,7 @@ class OpenVolume:
 
     def store_settings(self, settings: VolumeConfig) -> None:
         """Replace it, durably."""
-        self.engine.set_meta(codec.dump(_VOLUME_KIND, settings))
+        self.engine.set_meta(encode_settings(settings))
 
     def info(self) -> VolumeInfo:
         """Return what `volume show` tells."""
@@ -203,6 +223,8 @@ class OpenVolume:
             store_bytes=self.engine.store_bytes(),
             is_served=not isinstance(self.hooks, NoExports),
             suspect_reason=next((e.suspect_reason for e in epochs if e.is_suspect), ""),
+            last_verified_unix_ns=settings.last_verified_unix_ns,
+            damaged_bytes=sum(total_bytes(extents) for _, extents in self.engine.damaged()),
         )
 
     # Snapshots and bookmarks by name
@@ -311,14 +333,7 @@ def new_id() -> str:
 
 def encode_settings(settings: VolumeConfig) -> bytes:
     """Return a volume's settings as the store keeps them."""
-    return codec.dump(_VOLUME_KIND, settings)
-
-
-def read_settings(meta: bytes, *, fallback_name: str) -> VolumeConfig:
-    """Return the settings in a store; one made by the bare engine has none."""
-    if not meta:
-        return VolumeConfig(name=fallback_name, created_unix_ns=0)
-    return codec.load(_VOLUME_KIND, VolumeConfig, meta)
+    return codec.dump(VOLUME_KIND, settings)
 
 
 def encode_snapshot(record: SnapshotRecord) -> bytes:

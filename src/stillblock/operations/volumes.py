@@ -1,20 +1,20 @@
-"""Volumes: add, list, import, remove, recover, release, resize."""
+"""Volumes: add, list, remove, release, resize."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from stillblock import native
-from stillblock.catalog import Catalog
+from stillblock.catalog import EntryState
 from stillblock.errors import (
+    CatalogError,
     NameTakenError,
-    NotFoundError,
     StillblockError,
+    StoreDamagedError,
     StoreNotEmptyError,
     UsageError,
 )
@@ -32,12 +32,17 @@ from stillblock.model import (
 )
 from stillblock.operations import origins
 from stillblock.operations.disks import open_raw
+from stillblock.operations.registry import (
+    JOURNAL,
+    delete_store,
+    discard_skeleton,
+    open_catalog,
+    registering,
+)
 from stillblock.operations.rules import explain_on
 from stillblock.operations.volume import (
-    EngineOptions,
     OpenVolume,
     encode_settings,
-    read_settings,
 )
 
 if TYPE_CHECKING:
@@ -112,7 +117,7 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
         _absolute(request.store or config.default_store(request.name)),
     )
     size_bytes = origins.check_origin(origin)
-    with Catalog(config.catalog_path) as catalog:
+    with open_catalog(config) as catalog:
         known = catalog.volumes()
     _check_name_new(request.name, known)
     origins.refuse_taken(origin, known, system)
@@ -139,61 +144,40 @@ def add_volume(config: Config, plan: AddPlan) -> VolumeEntry:
     """Make the store and put the volume on the list."""
     settings = VolumeConfig(name=plan.name, created_unix_ns=time.time_ns(), rules=plan.rules)
     store = Path(plan.store)
-    store.parent.mkdir(parents=True, exist_ok=True)
-    uuid = native.create_volume(
-        store=store,
-        origin=Path(plan.origin),
-        block_size=plan.block_size,
-        meta=encode_settings(settings),
-    )
-    entry = VolumeEntry(name=plan.name, uuid=uuid, origin=plan.origin, store=plan.store)
-    with Catalog(config.catalog_path) as catalog:
-        catalog.add(entry)
+    entry = VolumeEntry(name=plan.name, uuid="", origin=plan.origin, store=plan.store)
+    with registering(config), open_catalog(config) as catalog:
+        catalog.add(entry, EntryState.ADDING)
+        try:
+            store.parent.mkdir(parents=True, exist_ok=True)
+            uuid = native.create_volume(
+                store=store,
+                origin=Path(plan.origin),
+                block_size=plan.block_size,
+                meta=encode_settings(settings),
+            )
+        except BaseException:
+            discard_skeleton(store)
+            catalog.remove(plan.name)
+            raise
+        entry = replace(entry, uuid=uuid)
+        catalog.update(entry)
         catalog.record(plan.name, "volume_added", origin=plan.origin, store=plan.store)
     return entry
 
 
 def list_volumes(config: Config, is_served: Callable[[str], bool]) -> tuple[VolumeListing, ...]:
     """Return every known volume, without opening any."""
-    with Catalog(config.catalog_path) as catalog:
+    with open_catalog(config) as catalog:
         known = catalog.volumes()
     return tuple(_listing(entry, is_served=is_served(entry.name)) for entry in known)
 
 
-def import_volume(
-    config: Config,
-    store: Path,
-    *,
-    name: str | None = None,
-    origin: Path | None = None,
-    system: origins.System | None = None,
-) -> VolumeEntry:
-    """Put a store on the list again: after the catalog was lost, or the store was moved."""
-    store = _absolute(store)
-    uuid, stored_origin, _, meta = native.peek(store)
-    settings = read_settings(meta, fallback_name=store.name)
-    chosen = check_new_name(name or settings.name, what="volume")
-    path = _absolute(origin) if origin else Path(stored_origin)
-    if not path.exists():
-        raise NotFoundError(
-            f"the origin of {store}, {path}, does not exist",
-            hint="say where it is now with --origin",
-        )
-    entry = VolumeEntry(name=chosen, uuid=uuid, origin=str(path), store=str(store))
-    with Catalog(config.catalog_path) as catalog:
-        others = tuple(e for e in catalog.volumes() if e.uuid != uuid)
-        origins.refuse_taken(path, others, system or origins.System())
-        catalog.add(entry)
-        catalog.record(chosen, "volume_imported", store=str(store))
-    return entry
-
-
 def plan_remove(config: Config, name: str, *, keep_store: bool = False) -> RemovePlan:
     """Return what removing would delete; raise `LockedError` while somebody serves the volume."""
-    with Catalog(config.catalog_path) as catalog:
+    with open_catalog(config) as catalog:
         entry = catalog.volume(name)
     snapshots: tuple[str, ...] = ()
-    if Path(entry.store).exists():
+    if not keep_store and Path(entry.store).exists():
         with OpenVolume.open(config, name) as volume:
             snapshots = tuple(s.record.name for s in volume.snapshots())
     return RemovePlan(
@@ -208,35 +192,38 @@ def plan_remove(config: Config, name: str, *, keep_store: bool = False) -> Remov
 def remove_volume(config: Config, plan: RemovePlan) -> RemovePlan:
     """Take the volume off the list and, as planned, delete its store. The origin is complete."""
     store = Path(plan.store)
-    if store.exists():
-        # Opening proves that nobody serves it; closing completes the origin.
-        with OpenVolume.open(config, plan.name):
-            pass
-        if plan.deletes_store:
-            shutil.rmtree(store)
-    with Catalog(config.catalog_path) as catalog:
+    with registering(config), open_catalog(config) as catalog:
+        if plan.deletes_store and store.exists():
+            # Opening proves that nobody serves it; closing completes the origin.
+            with OpenVolume.open(config, plan.name):
+                pass
+            catalog.update(catalog.volume(plan.name), EntryState.REMOVING)
+            delete_store(store)
+        elif (store / JOURNAL).exists():
+            _complete_origin(config, plan.name, store)
         catalog.remove(plan.name)
         catalog.record(plan.name, "volume_removed", deleted_store=plan.deletes_store)
     return plan
 
 
-def recover_volume(config: Config, name: str, *, how: Literal["replay", "discard"]) -> Released:
-    """Decide about the writes that a killed server left, then stop cleanly."""
-    with OpenVolume.open(config, name, EngineOptions(recover=how)) as volume:
-        released = _released(volume, recovered=how)
-        volume.event("volume_recovered", how=how)
-    return released
+def _complete_origin(config: Config, name: str, store: Path) -> None:
+    """Close a volume that is only taken off the list; a store that is damaged may be let go of."""
+    try:
+        with OpenVolume.open(config, name):
+            pass
+    except (StoreDamagedError, CatalogError):
+        native.check_unused(store)
 
 
 def release_volume(volume: OpenVolume) -> Released:
     """Stop cleanly: everything is on the origin when this returns."""
     with volume.lock:
-        released = _released(volume)
+        done = released(volume)
         volume.hooks.retire(volume)
-        volume.close()
-    volume.event("volume_released", origin=released.origin)
+    volume.close()
+    volume.event("volume_released", origin=done.origin)
     volume.hooks.closed(volume)
-    return released
+    return done
 
 
 def resize_volume(volume: OpenVolume) -> Resized:
@@ -249,7 +236,8 @@ def resize_volume(volume: OpenVolume) -> Resized:
     return Resized(volume=volume.name, size_bytes=after, size_bytes_before=before)
 
 
-def _released(volume: OpenVolume, *, recovered: str = "") -> Released:
+def released(volume: OpenVolume, *, recovered: str = "") -> Released:
+    """Return how a volume is left that is about to be closed."""
     return Released(
         volume=volume.name,
         origin=volume.engine.origin,
@@ -259,17 +247,19 @@ def _released(volume: OpenVolume, *, recovered: str = "") -> Released:
 
 
 def _listing(entry: VolumeEntry, *, is_served: bool) -> VolumeListing:
-    state, size_bytes, note = VolumeState.STOPPED, None, ""
+    state, size_bytes, note, origin = VolumeState.STOPPED, None, "", entry.origin
     try:
-        native.peek(Path(entry.store))
-        with open_raw(Path(entry.origin)) as disk:
+        uuid, origin, _, _ = native.peek(Path(entry.store))
+        if uuid != entry.uuid:
+            raise CatalogError(f"{entry.store} holds another volume, {uuid}")
+        with open_raw(Path(origin)) as disk:
             size_bytes = disk.size
     except StillblockError as error:
         state, note = VolumeState.MISSING, str(error)
     return VolumeListing(
         name=entry.name,
         uuid=entry.uuid,
-        origin=entry.origin,
+        origin=origin,
         store=entry.store,
         state=VolumeState.SERVED if is_served else state,
         size_bytes=size_bytes,

@@ -20,7 +20,8 @@ _LOG: Final = logging.getLogger("stillblock.service")
 SELECTED_CONTEXT: Final = "x-stillblock:selected"
 CHANGED_CONTEXT: Final = "x-stillblock:changed:"
 DIRTY_CONTEXT: Final = "qemu:dirty-bitmap:"
-"""What existing backup clients ask for; the same contents."""
+"""What existing backup clients ask for: what a copy of that instant lacks, newly selected blocks
+included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +180,9 @@ class ExportServer:
             self._offered.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
-        snapshots = {f"{volume.name}@{s.record.name}": s for s in volume.snapshots()}
+        # Of a snapshot without its header nothing can be read.
+        there = (s for s in volume.snapshots() if not s.epoch.damage)
+        snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
         for name in self._names_of(volume):
             if name != volume.name and name not in snapshots:
@@ -229,5 +232,5 @@ class ExportServer:
 def _changed_since(instant: Instant) -> tuple[native.ContextSpec, native.ContextSpec]:
     return (
         (CHANGED_CONTEXT + instant.name, "changed", instant.epoch),
-        (DIRTY_CONTEXT + instant.name, "changed", instant.epoch),
+        (DIRTY_CONTEXT + instant.name, "dirty", instant.epoch),
     )

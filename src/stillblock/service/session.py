@@ -6,6 +6,7 @@ import abc
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
+from stillblock.operations.recovery import Accepted, AcceptRequest
 from stillblock.operations.restore import RestorePlan, RestoreRequest, WaitRequest
 from stillblock.operations.snapshots import (
     ChangesRequest,
@@ -18,6 +19,12 @@ from stillblock.operations.snapshots import (
     SnapshotPlan,
     SnapshotRequest,
     SnapshotTarget,
+)
+from stillblock.operations.verification import (
+    CheckReport,
+    VerifyProgress,
+    VerifyRequest,
+    WaitVerifyRequest,
 )
 from stillblock.operations.volume import EngineOptions, OpenVolume
 from stillblock.service import verbs
@@ -86,6 +93,32 @@ class Session(abc.ABC):
     def release(self) -> Released:
         """Stop cleanly, whoever serves the volume."""
         return self.call(verbs.RELEASE, NoRequest())
+
+    # Health
+
+    def accept_origin(self, *, note: str = "") -> Accepted:
+        """Take an origin that others wrote to as it is."""
+        return self.call(verbs.ACCEPT_ORIGIN, AcceptRequest(note=note))
+
+    def check_structure(self) -> CheckReport:
+        """Return what is wrong with the store, short of reading all content."""
+        return self.call(verbs.CHECK_STRUCTURE, NoRequest())
+
+    def start_verification(self, request: VerifyRequest) -> VerifyProgress:
+        """Start to compare preserved content with its checksums."""
+        return self.call(verbs.START_VERIFICATION, request)
+
+    def verification_status(self) -> VerifyProgress:
+        """Return how far the latest verification is."""
+        return self.call(verbs.VERIFICATION_STATUS, NoRequest())
+
+    def wait_verification(self, *, timeout_ms: int) -> VerifyProgress:
+        """Wait, some seconds at most, until no verification runs."""
+        return self.call(verbs.WAIT_VERIFICATION, WaitVerifyRequest(timeout_ms=timeout_ms))
+
+    def cancel_verification(self) -> VerifyProgress:
+        """Stop the verification that runs."""
+        return self.call(verbs.CANCEL_VERIFICATION, NoRequest())
 
     # Rules
 

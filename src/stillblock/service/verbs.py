@@ -18,7 +18,16 @@ from stillblock.model import (
     SnapshotInfo,
     VolumeInfo,
 )
-from stillblock.operations import bookmarks, restore, rules, snapshots, statistics, volumes
+from stillblock.operations import (
+    bookmarks,
+    recovery,
+    restore,
+    rules,
+    snapshots,
+    statistics,
+    verification,
+    volumes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +103,60 @@ RELEASE: Final = Verb(
     request=NoRequest,
     result=volumes.Released,
     run=lambda volume, _: volumes.release_volume(volume),
+)
+ACCEPT_ORIGIN: Final = Verb(
+    name="accept_origin",
+    method="POST",
+    path="/accept-origin",
+    summary="Take an origin that others wrote to as it is.",
+    request=recovery.AcceptRequest,
+    result=recovery.Accepted,
+    run=recovery.accept_origin,
+)
+CHECK_STRUCTURE: Final = Verb(
+    name="check_structure",
+    method="POST",
+    path="/check",
+    summary="What is wrong with the store, short of reading all content.",
+    request=NoRequest,
+    result=verification.CheckReport,
+    run=lambda volume, _: verification.check_structure(volume),
+)
+START_VERIFICATION: Final = Verb(
+    name="start_verification",
+    method="POST",
+    path="/verification",
+    summary="Start to compare preserved content with its checksums.",
+    request=verification.VerifyRequest,
+    result=verification.VerifyProgress,
+    run=verification.start_verification,
+)
+VERIFICATION_STATUS: Final = Verb(
+    name="verification_status",
+    method="GET",
+    path="/verification",
+    summary="How far the latest verification is.",
+    request=NoRequest,
+    result=verification.VerifyProgress,
+    run=lambda volume, _: verification.verification_status(volume),
+)
+WAIT_VERIFICATION: Final = Verb(
+    name="wait_verification",
+    method="GET",
+    path="/verification/wait",
+    summary="Wait, some seconds at most, until no verification runs.",
+    request=verification.WaitVerifyRequest,
+    result=verification.VerifyProgress,
+    run=verification.wait_verification,
+)
+CANCEL_VERIFICATION: Final = Verb(
+    name="cancel_verification",
+    method="DELETE",
+    path="/verification",
+    summary="Stop the verification that runs.",
+    request=NoRequest,
+    result=verification.VerifyProgress,
+    run=lambda volume, _: verification.cancel_verification(volume),
 )
 SHOW_RULES: Final = Verb(
     name="show_rules",

@@ -53,6 +53,18 @@ pub struct FoundSegment {
     pub epoch_header: Option<EpochHeader>,
 }
 
+/// Records that are gone: which they were is not known, only where they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loss {
+    /// In which segment.
+    pub segment: u32,
+    /// The first epoch they may have been of. A segment that is gone may have gone on with the
+    /// epoch of the one before it.
+    pub first: u32,
+    /// The last one.
+    pub last: u32,
+}
+
 /// All that is in a log.
 #[derive(Debug, Default)]
 pub struct Scan {
@@ -64,11 +76,12 @@ pub struct Scan {
     pub damaged: Vec<(u32, u64)>,
     /// Files without an intact header that hold nothing: instants that never came.
     pub unfinished: Vec<u32>,
+    /// Files without an intact header that hold no record and may have held an instant.
+    pub headerless: Vec<u32>,
     /// Files without an intact header that do hold records, with the epoch those are of.
     pub unreadable: Vec<(u32, u32)>,
-    /// Files that others name as their predecessors and that are not there, or hold nothing, with
-    /// the last epoch whose records they may have held.
-    pub missing: Vec<(u32, u32)>,
+    /// Files that others name as their predecessors and that are not there, or hold nothing.
+    pub missing: Vec<Loss>,
     /// Files that a merged segment stands for, which were to be removed.
     pub superseded: Vec<u32>,
     /// Where to go on.
@@ -78,19 +91,38 @@ pub struct Scan {
 impl Scan {
     /// The log was closed before the batch `next_batch`; if it ends earlier now, its tail is gone.
     pub fn expect_end(&mut self, next_batch: u64) {
-        let last = self.segments.values().next_back().map(|s| s.header);
+        let last = self.segment(self.end.segment).map(|s| s.header);
         if let Some(last) = last.filter(|_| self.end.next_sequence < next_batch) {
-            self.missing.push((last.segment + 1, last.epoch));
+            let (segment, epoch) = (self.end.segment_max + 1, last.epoch);
+            self.missing.push(Loss { segment, first: epoch, last: epoch });
         }
     }
 
-    /// Segments that lost records, with the last epoch whose records those may have been.
-    pub fn losses(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+    /// These instants are on record elsewhere, and their headers are not here. What has no header
+    /// may be their segments, so it is kept; unless the log was closed, and ends where it was
+    /// closed, records may have gone with them.
+    pub fn expect_instants(&mut self, vanished: &BTreeSet<u32>, closed: Option<u64>) {
+        let Some(&last) = vanished.last() else { return };
+        let kept = std::mem::take(&mut self.unfinished);
+        self.headerless.extend(kept);
+        let is_whole = closed.is_some_and(|next_batch| self.end.next_sequence >= next_batch);
+        if is_whole || self.end.epoch > last {
+            // Every batch is there, or a later segment tells what is missing before it.
+            return;
+        }
+        let segment = self.headerless.last().copied().unwrap_or(self.end.segment + 1);
+        self.missing.push(Loss { segment, first: self.end.epoch.max(1).min(last), last });
+    }
+
+    /// Where records are gone.
+    pub fn losses(&self) -> impl Iterator<Item = Loss> + '_ {
+        let of = |segment, epoch| Loss { segment, first: epoch, last: epoch };
         let damaged = self
             .damaged
             .iter()
-            .filter_map(|(segment, _)| Some((*segment, self.segment(*segment)?.header.epoch)));
-        damaged.chain(self.unreadable.iter().copied()).chain(self.missing.iter().copied())
+            .filter_map(move |(at, _)| Some(of(*at, self.segment(*at)?.header.epoch)));
+        let unreadable = self.unreadable.iter().map(move |&(segment, epoch)| of(segment, epoch));
+        damaged.chain(unreadable).chain(self.missing.iter().copied())
     }
 }
 
@@ -173,8 +205,10 @@ fn put_in_order(found: &mut Scan, headers: Vec<FoundSegment>) {
         }
     }
     let mut unreadable = std::mem::take(&mut found.unreadable);
-    unreadable.retain(|&(number, _)| {
-        let is_superseded = found.standing_for(number).is_some();
+    unreadable.retain(|&(number, epoch)| {
+        // It may have been a merged one, whose place was before its number.
+        let is_superseded =
+            found.standing_for(number).is_some_and(|standing| standing.header.epoch <= epoch);
         if is_superseded {
             found.superseded.push(number);
         }
@@ -192,13 +226,14 @@ fn find_missing(found: &mut Scan) {
             || found.standing_for(segment).is_some()
             || found.unreadable.iter().any(|u| u.0 == segment)
     };
-    let later = found.segments.values().skip(1).map(|s| s.header);
-    let broken = later.filter(|header| !is_there(header.previous_segment));
+    let pairs = found.segments.values().zip(found.segments.values().skip(1));
+    let broken = pairs.filter(|(_, after)| !is_there(after.header.previous_segment));
     found.missing = broken
-        .map(|header| {
+        .map(|(before, after)| {
+            let (first, header) = (before.header.epoch, after.header);
             let is_same_epoch = header.ordinal > 0;
             let last = if is_same_epoch { header.epoch } else { header.epoch.saturating_sub(1) };
-            (header.previous_segment, last)
+            Loss { segment: header.previous_segment, first: first.min(last), last }
         })
         .collect();
 }
@@ -249,10 +284,14 @@ impl Scan {
     ) -> Result<(), ScanError> {
         let Some(header) = self.segment(segment).map(|s| s.header) else { return Ok(()) };
         // Where it was closed, as it says itself or the one after it does.
-        let mut later = self.segments.range(header.places().end() + 1..).map(|(_, s)| s.header);
+        let later = self.segments.range(header.places().end() + 1..);
+        // The file of the next epoch may be older than the last one of this.
+        let mut others = later.chain(self.segments.range(..header.places().start()));
         let end_page = match header.merged {
             Some(merged) => Some(merged.end_page),
-            None => later.find(|h| h.previous_segment == segment).map(|h| h.previous_end_page),
+            None => others
+                .find(|(_, s)| s.header.previous_segment == segment)
+                .map(|(_, s)| s.header.previous_end_page),
         };
         let end_page = end_page.map(u64::from);
         let reader = PageReader::new(segments.get(segment)?)?;
@@ -278,12 +317,18 @@ impl Scan {
         if end_page.is_some_and(|end| cursor.page < end) {
             self.damaged.push((segment, cursor.page));
         }
-        self.end.segment = segment;
-        self.end.epoch = header.epoch;
-        self.end.ordinal = header.ordinal;
-        self.end.page = cursor.page;
-        self.end.is_closed = header.merged.is_some();
         self.end.next_sequence = self.end.next_sequence.max(cursor.expected);
+        // Not the highest number: the old epoch may have had to go on in a new segment when that of
+        // the next one had been made already.
+        if (header.epoch, header.ordinal) >= (self.end.epoch, self.end.ordinal) {
+            self.end.segment = segment;
+            self.end.epoch = header.epoch;
+            self.end.ordinal = header.ordinal;
+            self.end.page = cursor.page;
+            self.end.is_closed = header.merged.is_some();
+            let last = batches.last().filter(|batch| batch.segment == segment);
+            self.end.last_page = last.map_or(0, |batch| batch.page);
+        }
         Ok(())
     }
 
@@ -305,6 +350,8 @@ impl Scan {
         if is_torn && !is_broken(Rule::LastBatchVerified) {
             if !is_broken(Rule::TornTailCut) {
                 self.end.page = last.page;
+                // What was before it had been synced.
+                self.end.last_page = last.page;
             }
             self.end.next_sequence = last.header.sequence;
             self.batches.pop();
@@ -317,24 +364,24 @@ pub fn is_without_batches(file: &Arc<dyn Storage>, uuid: [u8; 16]) -> io::Result
     Ok(PageReader::new(Arc::clone(file))?.epoch_of_batches(uuid).is_none())
 }
 
-enum Step {
+pub(super) enum Step {
     Batch(BatchHeader, Vec<Descriptor>),
     Damage,
     End,
 }
 
-struct Cursor<'a> {
-    reader: &'a PageReader,
-    uuid: [u8; 16],
-    epoch: u32,
-    expected: u64,
-    page: u64,
-    limit: u64,
+pub(super) struct Cursor<'a> {
+    pub(super) reader: &'a PageReader,
+    pub(super) uuid: [u8; 16],
+    pub(super) epoch: u32,
+    pub(super) expected: u64,
+    pub(super) page: u64,
+    pub(super) limit: u64,
 }
 
 impl Cursor<'_> {
     /// Take what begins at `page`, and move behind it.
-    fn next_batch(&mut self) -> Step {
+    pub(super) fn next_batch(&mut self) -> Step {
         let at_head = self.intact(false, self.page).map(|found| (self.page, found));
         let found = at_head.or_else(|| self.search_tail());
         if let Some((_, (header, descriptors))) = found {
@@ -386,13 +433,13 @@ impl Cursor<'_> {
 /// Pages of the largest batch: blocks of 64 KiB, with head and tail.
 const BATCH_PAGES_MAX: u64 = (BATCH_BLOCKS_MAX as u64) * 16 + 32;
 
-struct PageReader {
+pub(super) struct PageReader {
     file: Arc<dyn Storage>,
-    pages: u64,
+    pub(super) pages: u64,
 }
 
 impl PageReader {
-    fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
+    pub(super) fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
         let pages = file.len()? / PAGE;
         Ok(Self { file, pages })
     }
@@ -401,7 +448,7 @@ impl PageReader {
         self.pages(page, 1)
     }
 
-    fn pages(&self, page: u64, count: u64) -> io::Result<Vec<u8>> {
+    pub(super) fn pages(&self, page: u64, count: u64) -> io::Result<Vec<u8>> {
         if page + count > self.pages {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -421,7 +468,7 @@ impl PageReader {
     }
 }
 
-type Headers = (SegmentHeader, Option<EpochHeader>);
+pub(super) type Headers = (SegmentHeader, Option<EpochHeader>);
 
 /// The segment's header and epoch header from the first intact copy.
 fn read_header(reader: &PageReader) -> Result<Headers, SegmentError> {
@@ -445,7 +492,7 @@ fn read_header(reader: &PageReader) -> Result<Headers, SegmentError> {
     Err(last)
 }
 
-fn read_header_at(reader: &PageReader, page: u64) -> Result<Headers, SegmentError> {
+pub(super) fn read_header_at(reader: &PageReader, page: u64) -> Result<Headers, SegmentError> {
     let bytes = reader.page(page).map_err(|_| SegmentError::Damaged)?;
     let header = SegmentHeader::decode(&bytes)?;
     if header.ordinal != 0 {

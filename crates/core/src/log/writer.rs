@@ -2,7 +2,7 @@
 
 use super::batch::BatchBuilder;
 use super::format::{PAGE, Position, SegmentHeader};
-use crate::number::to_u64;
+use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
 use crate::sync::RwLock;
@@ -134,6 +134,8 @@ pub struct LogEnd {
     pub ordinal: u32,
     /// Page after its last durable batch.
     pub page: u64,
+    /// Page of that batch; 0 if there is none, which takes in the segment's header.
+    pub last_page: u64,
     /// Sequence number the next batch gets.
     pub next_sequence: u64,
     /// Highest segment number seen in the directory.
@@ -184,6 +186,11 @@ impl LogWriter {
         self.appended_bytes
     }
 
+    /// Segment and page at which the next batch begins.
+    pub fn position(&self) -> (u32, u32) {
+        self.end_of_current()
+    }
+
     fn end_of_current(&self) -> (u32, u32) {
         self.current.as_ref().map_or(self.previous, |current| {
             let page = u32::try_from(current.page).expect("a segment is bounded");
@@ -226,7 +233,7 @@ impl LogWriter {
         let header = self.header(prepared.segment, epoch, 0, blob);
         let mut copy = header.encode();
         copy.extend_from_slice(blob);
-        copy.resize(copy.len().next_multiple_of(crate::number::to_usize(PAGE)), 0);
+        copy.resize(copy.len().next_multiple_of(to_usize(PAGE)), 0);
         prepared.file.write_slices_at(0, &[&copy, &copy])?;
         prepared.file.sync()?;
         self.appended_bytes += 2 * to_u64(copy.len());
@@ -240,6 +247,20 @@ impl LogWriter {
             is_broken: false,
         });
         Ok(())
+    }
+
+    /// Write the end of the log once more, and sync it. The process before may have been killed
+    /// after a sync that failed: the kernel then shows what the disk does not have, and takes it
+    /// for written.
+    pub fn rewrite_end(&self, end: &LogEnd) -> io::Result<()> {
+        let Some(current) = &self.current else { return Ok(()) };
+        let mut bytes = vec![0; to_usize((end.page - end.last_page) * PAGE)];
+        // The tail of a batch may be torn: its head stands for it.
+        let there = current.file.len()?.saturating_sub(end.last_page * PAGE);
+        let there = to_usize(there).min(bytes.len());
+        current.file.read_at(end.last_page * PAGE, &mut bytes[..there])?;
+        current.file.write_at(end.last_page * PAGE, &bytes)?;
+        current.file.sync()
     }
 
     /// Undo [`Self::prepare_epoch`], and [`Self::commit_epoch`] if that failed.

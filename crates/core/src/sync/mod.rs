@@ -8,6 +8,9 @@
 mod simulated;
 
 #[cfg(feature = "simulation")]
+pub use simulated::begin;
+
+#[cfg(feature = "simulation")]
 pub use simulated::{
     AtomicBool, AtomicU64, Clock, Condvar, JoinHandle, Mutex, MutexGuard, RwLock, breathe, spawn,
     unix_ns,

@@ -18,6 +18,11 @@ thread_local! {
     static NOW_NS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
+/// A simulation begins: its time depends on nothing before it.
+pub fn begin() {
+    NOW_NS.set(0);
+}
+
 fn tick() {
     let by = shuttle::rand::thread_rng().gen_range(1..=TICK_NS_MAX);
     NOW_NS.set(NOW_NS.get() + by);

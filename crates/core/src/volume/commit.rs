@@ -506,7 +506,10 @@ impl Volume {
     }
 
     /// A failed origin is one across restarts, a kill included.
-    fn note_failure(&self) {
+    pub(super) fn note_failure(&self) {
+        if self.state.lock().origin_failure.is_empty() {
+            return;
+        }
         let Ok(mut committer) = self.role() else { return };
         let reason = self.state.lock().origin_failure.clone();
         if !reason.is_empty() && !committer.is_failure_noted {

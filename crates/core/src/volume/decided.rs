@@ -3,12 +3,14 @@
 use super::Restoring;
 use crate::bitmap::Bitmap;
 use crate::epochs::{Bookmark, Epoch, Epochs, Selections};
+use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::index::memory::Memory;
 use crate::journal::{Entry, OriginIdentity};
 use crate::log::format::Kind;
-use crate::log::scan::{FoundBatch, Scan};
+use crate::log::scan::{FoundBatch, Scan, scan};
+use crate::log::writer::Segments;
 use crate::number::to_u64;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -86,8 +88,64 @@ impl Decided {
                 self.origin_failure = String::from_utf8_lossy(reason).into_owned();
             }
             Entry::Recovered => self.origin_failure.clear(),
+            Entry::Accepted { .. } => self.suspect = None,
             Entry::EpochMeta { .. } | Entry::Bookmarked { .. } | Entry::Freeing { .. } => {}
         }
+    }
+
+    /// Read all of the log, with what the journal expects of it.
+    pub(super) fn scan(&self, segments: &Segments) -> Result<Scan> {
+        let mut scan = scan(segments, self.uuid, self.block_size, &self.aborted)?;
+        self.expect(&mut scan);
+        Ok(scan)
+    }
+
+    /// Look for what the journal expects of a log whose last epoch has been read.
+    pub(super) fn expect(&self, scan: &mut Scan) {
+        if let Some((_, next_batch)) = self.closed {
+            scan.expect_end(next_batch);
+        }
+        let vanished = self.vanished(scan);
+        scan.expect_instants(&vanished, self.closed.map(|(_, next_batch)| next_batch));
+    }
+
+    /// Instants that the journal speaks of as live and whose headers the log does not have: a
+    /// snapshot must not vanish without a word.
+    pub(super) fn vanished(&self, scan: &Scan) -> BTreeSet<u32> {
+        let (mut snapshots, mut bookmarks) = (BTreeSet::new(), BTreeSet::new());
+        for entry in &self.entries {
+            match entry {
+                Entry::EpochMeta { epoch, .. } | Entry::Narrowed { epoch, .. } => {
+                    snapshots.insert(*epoch);
+                }
+                Entry::Bookmarked { epoch, .. } => {
+                    bookmarks.insert(*epoch);
+                }
+                Entry::Deleted { epoch } => {
+                    snapshots.remove(epoch);
+                }
+                Entry::BookmarkDeleted { epoch } => {
+                    bookmarks.remove(epoch);
+                }
+                _ => {}
+            }
+        }
+        let headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
+        let known: BTreeSet<u32> = headers.map(|header| header.epoch).collect();
+        let live = snapshots.union(&bookmarks).copied();
+        live.filter(|epoch| !known.contains(epoch) && !self.aborted.contains(epoch)).collect()
+    }
+
+    fn without_header(&self) -> Epoch {
+        let damage = "both copies of its header in the log are missing or damaged: what it \
+                      selects is not known, and nothing of it can be read; delete it"
+            .to_owned();
+        Epoch { origin_bytes: self.size_bytes, damage, ..Epoch::default() }
+    }
+
+    /// Every block there is.
+    pub(super) fn all_blocks(&self) -> ExtentSet {
+        ExtentSet::from_extent(Extent::new(0, self.size_bytes.div_ceil(self.block_size)))
     }
 
     /// The registry: epoch headers, then what the journal says of them, in order.
@@ -131,28 +189,46 @@ impl Decided {
                 origin_bytes: header.origin_bytes,
                 created_unix_ns: header.created_unix_ns,
                 selection: Some(selection),
-                bookmark: None,
                 meta: header.meta.clone(),
-                suspect: String::new(),
-                pins: 0,
+                ..Epoch::default()
             };
             if !self.aborted.contains(&header.epoch) {
                 epochs.0.insert(header.epoch, epoch);
             }
         }
+        for epoch in self.vanished(scan) {
+            epochs.0.insert(epoch, self.without_header());
+        }
         for entry in entries {
             apply(&mut epochs, entry);
         }
-        for (segment, last) in scan.losses() {
-            for found in epochs.0.range_mut(..=last).map(|(_, found)| found) {
-                found.suspect = format!(
-                    "log segment {segment:08x} is missing or damaged; what it held gives errors"
+        // Noted at an earlier opening; what showed it may be gone.
+        let all = self.all_blocks();
+        for (last, _) in self.lost.iter().filter(|(_, blocks)| *blocks == all) {
+            for found in epochs.0.range_mut(..=*last).map(|(_, found)| found) {
+                found.losses = format!(
+                    "records of epoch {last} are gone from the log; what they held gives errors"
+                );
+            }
+        }
+        for loss in scan.losses() {
+            for found in epochs.0.range_mut(..=loss.last).map(|(_, found)| found) {
+                found.losses = format!(
+                    "log segment {:08x} is missing or damaged; what it held gives errors",
+                    loss.segment
                 );
             }
         }
         epochs.drop_dead();
         epochs
     }
+}
+
+/// Epochs in which records are gone: whatever has no record of its own there counts as lost. Those
+/// before the first live instant concern nobody.
+pub(super) fn epochs_with_losses(scan: &Scan, epochs: &Epochs) -> BTreeSet<u32> {
+    let Some(first) = epochs.first() else { return BTreeSet::new() };
+    scan.losses().flat_map(|loss| loss.first.max(first)..=loss.last).collect()
 }
 
 pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
@@ -163,17 +239,19 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
             }
         }
         Entry::Narrowed { epoch, selection } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
+            if let Some(found) = epochs.0.get_mut(epoch).filter(|e| e.damage.is_empty()) {
                 found.selection = Some(Arc::new(selection.clone()));
             }
         }
         Entry::Deleted { epoch } => {
             if let Some(found) = epochs.0.get_mut(epoch) {
                 found.selection = None;
+                found.damage.clear();
             }
         }
         Entry::Bookmarked { epoch, meta } => {
-            if let Some(found) = epochs.0.get_mut(epoch) {
+            // Without its header what it would track is not known.
+            if let Some(found) = epochs.0.get_mut(epoch).filter(|e| e.damage.is_empty()) {
                 let baseline = found.selection.clone().unwrap_or_default();
                 found.bookmark = Some(Bookmark { baseline, meta: meta.clone() });
             }
@@ -186,6 +264,13 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
         Entry::Suspect { epoch, reason } => {
             for (_, found) in epochs.0.range_mut(..=*epoch) {
                 found.suspect = String::from_utf8_lossy(reason).into_owned();
+            }
+        }
+        Entry::Accepted { epoch, note } => {
+            let in_doubt = |e: &&mut Epoch| !e.suspect.is_empty();
+            for found in epochs.0.range_mut(..=*epoch).map(|(_, e)| e).filter(in_doubt) {
+                let doubt = std::mem::take(&mut found.suspect);
+                found.accepted = format!("{doubt}: {}", String::from_utf8_lossy(note));
             }
         }
         _ => {}

@@ -89,7 +89,7 @@ impl Volume {
             (epochs.selections(), epochs.first())
         };
         let current = committer.epoch;
-        let files = self.index.write().forget_before(first.unwrap_or(current + 1));
+        let files = self.index.write().forget_before(first.unwrap_or(current + 1).min(current + 1));
         let unneeded: Vec<u32> = committer
             .segments
             .iter()

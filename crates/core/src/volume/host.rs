@@ -57,6 +57,10 @@ pub trait Host: Send + Sync {
     ) -> io::Result<Arc<Arena>>;
     /// The write buffer that a killed process left; its version if that is newer than ours.
     fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>>;
+    /// When this boot began, if the machine knows: whoever writes later is not of an earlier one.
+    fn booted_unix_ns(&self) -> Option<u64> {
+        None
+    }
     /// Note there that somebody works on it.
     fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()>;
 }
@@ -92,6 +96,15 @@ impl Host for System {
             *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
         }
         Ok(id)
+    }
+
+    fn booted_unix_ns(&self) -> Option<u64> {
+        // In whole seconds, and corrected as the clock is.
+        const SLACK_S: u64 = 5;
+        let text = std::fs::read_to_string("/proc/stat").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("btime "))?;
+        let seconds = line.trim().parse::<u64>().ok()?;
+        Some((seconds + SLACK_S) * 1_000_000_000)
     }
 
     fn random(&self) -> Result<[u8; 16]> {
@@ -254,7 +267,7 @@ pub(super) fn bytes_of(path: &Path) -> Vec<u8> {
 }
 
 /// What tells the origin from other disks now.
-fn identify(file: &File) -> io::Result<OriginIdentity> {
+pub(super) fn identify(file: &File) -> io::Result<OriginIdentity> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let meta = file.metadata()?;
     if meta.file_type().is_block_device() {

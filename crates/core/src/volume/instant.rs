@@ -68,9 +68,10 @@ struct Flip {
 impl Volume {
     /// Take a snapshot of the selected blocks as they are at one instant during this call.
     pub fn snapshot(&self, request: SnapshotRequest) -> Result<Instant> {
-        let mut committer = self.role()?;
-        self.finish_restore_first(&mut committer)?;
-        self.take_instant(&mut committer, request, None)
+        self.told(self.role().and_then(|mut committer| {
+            self.finish_restore_first(&mut committer)?;
+            self.take_instant(&mut committer, request, None)
+        }))
     }
 
     /// The instant, of a snapshot or of the safety snapshot of a restore.
@@ -90,6 +91,7 @@ impl Volume {
                 EPOCH_HEADER_BYTES_MAX / 2
             )));
         }
+        committer.journal.heal()?;
         let selection = self.share_selection(request.selection);
         let epoch = committer.epoch_max + 1;
         let prepared = committer.log.prepare_epoch();
@@ -254,10 +256,8 @@ impl Volume {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             selection: Some(Arc::clone(selection)),
-            bookmark: None,
             meta: meta.to_vec(),
-            suspect: String::new(),
-            pins: 0,
+            ..Epoch::default()
         };
         let mut epochs = self.epochs.write();
         epochs.0.insert(epoch, info);

@@ -1,6 +1,6 @@
 //! The index at opening: from index files where they fit the log, else from the log itself.
 
-use super::decided::{Decided, memory_of};
+use super::decided::{Decided, epochs_with_losses, memory_of};
 use super::upkeep::write_run;
 use crate::error::{Error, Result};
 use crate::index::Index;
@@ -36,7 +36,8 @@ pub(super) fn load_index(
     let by_epoch = scan.epochs();
     let mut loaded = layers_of(segments, scan, decided, &by_epoch)?;
     let last = by_epoch.keys().next_back().copied().unwrap_or(0);
-    for (_, epoch) in scan.losses() {
+    // No index file gets these, however much is held.
+    for epoch in damaged_epochs(scan, decided) {
         loaded.index.mark_damaged(epoch);
     }
     let filed: BTreeSet<u32> =
@@ -58,16 +59,22 @@ pub(super) fn load_index(
             spill(segments, decided, &by_epoch, &mut loaded)?;
         }
     }
-    if let Some((_, next_batch)) = decided.closed {
-        scan.expect_end(next_batch);
-    }
-    for (_, epoch) in scan.losses() {
+    decided.expect(scan);
+    for epoch in damaged_epochs(scan, decided) {
         loaded.index.mark_damaged(epoch);
+        loaded.index.insert_stray_loss(epoch, &decided.all_blocks());
     }
     for (epoch, blocks) in &decided.lost {
         loaded.index.insert_stray_loss(*epoch, blocks);
     }
     Ok(loaded)
+}
+
+fn damaged_epochs(scan: &Scan, decided: &Decided) -> BTreeSet<u32> {
+    if scan.losses().next().is_none() {
+        return BTreeSet::new();
+    }
+    epochs_with_losses(scan, &decided.epochs(scan))
 }
 
 /// Index files, and which epochs each of them tells: those of which it was made from exactly the
@@ -84,8 +91,8 @@ fn layers_of(
     numbers.sort_unstable();
     let next_run = numbers.last().copied().unwrap_or(0) + 1;
     // The open epoch may have lost its tail; a damaged one is damaged whatever an index file says.
-    let damaged = scan.losses().map(|(_, epoch)| epoch);
-    let mut taken: BTreeSet<u32> = damaged.chain(by_epoch.keys().next_back().copied()).collect();
+    let mut taken = damaged_epochs(scan, decided);
+    taken.extend(by_epoch.keys().next_back());
     let (mut layers, mut useless) = (Vec::new(), Vec::new());
     for &number in numbers.iter().rev() {
         let run = Run::open(segments.directory(), decided.uuid, number).map_err(reading())?;

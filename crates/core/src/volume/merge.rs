@@ -17,9 +17,11 @@ use crate::index::run::Wait;
 use crate::log::format::{EpochHeader, Kind, MergedHeader, SegmentHeader, payload_checksum};
 use crate::log::merged::{Plan, write_merged};
 use crate::log::scan::{FoundSegment, Scan, scan_headers};
+use crate::log::writer::segment_number;
 use crate::sync::MutexGuard;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::RangeInclusive;
 
 use super::upkeep::Effort;
 
@@ -129,11 +131,16 @@ impl Volume {
         for &epoch in segments.values() {
             *counts.entry(epoch).or_default() += 1;
         }
+        // At that epoch, or at one between that has no segment: its header may be gone.
+        let is_begun = |last: &[u32], epoch: u32| {
+            let after = last.last().map_or(0, |last| last + 1);
+            epochs.0.range(after.min(epoch)..=epoch).next().is_some()
+        };
         let mut all: Vec<Vec<u32>> = Vec::new();
         for &epoch in counts.keys().filter(|&&epoch| epoch < current) {
             let is_intact = !index.is_damaged(epoch);
             match all.last_mut() {
-                Some(last) if is_intact && !epochs.0.contains_key(&epoch) => last.push(epoch),
+                Some(last) if is_intact && !is_begun(last, epoch) => last.push(epoch),
                 _ => all.push(Vec::new()),
             }
             if let Some(last) = all.last_mut().filter(|last| is_intact && last.is_empty()) {
@@ -161,7 +168,7 @@ impl Volume {
         let old: Vec<u32> =
             epochs.iter().filter_map(|e| by_epoch.get(e)).flatten().copied().collect();
         let headers: Vec<&FoundSegment> = old.iter().filter_map(|&n| scan.segment(n)).collect();
-        let (Some(first), Some(last)) = (headers.first(), headers.last()) else { return Ok(false) };
+        let Some(first) = headers.first() else { return Ok(false) };
         let Some(epoch_header) = first.epoch_header.as_ref().map(EpochHeader::encode) else {
             return Ok(false);
         };
@@ -170,7 +177,12 @@ impl Volume {
             return Ok(false);
         }
         let number = self.role()?.log.reserve_segment();
-        let (from, upto) = (*first.header.places().start(), *last.header.places().end());
+        let places = || headers.iter().map(|segment| segment.header.places());
+        let from = places().map(|of| *of.start()).min().unwrap_or(0);
+        let upto = places().map(|of| *of.end()).max().unwrap_or(0);
+        if !self.has_only(&scan, &old, from..=upto)? {
+            return Ok(false);
+        }
         let header = SegmentHeader {
             segment: number,
             ordinal: 0,
@@ -203,6 +215,17 @@ impl Volume {
                 Err(Error::store("merging log segments")(error))
             }
         }
+    }
+
+    /// True if no file with a number among these is of other epochs: a merged segment would be
+    /// taken to stand for it. The last segment of an epoch may be newer than the first of the next.
+    fn has_only(&self, scan: &Scan, old: &[u32], places: RangeInclusive<u32>) -> Result<bool> {
+        let names = self.segments.directory().list().map_err(Error::store("listing the log"))?;
+        let numbers = names.iter().filter_map(|name| segment_number(name));
+        let mut inside = numbers.filter(|number| places.contains(number));
+        // The number of a merged one is not its place.
+        let is_merged = |n: u32| scan.segment(n).is_some_and(|s| s.header.merged.is_some());
+        Ok(inside.all(|n| old.contains(&n) || scan.superseded.contains(&n) || is_merged(n)))
     }
 
     /// The records of the epochs, from the log, with what the journal says is lost.

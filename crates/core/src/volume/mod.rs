@@ -19,10 +19,13 @@
 //! the origin. `punching` is taken by readers of preserved content, last, and across their read of
 //! the store.
 
+pub mod check;
 mod commit;
 mod decided;
 mod freeing;
 pub mod host;
+mod increment;
+pub mod inspect;
 mod instant;
 mod load;
 mod merge;
@@ -222,6 +225,8 @@ pub struct Volume {
     /// Grows with every publication in the index: whoever read the origin looks whether it did.
     index_version: AtomicU64,
     punching: RwLock<()>,
+    /// Copies that were found to fail their checksum.
+    rotten: Mutex<check::Rotten>,
     /// Held while the origin is synced.
     syncing: Mutex<()>,
     /// Syncs of the origin so far.

@@ -1,7 +1,7 @@
 //! Making, opening and closing volumes. Everything in memory is rebuilt from the store; nothing is
 //! written before it is decided what there is.
 
-use super::decided::{Decided, restoring_of};
+use super::decided::{Decided, epochs_with_losses, restoring_of};
 use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
 use super::load::{Loaded, load_index};
 use super::recover::{Leftovers, Past};
@@ -9,6 +9,7 @@ use super::{Committer, Counters, State, Upkeep, Volume};
 use crate::bitmap::Bitmap;
 use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer};
 use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
 use crate::journal::{Entry, Journal, OriginIdentity};
 use crate::log::batch::BatchBuilder;
 use crate::log::format::BATCH_BLOCKS_MAX;
@@ -23,13 +24,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// The directory of log segments in the store.
-const LOG_DIRECTORY: &str = "log";
+pub(super) const LOG_DIRECTORY: &str = "log";
 /// Smallest and largest block sizes: a page of the log; as many sectors as a slot's mask has bits.
 const BLOCK_SIZES: std::ops::RangeInclusive<u64> = 4096..=65536;
 /// A write-through volume still needs slots for the writes in flight.
 const WRITE_THROUGH_BYTES: u64 = 16 << 20;
-/// The killed process may have written for this long after it last said that it lives.
-const ALIVE_SLACK_NS: u64 = 3_000_000_000;
 
 /// What a new volume is.
 pub struct CreateRequest {
@@ -124,7 +123,12 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
     if names.iter().any(|name| name == crate::journal::JOURNAL_NAME) {
         return Err(Error::Usage(format!("{} is a store already", store.display())));
     }
-    let path = host.canonical(&request.origin).map_err(Error::origin("its path"))?;
+    // An absolute path keeps its symlinks: a device's id is steadier than its name.
+    let path = if request.origin.is_absolute() {
+        request.origin.clone()
+    } else {
+        host.canonical(&request.origin).map_err(Error::origin("its path"))?
+    };
     let uuid = random_uuid(host)?;
     let first = Entry::Created {
         uuid,
@@ -154,7 +158,7 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
     })
 }
 
-fn not_a_store(store: &Path, error: Error) -> Error {
+pub(super) fn not_a_store(store: &Path, error: Error) -> Error {
     match error {
         Error::Store { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             Error::NotFound(format!("{} is not a store: it has no journal", store.display()))
@@ -219,7 +223,7 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
 impl Parts {
     fn assemble(mut self) -> Result<Arc<Volume>> {
         let boot = self.host.boot_id()?;
-        let doubt = self.examine(boot)?;
+        let doubt = Past { losses: self.unrecorded_losses(), ..self.examine(boot)? };
         let buffer_path = self.buffer_path();
         let (opened, buffer_bytes) = (self.request.has_background, self.request.buffer_bytes);
         let (recover, is_failed) = (self.request.recover, !self.decided.origin_failure.is_empty());
@@ -231,6 +235,7 @@ impl Parts {
             runs: std::mem::take(&mut self.loaded.useless),
             merged: std::mem::take(&mut self.loaded.unfinished),
         };
+        let end = self.decided.closed.is_none().then_some(self.scan.end);
         let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
@@ -238,7 +243,7 @@ impl Parts {
                 volume.origin_path.display()
             )));
         }
-        volume.settle_the_past(doubt, &leftovers)?;
+        volume.settle_the_past(doubt, end, &leftovers)?;
         if owes_space && !opened {
             volume.free_space()?;
         }
@@ -253,6 +258,20 @@ impl Parts {
             volume.want_upkeep();
         }
         Ok(volume)
+    }
+
+    /// Losses that the log shows now and the journal does not know: what shows them may be written
+    /// over, or be gone by the next opening.
+    fn unrecorded_losses(&self) -> Vec<(u32, ExtentSet)> {
+        if self.scan.losses().next().is_none() {
+            return Vec::new();
+        }
+        let all = self.decided.all_blocks();
+        let known =
+            |epoch: u32| self.decided.lost.iter().any(|(e, set)| *e == epoch && *set == all);
+        let epochs = self.decided.epochs(&self.scan);
+        let damaged = epochs_with_losses(&self.scan, &epochs).into_iter();
+        damaged.filter(|&epoch| !known(epoch)).map(|epoch| (epoch, all.clone())).collect()
     }
 
     fn buffer_path(&self) -> Option<PathBuf> {
@@ -276,16 +295,22 @@ impl Parts {
         }
         let Some((last_boot, buffer)) = &self.decided.opened else { return Ok(Past::default()) };
         if let Some((closed, _)) = self.decided.closed {
-            let is_other = closed.bytes != identity.bytes
-                || closed.modified_unix_ns != identity.modified_unix_ns
-                || closed.inode != identity.inode;
-            let suspect = is_other.then(|| {
+            let suspect = closed.is_other_than(&identity).then(|| {
                 "the origin was written or replaced outside since the volume was closed".to_owned()
             });
-            return Ok(Past { suspect, left: None });
+            return Ok(Past { suspect, ..Past::default() });
         }
-        if *last_boot != boot || buffer.is_empty() {
-            // A power cut takes the buffer with it, as it takes any disk's cache.
+        if *last_boot != boot {
+            // A power cut takes the buffer with it, as it takes any disk's cache. Whoever wrote to
+            // a file after this boot was not us.
+            let booted = self.host.booted_unix_ns();
+            let is_touched = booted.is_some_and(|booted| identity.modified_unix_ns > booted);
+            let suspect = is_touched.then(|| {
+                "the origin was written outside since the machine was started again".to_owned()
+            });
+            return Ok(Past { suspect, ..Past::default() });
+        }
+        if buffer.is_empty() {
             return Ok(Past::default());
         }
         self.examine_left(buffer, identity)
@@ -322,14 +347,12 @@ impl Parts {
                 path.display()
             )));
         };
-        let same_origin = left.identity.origin.inode == identity.inode;
-        let is_touched =
-            identity.modified_unix_ns > left.alive_unix_ns.saturating_add(ALIVE_SLACK_NS);
-        if (same_origin && !is_touched) || recover != Recover::Refuse {
-            let suspect = (is_touched || !same_origin)
+        let is_touched = left.is_origin_touched(&identity);
+        if !is_touched || recover != Recover::Refuse {
+            let suspect = is_touched
                 .then(|| "the origin was written outside after the server was killed".to_owned());
             let left = (recover != Recover::Discard).then_some((path, left));
-            return Ok(Past { suspect, left });
+            return Ok(Past { suspect, left, ..Past::default() });
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
         Err(Error::RecoveryNeeded(format!(
@@ -348,12 +371,18 @@ impl Parts {
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
         let restoring = restoring_of(&scan, &decided, block_count);
-        let in_segments: BTreeMap<u32, u32> =
+        let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
         let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
-        let epoch =
-            live.copied().max().unwrap_or(0).max(epochs.0.keys().copied().max().unwrap_or(0));
-        let epoch_max = in_segments.values().copied().max().unwrap_or(0).max(decided.epoch_max);
+        // Not those without a header: there is no segment to go on with.
+        let known = epochs.0.iter().filter(|(_, e)| e.damage.is_empty()).map(|(&epoch, _)| epoch);
+        let epoch = live.copied().max().unwrap_or(0).max(known.max().unwrap_or(0));
+        // Kept until the instants they may belong to are gone.
+        let last = epochs.0.keys().next_back().copied().unwrap_or(0);
+        in_segments.extend(scan.unreadable.iter().copied());
+        in_segments.extend(scan.headerless.iter().map(|&segment| (segment, last)));
+        let epoch_max = in_segments.values().copied().max().unwrap_or(0);
+        let epoch_max = epoch_max.max(decided.epoch_max).max(last);
         // Since the last time that nothing was owed something was decided, or not.
         let decisions = u64::from(decided.owes_space);
         let settled = decided.selections_when_freed(&scan);
@@ -410,6 +439,7 @@ impl Parts {
             index: RwLock::new(loaded.index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            rotten: Mutex::default(),
             syncing: Mutex::new(()),
             syncs_begun: AtomicU64::new(0),
             gate_opened: Condvar::new(),

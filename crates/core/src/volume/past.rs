@@ -178,6 +178,7 @@ impl Volume {
         }
         for (record, content) in run.iter().zip(part.chunks(to_usize(self.block_size))) {
             if payload_checksum(record.block, record.epoch, content) != record.checksum {
+                self.note_rotten(record);
                 return Err(Error::Damaged(format!(
                     "preserved content of block {} (byte {}) fails its checksum in segment \
                      {:08x} at byte {}; the \

@@ -5,9 +5,12 @@ use super::decided::apply;
 use super::{Committer, Volume};
 use crate::buffer::LeftBuffer;
 use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
 use crate::journal::Entry;
+use crate::log::writer::LogEnd;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::unix_ns;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// What an earlier process left behind.
@@ -15,6 +18,8 @@ use std::path::{Path, PathBuf};
 pub(super) struct Past {
     pub(super) suspect: Option<String>,
     pub(super) left: Option<(PathBuf, LeftBuffer)>,
+    /// Epochs in which records are gone, with every block.
+    pub(super) losses: Vec<(u32, ExtentSet)>,
 }
 
 /// Files that are of no use any more.
@@ -40,15 +45,40 @@ pub(super) fn return_memory() {
 
 impl Volume {
     /// Finish what was interrupted. A process that was killed had its writes taken by the kernel,
-    /// but not made durable: sync before anything is trusted.
-    pub(super) fn settle_the_past(&self, past: Past, leftovers: &Leftovers) -> Result<()> {
+    /// but not made durable: sync before anything is trusted. What its own sync failed for the
+    /// kernel takes for durable: that is written once more.
+    ///
+    /// `end` is where the log of a volume ends that was not closed.
+    pub(super) fn settle_the_past(
+        &self,
+        past: Past,
+        end: Option<LogEnd>,
+        leftovers: &Leftovers,
+    ) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
-        committer.journal.sync()?;
-        committer.log.sync_current().map_err(Error::store("log segment"))?;
+        committer.journal.rewrite_last()?;
+        if let Some(end) = end {
+            let rewritten = committer.log.rewrite_end(&end);
+            rewritten.map_err(Error::store("making the end of the log durable"))?;
+        }
+        // A merged segment has a high number, and need not be the last.
+        let newest = committer.segments.values().copied().max().unwrap_or(epoch);
+        let last = committer.segments.keys().next_back().copied();
+        let current = committer.segments.iter().filter(|(_, of)| **of == epoch || **of == newest);
+        let unsynced: BTreeSet<u32> = current.map(|(&segment, _)| segment).chain(last).collect();
+        for segment in unsynced {
+            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
+            file.sync().map_err(Error::store("log segment"))?;
+        }
         self.origin.sync().map_err(Error::origin("sync at opening"))?;
+        // Before anything is recorded: a first change made from here on must not be taken for the
+        // one that is gone (P2).
+        for (epoch, blocks) in past.losses {
+            committer.journal.append(&Entry::Lost { epoch, blocks })?;
+        }
         let first = self.epochs.read().first().unwrap_or(epoch + 1);
-        let mut useless = self.index.write().forget_before(first);
+        let mut useless = self.index.write().forget_before(first.min(epoch + 1));
         useless.extend(&leftovers.runs);
         self.remove_runs(&useless)?;
         self.remove_superseded(leftovers)?;

@@ -28,16 +28,30 @@ pub struct EpochInfo {
     pub exclusive_blocks: u64,
     /// Blocks whose content is lost.
     pub lost: ExtentSet,
+    /// Blocks whose content is there and is known to fail its checksum.
+    pub damaged: ExtentSet,
 }
 
 fn unknown(epoch: u32, what: &str) -> Error {
     Error::NotFound(format!("epoch {epoch} has no {what}"))
 }
 
+/// What a snapshot without its header selects is not known: everything asked of it is an error.
+fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
+    if epoch.damage.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Damaged(format!("snapshot {number}: {}", epoch.damage)))
+}
+
 impl Volume {
     /// Every live instant, ascending.
     pub fn epochs(&self) -> Result<Vec<EpochInfo>> {
         let epochs = self.epochs.read().clone();
+        let mut damaged: BTreeMap<u32, ExtentSet> = BTreeMap::new();
+        for (epoch, selection) in epochs.snapshots() {
+            damaged.insert(epoch, self.damaged_of(epoch, selection)?);
+        }
         let end = self.block_count(self.size_bytes());
         let (preserved, lost) = self.with_index(|| {
             let parts = self.index.read().parts();
@@ -62,6 +76,7 @@ impl Volume {
                 preserved_blocks,
                 exclusive_blocks,
                 lost: lost.get(&epoch).cloned().unwrap_or_default(),
+                damaged: damaged.get(&epoch).cloned().unwrap_or_default(),
                 state,
             }
         };
@@ -89,7 +104,7 @@ impl Volume {
 
     fn check_snapshot(&self, epoch: u32) -> Result<()> {
         let epochs = self.epochs.read();
-        let is_there = epochs.0.get(&epoch).is_some_and(|e| e.selection.is_some());
+        let is_there = epochs.0.get(&epoch).is_some_and(Epoch::has_snapshot);
         if is_there { Ok(()) } else { Err(unknown(epoch, "snapshot")) }
     }
 
@@ -151,6 +166,7 @@ impl Volume {
             let mut epochs = self.epochs.write();
             if let Some(found) = epochs.0.get_mut(&epoch) {
                 found.selection = None;
+                found.damage.clear();
             }
             epochs.drop_dead();
         }
@@ -165,12 +181,32 @@ impl Volume {
     pub fn bookmark(&self, epoch: u32, meta: Vec<u8>) -> Result<()> {
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
+        if let Some(found) = self.epochs.read().0.get(&epoch) {
+            check_header(epoch, found)?;
+        }
         committer.journal.append(&Entry::Bookmarked { epoch, meta: meta.clone() })?;
         if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
             let baseline = found.selection.clone().unwrap_or_default();
             found.bookmark = Some(Bookmark { baseline, meta });
         }
         Ok(())
+    }
+
+    /// Take the origin as it is: snapshots are not in doubt any more. The doubt and the note stay
+    /// beside them. Tells how many there were.
+    pub fn accept_origin(&self, note: &str) -> Result<usize> {
+        let mut committer = self.role()?;
+        let in_doubt = |e: &Epoch| !e.suspect.is_empty();
+        let (count, last) = {
+            let epochs = self.epochs.read();
+            let count = epochs.0.values().filter(|e| in_doubt(e)).count();
+            (count, epochs.0.keys().next_back().copied())
+        };
+        let Some(epoch) = last.filter(|_| count > 0) else { return Ok(0) };
+        let entry = Entry::Accepted { epoch, note: note.as_bytes().to_vec() };
+        committer.journal.append(&entry)?;
+        super::decided::apply(&mut self.epochs.write(), &entry);
+        Ok(count)
     }
 
     /// Forget a bookmark.
@@ -219,6 +255,10 @@ impl Volume {
         })
     }
 
+    pub(super) fn check_held_open(&self) -> Result<()> {
+        self.check_held()
+    }
+
     fn check_held(&self) -> Result<()> {
         let is_released = self.is_released.load(std::sync::atomic::Ordering::Acquire);
         if is_released { Err(Error::Closed) } else { Ok(()) }
@@ -228,8 +268,9 @@ impl Volume {
     pub(crate) fn pin(&self, epoch: u32) -> Result<u64> {
         self.check_held()?;
         let mut epochs = self.epochs.write();
-        let found = epochs.0.get_mut(&epoch).filter(|e| e.selection.is_some());
+        let found = epochs.0.get_mut(&epoch).filter(|e| e.has_snapshot());
         let found = found.ok_or_else(|| unknown(epoch, "snapshot"))?;
+        check_header(epoch, found)?;
         found.pins += 1;
         Ok(found.origin_bytes)
     }
@@ -257,6 +298,7 @@ impl Volume {
             let epochs = self.epochs.read();
             let from = epochs.0.get(&since).filter(|e| e.is_live());
             let from = from.ok_or_else(|| unknown(since, "snapshot or bookmark"))?;
+            check_header(since, from)?;
             let mut tracked = ExtentSet::new();
             for set in from.tracked() {
                 tracked = tracked.union(set);

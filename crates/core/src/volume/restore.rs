@@ -61,6 +61,10 @@ impl Volume {
     /// Start a restore; when this returns the live disk reads as restored, and will after any
     /// crash.
     pub fn restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
+        self.told(self.start_restore(request))
+    }
+
+    fn start_restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
         let mut committer = self.role()?;
         self.finish_restore_first(&mut committer)?;
         let source = self.restorable(request.source_epoch)?;
@@ -130,6 +134,10 @@ impl Volume {
 
     /// Wait until no restore runs; false if one still does after `timeout`.
     pub fn wait_restored(&self, timeout: Duration) -> Result<bool> {
+        self.told(self.wait_until_restored(timeout))
+    }
+
+    fn wait_until_restored(&self, timeout: Duration) -> Result<bool> {
         let deadline = Clock::now() + timeout;
         loop {
             {

@@ -10,6 +10,7 @@ use super::past::index_error;
 use super::{Upkeep, Volume};
 use crate::epochs::Selections;
 use crate::error::{Error, Result};
+use crate::extent::{Extent, ExtentSet};
 use crate::index::entry::EpochSet;
 use crate::index::parts::{Layer, Parts, Walk};
 use crate::index::run::RunWriter;
@@ -198,6 +199,8 @@ impl Volume {
                     let mut index = self.index.write();
                     index.take_out(epoch, &memory);
                     index.mark_damaged(epoch);
+                    let end = self.block_count(self.size_bytes());
+                    index.insert_stray_loss(epoch, &ExtentSet::from_extent(Extent::new(0, end)));
                     continue;
                 }
                 weight += memory.weight();

@@ -72,6 +72,10 @@ impl State {
 impl Volume {
     /// Write `data` at `offset`; with `fua` it is on stable storage when this returns.
     pub fn write(&self, offset: u64, data: &[u8], fua: bool) -> Result<()> {
+        self.told(self.write_pieces(offset, data, fua))
+    }
+
+    fn write_pieces(&self, offset: u64, data: &[u8], fua: bool) -> Result<()> {
         Self::check_range(&self.state.lock(), offset, to_u64(data.len()))?;
         let (mut at, mut rest) = (offset, data);
         while !rest.is_empty() {
@@ -451,6 +455,10 @@ impl Volume {
 
     /// Make a range read as zeroes, however large it is.
     pub fn write_zeroes(&self, offset: u64, length: u64, may_punch: bool, fua: bool) -> Result<()> {
+        self.told(self.zero_range(offset, length, may_punch, fua))
+    }
+
+    fn zero_range(&self, offset: u64, length: u64, may_punch: bool, fua: bool) -> Result<()> {
         let size_bytes = {
             let state = self.state.lock();
             Self::check_range(&state, offset, length)?;
@@ -512,6 +520,10 @@ impl Volume {
     /// a slot or a restore, nothing is done: a discard never costs a copy, and one that was put off
     /// could hit newer data.
     pub fn trim(&self, offset: u64, length: u64, fua: bool) -> Result<()> {
+        self.told(self.discard_range(offset, length, fua))
+    }
+
+    fn discard_range(&self, offset: u64, length: u64, fua: bool) -> Result<()> {
         let size_bytes = {
             let state = self.state.lock();
             Self::check_range(&state, offset, length)?;
@@ -539,9 +551,18 @@ impl Volume {
             (state.buffer.is_empty(), state.buffer.hold())
         };
         if !is_empty && !is_broken(Rule::FlushCommits) {
-            self.commit_now(sequence)?;
+            self.told(self.commit_now(sequence))?;
         }
-        if is_broken(Rule::FlushSyncs) { Ok(()) } else { self.sync_origin() }
+        if is_broken(Rule::FlushSyncs) { Ok(()) } else { self.told(self.sync_origin()) }
+    }
+
+    /// What a client is told. That the origin failed is noted in the store before: nobody who was
+    /// told so may be told otherwise after the server was killed.
+    pub(super) fn told<T>(&self, result: Result<T>) -> Result<T> {
+        if matches!(result, Err(Error::Origin { .. })) {
+            self.note_failure();
+        }
+        result
     }
 
     /// As a flush, for the blocks of one range.

@@ -1,0 +1,446 @@
+//! A machine that can be stopped at any step: disks, memory that outlives the process, and what its
+//! clients know.
+
+use crate::dice::Dice;
+use crate::disk::{Change, Medium, World};
+use crate::model::Model;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use stillblock_core::buffer::{Arena, BufferIdentity, LeftBuffer};
+use stillblock_core::error::{Error, Result};
+use stillblock_core::journal::OriginIdentity;
+use stillblock_core::storage::{Directory, Storage};
+use stillblock_core::sync::breathe;
+use stillblock_core::volume::host::{Held, Host, OriginDevice};
+
+pub const ORIGIN: &str = "/disk.img";
+pub const STORE: &str = "/store";
+pub const LOG: &str = "/store/log";
+const BUFFERS: &str = "/memory";
+
+/// A write buffer in memory.
+enum Buffer {
+    Open(Arc<Arena>),
+    Left(LeftBuffer),
+}
+
+/// Which operations fail, counted from when the plan was made.
+#[derive(Clone, Debug, Default)]
+pub struct FaultPlan {
+    /// What is hit, and at its n-th occurrence from now.
+    pub faults: Vec<(Target, u64)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Target {
+    OriginRead,
+    OriginWrite,
+    OriginSync,
+    StoreRead,
+    StoreWrite,
+    StoreSync,
+    StoreNames,
+}
+
+pub struct Machine {
+    world: Mutex<World>,
+    buffers: Mutex<BTreeMap<PathBuf, Buffer>>,
+    boot: u8,
+    slot_count: u32,
+    /// What its clients did and were told.
+    pub model: Mutex<Model>,
+    /// Where it was stopped, if anybody looks.
+    stops: Mutex<Option<Vec<Stop>>>,
+    dice: Mutex<Dice>,
+    is_told: AtomicBool,
+    plan: Mutex<FaultPlan>,
+    counts: Mutex<BTreeMap<Target, u64>>,
+    pub faults_met: AtomicU64,
+    /// A sync of the origin failed: what it was for is in doubt for ever.
+    pub is_origin_failed: AtomicBool,
+    pub steps: AtomicU64,
+}
+
+/// The machine in the middle of something.
+#[derive(Clone)]
+pub struct Stop {
+    world: World,
+    left: BTreeMap<PathBuf, LeftBuffer>,
+    boot: u8,
+    slot_count: u32,
+    pub model: Model,
+    pub had_faults: bool,
+    pub is_origin_failed: bool,
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Machine {
+    pub fn new(content: &[u8], slot_count: u32, model: Model, dice: Dice) -> Arc<Self> {
+        let mut world = World::default();
+        let id = world.add(Medium::holding(content));
+        world.link(Path::new("/"), "disk.img", id);
+        world.sync_names(Path::new("/"));
+        Arc::new(Self::made(world, BTreeMap::new(), 1, slot_count, model, dice))
+    }
+
+    fn made(
+        world: World,
+        buffers: BTreeMap<PathBuf, Buffer>,
+        boot: u8,
+        slot_count: u32,
+        model: Model,
+        dice: Dice,
+    ) -> Self {
+        Self {
+            world: Mutex::new(world),
+            buffers: Mutex::new(buffers),
+            boot,
+            slot_count,
+            model: Mutex::new(model),
+            stops: Mutex::new(None),
+            dice: Mutex::new(dice),
+            is_told: AtomicBool::new(std::env::var_os("STILLBLOCK_TRACE").is_some()),
+            plan: Mutex::default(),
+            counts: Mutex::default(),
+            faults_met: AtomicU64::new(0),
+            is_origin_failed: AtomicBool::new(false),
+            steps: AtomicU64::new(0),
+        }
+    }
+
+    pub fn model(&self) -> MutexGuard<'_, Model> {
+        held(&self.model)
+    }
+
+    pub fn world(&self) -> MutexGuard<'_, World> {
+        held(&self.world)
+    }
+
+    /// From now on, remember every step.
+    pub fn watch(&self) {
+        *held(&self.stops) = Some(Vec::new());
+    }
+
+    pub fn take_stops(&self) -> Vec<Stop> {
+        held(&self.stops).take().unwrap_or_default()
+    }
+
+    pub fn plan(&self, plan: FaultPlan) {
+        held(&self.counts).clear();
+        *held(&self.plan) = plan;
+    }
+
+    pub fn has_met_faults(&self) -> bool {
+        self.faults_met.load(Ordering::Relaxed) > 0
+    }
+
+    /// Between any two of these the machine may stop, and other threads go on.
+    fn step(&self) {
+        breathe();
+        self.steps.fetch_add(1, Ordering::Relaxed);
+        if let Some(stops) = &mut *held(&self.stops) {
+            stops.push(self.stop());
+        }
+    }
+
+    pub fn stop(&self) -> Stop {
+        let left = |(path, buffer): (&PathBuf, &Buffer)| {
+            let left = match buffer {
+                Buffer::Open(arena) => arena.left()?,
+                Buffer::Left(left) => left.clone(),
+            };
+            Some((path.clone(), left))
+        };
+        Stop {
+            world: held(&self.world).clone(),
+            left: held(&self.buffers).iter().filter_map(left).collect(),
+            boot: self.boot,
+            slot_count: self.slot_count,
+            model: held(&self.model).clone(),
+            had_faults: self.has_met_faults(),
+            is_origin_failed: self.is_origin_failed.load(Ordering::Relaxed),
+        }
+    }
+
+    fn meet(&self, target: Target) -> io::Result<()> {
+        let count = {
+            let mut counts = held(&self.counts);
+            let count = counts.entry(target).or_default();
+            *count += 1;
+            *count
+        };
+        if held(&self.plan).faults.contains(&(target, count)) {
+            self.faults_met.fetch_add(1, Ordering::Relaxed);
+            self.tell(|| format!("fault: {target:?} {count}"));
+            if target == Target::OriginSync {
+                self.is_origin_failed.store(true, Ordering::Relaxed);
+            }
+            return Err(io::Error::other("a fault of the simulation"));
+        }
+        Ok(())
+    }
+
+    /// Tell the story of this machine, if a seed runs alone.
+    pub fn listen(&self) {
+        let is_told = std::env::var_os("STILLBLOCK_SEED").is_some();
+        self.is_told.store(is_told, Ordering::Relaxed);
+    }
+
+    /// One line of the story, for a seed that runs alone.
+    pub fn tell(&self, line: impl FnOnce() -> String) {
+        if self.is_told.load(Ordering::Relaxed) {
+            println!("{}", line());
+        }
+    }
+
+    fn do_change(&self, id: u64, change: Change) {
+        self.step();
+        let number = {
+            let mut world = self.world();
+            let number = world.number();
+            self.tell(|| format!("  change {number} of {id}: {change:?}"));
+            world.change(id).submit(number, change);
+            number
+        };
+        self.step();
+        self.world().change(id).complete(number);
+    }
+}
+
+impl Stop {
+    /// The machine after the process was killed: the kernel has everything, and the buffer.
+    pub fn killed(&self, dice: Dice) -> Arc<Machine> {
+        let left = self.left.iter().map(|(p, l)| (p.clone(), Buffer::Left(l.clone()))).collect();
+        let model = self.model.clone();
+        let mut world = self.world.clone();
+        world.complete_all();
+        Arc::new(Machine::made(world, left, self.boot, self.slot_count, model, dice))
+    }
+
+    /// The machine after the power came back.
+    pub fn cut(&self, mut dice: Dice) -> Arc<Machine> {
+        let world = self.world.cut(&mut dice);
+        let model = self.model.clone();
+        let made =
+            Machine::made(world, BTreeMap::new(), self.boot + 1, self.slot_count, model, dice);
+        Arc::new(made)
+    }
+}
+
+#[derive(Clone)]
+struct SimStorage {
+    machine: Arc<Machine>,
+    id: u64,
+    is_origin: bool,
+}
+
+impl SimStorage {
+    fn target(&self, origin: Target, store: Target) -> Target {
+        if self.is_origin { origin } else { store }
+    }
+}
+
+impl Storage for SimStorage {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.machine.world().medium(self.id).now.length())
+    }
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        breathe();
+        self.machine.meet(self.target(Target::OriginRead, Target::StoreRead))?;
+        self.machine.world().medium(self.id).now.read(offset, buffer)
+    }
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        self.read_at(offset, buffer).map(|()| true)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let met = self.machine.meet(self.target(Target::OriginWrite, Target::StoreWrite));
+        if met.is_err() {
+            // A part of it may be there.
+            let part = held(&self.machine.dice).below(data.len() + 1) / 512 * 512;
+            self.machine.do_change(self.id, Change::Write(offset, data[..part].into()));
+            return met;
+        }
+        self.machine.do_change(self.id, Change::Write(offset, data.into()));
+        Ok(())
+    }
+    fn write_slices_at(&self, offset: u64, slices: &[&[u8]]) -> io::Result<()> {
+        self.write_at(offset, &slices.concat())
+    }
+    fn zero_at(&self, offset: u64, length: u64, may_punch: bool) -> io::Result<()> {
+        self.machine.meet(self.target(Target::OriginWrite, Target::StoreWrite))?;
+        let change = if may_punch {
+            Change::Zero(offset, length)
+        } else {
+            Change::Write(offset, vec![0; usize::try_from(length).expect("small")].into())
+        };
+        self.machine.do_change(self.id, change);
+        Ok(())
+    }
+    fn discard_at(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.machine.meet(self.target(Target::OriginWrite, Target::StoreWrite))?;
+        self.machine.do_change(self.id, Change::Zero(offset, length));
+        Ok(())
+    }
+    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn sync(&self) -> io::Result<()> {
+        let numbers = self.machine.world().medium(self.id).completed();
+        self.machine.step();
+        self.machine.tell(|| format!("  sync {} of {numbers:?}", self.id));
+        let met = self.machine.meet(self.target(Target::OriginSync, Target::StoreSync));
+        let mut world = self.machine.world();
+        if let Err(error) = met {
+            world.change(self.id).fail_sync(&numbers, &mut held(&self.machine.dice));
+            return Err(error);
+        }
+        world.change(self.id).make_durable(&numbers);
+        Ok(())
+    }
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<u64> {
+        breathe();
+        Ok(self.machine.world().medium(self.id).now.next(offset, end, true))
+    }
+    fn next_hole(&self, offset: u64, end: u64) -> io::Result<u64> {
+        Ok(self.machine.world().medium(self.id).now.next(offset, end, false))
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.machine.world().medium(self.id).now.allocated())
+    }
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.machine.meet(self.target(Target::OriginWrite, Target::StoreWrite))?;
+        self.machine.do_change(self.id, Change::SetLength(length));
+        Ok(())
+    }
+}
+
+struct SimDirectory {
+    machine: Arc<Machine>,
+    path: PathBuf,
+}
+
+impl SimDirectory {
+    fn storage(&self, id: u64) -> Arc<dyn Storage> {
+        let machine = Arc::clone(&self.machine);
+        Arc::new(SimStorage { machine, id, is_origin: false })
+    }
+}
+
+impl Directory for SimDirectory {
+    fn open(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
+        let found = self.machine.world().find(&self.path, name);
+        Ok(self.storage(found.ok_or(io::ErrorKind::NotFound)?))
+    }
+    fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
+        self.machine.step();
+        self.machine.meet(Target::StoreNames)?;
+        let known = self.machine.world().find(&self.path, name);
+        if let Some(id) = known {
+            self.machine.do_change(id, Change::SetLength(0));
+            return Ok(self.storage(id));
+        }
+        let mut world = self.machine.world();
+        let id = world.add(Medium::default());
+        world.link(&self.path, name, id);
+        drop(world);
+        Ok(self.storage(id))
+    }
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.machine.step();
+        self.machine.meet(Target::StoreNames)?;
+        let mut world = self.machine.world();
+        let id = world.find(&self.path, from).ok_or(io::ErrorKind::NotFound)?;
+        world.unlink(&self.path, from)?;
+        world.link(&self.path, to, id);
+        Ok(())
+    }
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.machine.step();
+        self.machine.meet(Target::StoreNames)?;
+        self.machine.world().unlink(&self.path, name)
+    }
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(self.machine.world().list(&self.path))
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.machine.step();
+        self.machine.meet(Target::StoreNames)?;
+        self.machine.world().sync_names(&self.path);
+        Ok(())
+    }
+}
+
+/// The machine as the engine meets it.
+pub struct SimHost(pub Arc<Machine>);
+
+struct SimOrigin(SimStorage);
+
+impl OriginDevice for SimOrigin {
+    fn storage(&self) -> Arc<dyn Storage> {
+        Arc::new(self.0.clone())
+    }
+    fn identify(&self) -> io::Result<OriginIdentity> {
+        let bytes = self.0.len()?;
+        Ok(OriginIdentity { device: 1, inode: self.0.id, bytes, modified_unix_ns: 0 })
+    }
+    fn release(&self) {}
+}
+
+impl Host for SimHost {
+    fn boot_id(&self) -> Result<[u8; 16]> {
+        Ok([self.0.boot; 16])
+    }
+    fn random(&self) -> Result<[u8; 16]> {
+        Ok([7; 16])
+    }
+    fn directory(&self, path: &Path) -> Arc<dyn Directory> {
+        Arc::new(SimDirectory { machine: Arc::clone(&self.0), path: path.to_path_buf() })
+    }
+    fn make_directory(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+    fn lock_store(&self, _: &Path) -> Result<Held> {
+        Ok(Box::new(()))
+    }
+    fn open_origin(&self, path: &Path, _: bool) -> Result<Arc<dyn OriginDevice>> {
+        let name = path.to_string_lossy();
+        let found = self.0.world().find(Path::new("/"), name.trim_start_matches('/'));
+        let id = found.ok_or_else(|| Error::NotFound(name.into_owned()))?;
+        let machine = Arc::clone(&self.0);
+        Ok(Arc::new(SimOrigin(SimStorage { machine, id, is_origin: true })))
+    }
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
+        Ok(path.to_path_buf())
+    }
+    fn default_buffer_dir(&self) -> Option<PathBuf> {
+        Some(BUFFERS.into())
+    }
+    fn new_buffer(
+        &self,
+        path: &Path,
+        _: u32,
+        block_size: u64,
+        identity: &BufferIdentity,
+    ) -> io::Result<Arc<Arena>> {
+        // Few slots: a full buffer is part of what is simulated.
+        let arena = Arc::new(Arena::outliving(self.0.slot_count, block_size, identity)?);
+        held(&self.0.buffers).insert(path.to_path_buf(), Buffer::Open(Arc::clone(&arena)));
+        Ok(arena)
+    }
+    fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>> {
+        match held(&self.0.buffers).get(path) {
+            Some(Buffer::Left(left)) => Ok(Some(Ok(left.clone()))),
+            Some(Buffer::Open(arena)) => Ok(arena.left().map(Ok)),
+            None => Ok(None),
+        }
+    }
+    fn note_replaying(&self, _: &Path, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}

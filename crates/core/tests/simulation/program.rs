@@ -1,0 +1,559 @@
+//! Random programs: clients that write, flush and discard while somebody takes, narrows, deletes and
+//! restores snapshots; stopped at every step.
+
+use crate::check::{
+    Tally, Way, bytes, cells, check, check_changed, check_kept_once, check_snapshots, open,
+    read_live, read_snapshot,
+};
+use crate::dice::Dice;
+use crate::machine::{FaultPlan, Machine, ORIGIN, STORE, SimHost, Stop, Target};
+use crate::model::{CELL, Model, Restore, UNKNOWN};
+use shuttle::sync::RwLock;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use stillblock_core::error::{Error, Result as EngineResult};
+use stillblock_core::extent::{Extent, ExtentSet};
+use stillblock_core::volume::open::{CreateRequest, create_on};
+use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, Volume};
+
+/// Simulated time is cheap; nobody is to fail because of it.
+const LONG: Duration = Duration::from_secs(60);
+
+/// One program.
+struct Program {
+    machine: Arc<Machine>,
+    way: Way,
+    dice: Dice,
+    has_faults: bool,
+    /// Stops of a session that are looked at.
+    stops_max: usize,
+    tally: Tally,
+}
+
+/// What all threads of a session share.
+struct Session {
+    machine: Arc<Machine>,
+    volume: Arc<Volume>,
+    /// Writers share it; a restore has it alone, so that it is known what it found.
+    gate: RwLock<()>,
+    has_faults: bool,
+    problem: std::sync::Mutex<Option<String>>,
+}
+
+impl Session {
+    fn note(&self, result: Result<(), String>) -> bool {
+        let Err(problem) = result else { return true };
+        let mut first = self.problem.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        first.get_or_insert(problem);
+        false
+    }
+
+    /// What the engine said; without faults it has nothing to complain about.
+    fn must<T>(&self, what: &str, result: EngineResult<T>) -> Result<Option<T>, String> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if self.has_faults && self.machine.has_met_faults() => {
+                // Unless the store failed as well, so that it could not be noted.
+                let failed = self.machine.is_origin_failed.load(Ordering::Relaxed)
+                    && self.machine.faults_met.load(Ordering::Relaxed) == 1;
+                if failed && error.to_string().contains("making writes durable") {
+                    self.machine.model().is_failure_told = true;
+                }
+                Ok(None)
+            }
+            Err(Error::RestoreRunning(_) | Error::PauseTimeout(_)) => Ok(None),
+            Err(error) => Err(format!("{what} fails, and no fault: {error}")),
+        }
+    }
+}
+
+/// Write, read and flush for a while.
+fn client(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String> {
+    for _ in 0..steps {
+        let _gate = session.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match dice.below(100) {
+            0..62 => write(session, dice)?,
+            62..70 => trim(session, dice)?,
+            70..84 => read(session, dice)?,
+            _ => {
+                let acked = session.machine.model().acked();
+                let flushed = session.volume.flush();
+                session.machine.tell(|| format!("flush: {flushed:?}"));
+                if session.must("a flush", flushed)?.is_some() {
+                    session.machine.model().end_flush(&acked);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pick_range(model: &Model, dice: &mut Dice) -> Range<usize> {
+    let count = model.cell_count();
+    let first = if dice.chance(40) { dice.below(count) / 16 * 16 } else { dice.below(count) };
+    let most = [1, 16, 16, 40, count][dice.below(5)];
+    first..first + 1 + dice.below((count - first).min(most))
+}
+
+fn place(model: &Model, range: &Range<usize>) -> (u64, u64) {
+    let start = (range.start * CELL) as u64;
+    (start, ((range.end * CELL) as u64).min(model.size_bytes) - start)
+}
+
+fn write(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let (is_zero, fua) = (dice.chance(15), dice.chance(12));
+    let (range, value, (at, length)) = {
+        let mut model = session.machine.model();
+        let range = pick_range(&model, dice);
+        let Some(value) = model.begin_write(range.clone(), is_zero) else { return Ok(()) };
+        let place = place(&model, &range);
+        (range, value, place)
+    };
+    let written = if is_zero {
+        session.volume.write_zeroes(at, length, dice.chance(50), fua)
+    } else {
+        session.volume.write(at, &bytes(range.clone().map(|_| value)), fua)
+    };
+    session.machine.tell(|| format!("write {range:?} of {value}, fua {fua}: {written:?}"));
+    let done = session.must("a write", written);
+    let mut model = session.machine.model();
+    match &done {
+        Ok(Some(())) => model.end_write(range, fua),
+        _ => model.fail_write(range),
+    }
+    done.map(|_| ())
+}
+
+fn trim(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let (range, (at, length)) = {
+        let mut model = session.machine.model();
+        let range = pick_range(&model, dice);
+        if model.begin_write(range.clone(), true).is_none() {
+            return Ok(());
+        }
+        let place = place(&model, &range);
+        (range, place)
+    };
+    let mut content = vec![0; usize::try_from(length).expect("small")];
+    let trimmed = session.volume.trim(at, length, false);
+    let read = trimmed.and_then(|()| session.volume.read(at, &mut content));
+    let done = session.must("a discard", read);
+    let mut model = session.machine.model();
+    match done? {
+        Some(()) => model.end_trim(range, &cells(&content)?),
+        None => model.fail_write(range),
+    }
+    Ok(())
+}
+
+fn read(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let (range, (at, length), acked) = {
+        let model = session.machine.model();
+        let range = pick_range(&model, dice);
+        let place = place(&model, &range);
+        (range, place, model.acked())
+    };
+    let mut content = vec![0; usize::try_from(length).expect("small")];
+    if session.must("a read", session.volume.read(at, &mut content))?.is_some() {
+        session.machine.model().check_read(range.start, &acked, &cells(&content)?)?;
+    }
+    Ok(())
+}
+
+/// Take snapshots and let them go.
+fn keeper(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String> {
+    for _ in 0..steps {
+        match dice.below(100) {
+            0..40 => snapshot(session, dice)?,
+            40..52 => delete(session, dice)?,
+            52..62 => narrow(session, dice)?,
+            62..70 => bookmark(session, dice)?,
+            70..82 => restore(session, dice)?,
+            82..90 => look(session, dice)?,
+            90..95 => keep_up(session)?,
+            _ => look_at_changes(session, dice)?,
+        }
+    }
+    Ok(())
+}
+
+fn pick_selection(model: &Model, dice: &mut Dice) -> ExtentSet {
+    let all = model.all_blocks();
+    if dice.chance(40) {
+        return all;
+    }
+    all.iter()
+        .flat_map(|e| e.start..e.end)
+        .filter(|_| dice.chance(60))
+        .map(Extent::single)
+        .collect()
+}
+
+fn pick_snapshot(model: &Model, dice: &mut Dice) -> Option<u32> {
+    let live = model.snapshots.iter().filter(|(_, s)| s.is_certain());
+    let live: Vec<u32> = live.map(|(&epoch, _)| epoch).collect();
+    live.get(dice.below(live.len())).copied()
+}
+
+fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let selection = {
+        let mut model = session.machine.model();
+        if model.snapshots.len() > 6 {
+            return Ok(());
+        }
+        let selection = pick_selection(&model, dice);
+        model.begin_snapshot(selection.clone());
+        selection
+    };
+    let meta = Vec::new();
+    let taken = session.volume.snapshot(SnapshotRequest { selection, meta, pause_limit: LONG });
+    session.machine.tell(|| format!("snapshot: {taken:?}"));
+    let done = session.must("a snapshot", taken);
+    let Some(taken) = done? else {
+        session.machine.model().creating = None;
+        return Ok(());
+    };
+    {
+        let mut model = session.machine.model();
+        let snapshot = model.taken().ok_or("taken twice")?;
+        model.snapshots.insert(taken.epoch, snapshot);
+    }
+    if dice.chance(70) { look_at(session, taken.epoch) } else { Ok(()) }
+}
+
+fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
+    let model = session.machine.model().clone();
+    let selection = &model.snapshots[&epoch].selection;
+    let found = read_snapshot(&session.volume, epoch, &model, selection, session.has_faults)?;
+    let mut model = session.machine.model();
+    model.check_snapshot(epoch, &found)?;
+    model.pin(epoch, &found);
+    Ok(())
+}
+
+/// Index files are written and epochs merged long before they are due.
+fn keep_up(session: &Session) -> Result<(), String> {
+    session.must("upkeep", session.volume.maintain(Effort::All)).map(|_| ())
+}
+
+fn look(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let picked = pick_snapshot(&session.machine.model(), dice);
+    picked.map_or(Ok(()), |epoch| look_at(session, epoch))
+}
+
+fn delete(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let picked = {
+        let mut model = session.machine.model();
+        let picked = pick_snapshot(&model, dice);
+        if let Some(epoch) = picked {
+            model.snapshots.get_mut(&epoch).expect("picked").is_deleting = true;
+        }
+        picked
+    };
+    let Some(epoch) = picked else { return Ok(()) };
+    let deleted = session.volume.delete_snapshot(epoch, false);
+    let is_busy = matches!(deleted, Err(Error::RestoreRunning(_) | Error::InUse(_)));
+    session.machine.tell(|| format!("delete {epoch}: {deleted:?}"));
+    let done = if is_busy { Ok(None) } else { session.must("a deletion", deleted) };
+    let is_undone = is_busy || is_undone(session, epoch);
+    let mut model = session.machine.model();
+    let snapshot = model.snapshots.get_mut(&epoch).expect("picked");
+    match done? {
+        Some(_) => {
+            (snapshot.is_deleting, snapshot.is_deleted) = (false, true);
+            model.forget_if_gone(epoch);
+        }
+        // A fault may have come after the decision; before it, nothing was decided.
+        None if !is_undone => {}
+        None => snapshot.is_deleting = false,
+    }
+    Ok(())
+}
+
+/// True if an operation that failed left a snapshot as it was: it is still listed, and the one fault
+/// there was did not keep the store from saying so.
+fn is_undone(session: &Session, epoch: u32) -> bool {
+    session.machine.faults_met.load(Ordering::Relaxed) == 1
+        && session.volume.epochs().is_ok_and(|known| {
+            known.iter().any(|e| e.epoch == epoch && e.state.selection.is_some())
+        })
+}
+
+fn narrow(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let picked = {
+        let mut model = session.machine.model();
+        let selection = pick_selection(&model, dice);
+        pick_snapshot(&model, dice).map(|epoch| {
+            let snapshot = model.snapshots.get_mut(&epoch).expect("picked");
+            snapshot.narrowing = Some(snapshot.selection.intersection(&selection));
+            (epoch, selection)
+        })
+    };
+    let Some((epoch, selection)) = picked else { return Ok(()) };
+    let narrowed = session.volume.narrow(epoch, &selection);
+    let is_busy = matches!(narrowed, Err(Error::RestoreRunning(_)));
+    let done = if is_busy { Ok(None) } else { session.must("narrowing", narrowed) };
+    let mut model = session.machine.model();
+    let snapshot = model.snapshots.get_mut(&epoch).expect("picked");
+    match done? {
+        Some(_) => snapshot.selection = snapshot.narrowing.take().unwrap_or_default(),
+        None if !is_busy => {}
+        None => snapshot.narrowing = None,
+    }
+    Ok(())
+}
+
+fn bookmark(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let marked: Option<u32> = {
+        let model = session.machine.model();
+        let mut marked =
+            model.snapshots.iter().filter(|(_, s)| s.bookmark.is_some() && !s.is_bookmark_deleting);
+        marked.next().map(|(&epoch, _)| epoch)
+    };
+    if let Some(epoch) = marked.filter(|_| dice.chance(50)) {
+        session.machine.model().snapshots.get_mut(&epoch).expect("marked").is_bookmark_deleting =
+            true;
+        let done = session.must("deleting a bookmark", session.volume.delete_bookmark(epoch))?;
+        let mut model = session.machine.model();
+        if done.is_some() {
+            let snapshot = model.snapshots.get_mut(&epoch).expect("marked");
+            (snapshot.bookmark, snapshot.is_bookmark_deleting) = (None, false);
+            model.forget_if_gone(epoch);
+        }
+        return Ok(());
+    }
+    let picked = {
+        let mut model = session.machine.model();
+        let picked = pick_snapshot(&model, dice);
+        let unmarked = picked.filter(|e| model.snapshots[e].bookmark.is_none());
+        if let Some(epoch) = unmarked {
+            model.snapshots.get_mut(&epoch).expect("picked").is_bookmarking = true;
+        }
+        unmarked
+    };
+    let Some(epoch) = picked else { return Ok(()) };
+    let done = session.must("a bookmark", session.volume.bookmark(epoch, Vec::new()))?;
+    let mut model = session.machine.model();
+    let snapshot = model.snapshots.get_mut(&epoch).expect("picked");
+    if done.is_some() {
+        (snapshot.bookmark, snapshot.is_bookmarking) = (Some(snapshot.selection.clone()), false);
+    }
+    Ok(())
+}
+
+fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let alone = session.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(epoch) = pick_snapshot(&session.machine.model(), dice) else { return Ok(()) };
+    look_at(session, epoch)?;
+    let (wanted, safety) = {
+        let mut model = session.machine.model();
+        let wanted = pick_selection(&model, dice);
+        let safety = pick_selection(&model, dice);
+        let source = &model.snapshots[&epoch];
+        let content = source.pinned.clone().ok_or("looked at")?;
+        let blocks = source.selection.intersection(&wanted);
+        if blocks
+            .iter()
+            .flat_map(|e| e.start..e.end)
+            .flat_map(|b| model.cells_of(b))
+            .any(|c| content[c] == UNKNOWN)
+        {
+            return Ok(());
+        }
+        let union = safety.union(&blocks);
+        model.restoring = Some(Restore { blocks, content, safety: union });
+        (wanted, safety)
+    };
+    let started = session.volume.restore(RestoreRequest {
+        source_epoch: epoch,
+        request: wanted,
+        safety_selection: safety,
+        meta: Vec::new(),
+        pause_limit: LONG,
+    });
+    session.machine.tell(|| format!("restore of {epoch}: {started:?}"));
+    let done = session.must("a restore", started)?;
+    let mut model = session.machine.model();
+    let restore = model.restoring.take().ok_or("begun")?;
+    if let Some(status) = done {
+        model.restored(&restore, status.safety_epoch);
+    }
+    drop(model);
+    drop(alone);
+    if dice.chance(40) {
+        // With faults it may never end.
+        let patience = if session.has_faults { Duration::from_secs(1) } else { LONG };
+        session.must("waiting for a restore", session.volume.wait_restored(patience))?;
+    }
+    Ok(())
+}
+
+/// While others write: everything that was acknowledged before is in the changed set.
+fn look_at_changes(session: &Session, dice: &mut Dice) -> Result<(), String> {
+    let (epoch, tracked, then) = {
+        let model = session.machine.model();
+        let Some(epoch) = pick_snapshot(&model, dice) else { return Ok(()) };
+        (epoch, model.snapshots[&epoch].selection.clone(), model.live())
+    };
+    let Some(changed) = session.must("a changed set", session.volume.changed(epoch, None))? else {
+        return Ok(());
+    };
+    let model = session.machine.model();
+    match model.differing(epoch, &tracked, &then).iter().find(|b| !changed.contains(**b)) {
+        Some(block) => Err(format!("P5: block {block} was changed and is not in {changed:?}")),
+        None => Ok(()),
+    }
+}
+
+impl Program {
+    /// Some clients and a keeper, until all are done.
+    fn session(&mut self, volume: &Arc<Volume>) -> Result<(), String> {
+        let session = Arc::new(Session {
+            machine: Arc::clone(&self.machine),
+            volume: Arc::clone(volume),
+            gate: RwLock::new(()),
+            has_faults: self.has_faults,
+            problem: std::sync::Mutex::default(),
+        });
+        let mut threads = Vec::new();
+        for _ in 0..=self.dice.below(3) {
+            let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
+            threads.push(shuttle::thread::spawn(move || {
+                session.note(client(&session, &mut dice, 8));
+            }));
+        }
+        let mut dice = self.dice.fork();
+        session.note(keeper(&session, &mut dice, 7));
+        for thread in threads {
+            thread.join().map_err(|_| "a client panicked")?;
+        }
+        let problem = session.problem.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        problem.clone().map_or(Ok(()), Err)
+    }
+
+    fn look_at_stops(&mut self, stops: &[Stop]) -> Result<(), String> {
+        for (index, stop) in stops.iter().enumerate() {
+            if self.dice.below(stops.len() - index) >= self.stops_max {
+                continue;
+            }
+            let (dice, tally) = (&mut self.dice, &mut self.tally);
+            if let Some((_, volume)) = check(stop, self.way, dice, 0, tally)? {
+                volume.abandon();
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), String> {
+        self.machine.listen();
+        self.machine.watch();
+        let mut volume = open(&self.machine, self.way)?;
+        let sessions = 2 + self.dice.below(2);
+        for _ in 0..sessions {
+            if self.has_faults {
+                self.machine.plan(pick_faults(&mut self.dice));
+            }
+            self.session(&volume)?;
+            self.machine.plan(FaultPlan::default());
+            if self.machine.is_origin_failed.load(Ordering::Relaxed) {
+                volume.abandon();
+                let stops = self.machine.take_stops();
+                return self.look_at_stops(&stops);
+            }
+            let (machine, went_on) = self.end_session(&volume)?;
+            self.machine = machine;
+            volume = went_on;
+        }
+        volume.abandon();
+        Ok(())
+    }
+
+    /// Close or be stopped; then go on with what is left.
+    fn end_session(&mut self, volume: &Arc<Volume>) -> Result<(Arc<Machine>, Arc<Volume>), String> {
+        let may_fail = self.machine.has_met_faults();
+        if self.dice.chance(50) {
+            let closed = volume.close();
+            self.machine.tell(|| format!("close: {closed:?}"));
+            if let (Err(error), false) = (&closed, may_fail) {
+                return Err(format!("closing fails: {error}"));
+            }
+            if closed.is_ok() {
+                let acked = self.machine.model().acked();
+                self.machine.model().end_flush(&acked);
+            }
+            let again = open(&self.machine, self.way)?;
+            let live = read_live(&again)?;
+            let mut model = self.machine.model().clone();
+            model.check_live(&live, false)?;
+            check_snapshots(&again, &mut model, may_fail)?;
+            if !may_fail {
+                check_changed(&again, &model, &live, false)?;
+                check_kept_once(&self.machine, &again)?;
+            }
+            *self.machine.model() = model;
+            let stops = self.machine.take_stops();
+            self.look_at_stops(&stops)?;
+            self.machine.watch();
+            return Ok((Arc::clone(&self.machine), again));
+        }
+        volume.abandon();
+        let stops = self.machine.take_stops();
+        self.look_at_stops(&stops)?;
+        let last = self.machine.stop();
+        loop {
+            let (dice, tally) = (&mut self.dice, &mut self.tally);
+            if let Some((machine, volume)) = check(&last, self.way, dice, 1, tally)? {
+                machine.listen();
+                machine.tell(|| "stopped, opened again".into());
+                machine.watch();
+                return Ok((machine, volume));
+            }
+        }
+    }
+}
+
+fn pick_faults(dice: &mut Dice) -> FaultPlan {
+    use Target::{
+        OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite,
+    };
+    let targets =
+        [OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite];
+    let mut fault = || (targets[dice.below(targets.len())], 1 + dice.below(30) as u64);
+    FaultPlan { faults: (0..2).map(|_| fault()).collect() }
+}
+
+/// A machine with a fresh volume, its disk full of ones.
+pub fn new_machine(size_bytes: u64, slot_count: u32, dice: Dice) -> Result<Arc<Machine>, String> {
+    let count = usize::try_from(size_bytes).expect("small").div_ceil(CELL);
+    let mut content = bytes((0..count).map(|_| 1));
+    content.truncate(usize::try_from(size_bytes).expect("small"));
+    let machine = Machine::new(&content, slot_count, Model::new(size_bytes), dice);
+    let made = create_on(
+        &SimHost(Arc::clone(&machine)),
+        &CreateRequest {
+            store: STORE.into(),
+            origin: ORIGIN.into(),
+            block_size: 4096,
+            meta: Vec::new(),
+        },
+    );
+    made.map_err(|e| format!("making a volume fails: {e}"))?;
+    Ok(machine)
+}
+
+/// Run the program of a seed.
+pub fn run(seed: u64, with_faults: bool, stops_max: usize) -> Result<Tally, String> {
+    let mut dice = Dice::new(seed);
+    let blocks = 3 + dice.below(8) as u64;
+    let tail = [0, 0, 512, 1280, 768, 4000][dice.below(6)] / 256 * 256;
+    let size_bytes = blocks * 4096 + tail;
+    let slot_count = [5, 12, 40][dice.below(3)];
+    let way = Way { is_write_through: dice.chance(15), has_background: dice.chance(65) };
+    let machine = new_machine(size_bytes, slot_count, dice.fork())?;
+    let mut program =
+        Program { machine, way, dice, has_faults: with_faults, stops_max, tally: Tally::default() };
+    program.run()?;
+    Ok(program.tally)
+}

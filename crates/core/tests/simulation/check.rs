@@ -1,6 +1,7 @@
 //! After a stop: open the volume again, and hold it to its promises.
 
 use crate::dice::Dice;
+use crate::disk::World;
 use crate::machine::{LOG, Machine, SimHost, Stop};
 use crate::model::{CELL, Model, size};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,8 @@ macro_rules! ensure {
 pub struct Way {
     pub is_write_through: bool,
     pub has_background: bool,
+    /// Disks fail and rot.
+    pub has_faults: bool,
 }
 
 /// Nobody is to fail because time passes.
@@ -139,12 +142,14 @@ pub fn check(
     let machine = if is_cut { stop.cut(dice.fork()) } else { stop.killed(dice.fork()) };
     machine.model().was_cut = is_cut;
     machine.tell(|| format!("STOP at depth {depth}, cut {is_cut}"));
-    let may_fail = stop.had_faults;
-    machine.faults_met.store(u64::from(may_fail), std::sync::atomic::Ordering::Relaxed);
+    machine.faults_met.store(u64::from(stop.had_faults), std::sync::atomic::Ordering::Relaxed);
     if stop.is_origin_failed {
-        return check_refused(&machine, way, stop.model.is_failure_told);
+        return check_refused(&machine, way, is_cut, stop.model.is_failure_told);
     }
-    let is_nested = depth == 0 && dice.chance(8);
+    let rotten = if way.has_faults && dice.chance(12) { machine.rot_a_segment(dice) } else { None };
+    let may_fail = stop.had_faults || rotten.is_some();
+    machine.faults_met.store(u64::from(may_fail), std::sync::atomic::Ordering::Relaxed);
+    let is_nested = depth == 0 && rotten.is_none() && dice.chance(8);
     if is_nested {
         machine.watch();
     }
@@ -157,6 +162,18 @@ pub fn check(
         if let Some((_, volume)) = check(&again, way, dice, depth + 1, tally)? {
             volume.abandon();
         }
+    }
+    if let Some((name, epoch)) = rotten {
+        // What it held is lost, and who needs it is told; people may still want to look at it.
+        let is_needed = volume.epochs().first().is_some_and(|first| first.epoch <= epoch);
+        let is_there = machine.world().list(Path::new(LOG)).contains(&name);
+        ensure!(
+            is_there || !is_needed,
+            "P10: {name} cannot be read, and was removed with its records"
+        );
+        check_rotten(&volume, &machine.model().clone()).map_err(story)?;
+        volume.abandon();
+        return Ok(None);
     }
     verify(&machine, &volume, is_cut, may_fail).map_err(story)?;
     if dice.chance(25) {
@@ -172,6 +189,7 @@ pub fn check(
 fn check_refused(
     machine: &Arc<Machine>,
     way: Way,
+    is_cut: bool,
     was_told: bool,
 ) -> Result<Option<Opened>, String> {
     let host = Arc::new(SimHost(Arc::clone(machine)));
@@ -182,10 +200,25 @@ fn check_refused(
             Err(format!("P6: a failed sync is forgotten by a restart\n{}", describe(machine)))
         }
         Ok(volume) => {
+            // It was killed before anybody was told: nobody can have been told that all is well.
+            let looked = verify(machine, &volume, is_cut, true);
             volume.abandon();
-            Ok(None)
+            looked.map(|()| None)
         }
     }
+}
+
+/// Whatever is still given is right.
+fn check_rotten(volume: &Arc<Volume>, model: &Model) -> Result<(), String> {
+    for info in volume.epochs() {
+        let known = model.snapshots.get(&info.epoch).filter(|s| s.is_certain());
+        if let (Some(selection), Some(snapshot)) = (&info.state.selection, known) {
+            let both = selection.intersection(&snapshot.selection);
+            let found = read_snapshot(volume, info.epoch, model, &both, true)?;
+            model.check_snapshot(info.epoch, &found)?;
+        }
+    }
+    Ok(())
 }
 
 fn verify(
@@ -326,21 +359,27 @@ pub fn check_changed(
     Ok(())
 }
 
-/// Nothing is orphaned, nothing kept twice.
+/// Nothing is orphaned. A restore may go on meanwhile, so the two are compared until they agree.
 fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(), String> {
+    const TRIES: usize = 20;
+    let mut seen = (0, 0);
+    for _ in 0..TRIES {
+        let allocated = allocated_bytes(&machine.world());
+        let told = volume.store_bytes().map_err(|e| format!("P10: store: {e}"))?;
+        if told == allocated || may_fail {
+            return Ok(());
+        }
+        seen = (allocated, told);
+    }
+    Err(format!("P10: {} bytes of log on the disk, {} accounted for", seen.0, seen.1))
+}
+
+fn allocated_bytes(world: &World) -> u64 {
     let log = Path::new(LOG);
-    let world = machine.world();
     let segments = world.list(log).into_iter().filter(|name| segment_number(name).is_some());
-    let allocated: u64 = segments
-        .map(|name| world.medium(world.find(log, &name).expect("listed")).now.allocated())
-        .sum();
-    drop(world);
-    let told = volume.store_bytes().map_err(|e| format!("P10: store: {e}"))?;
-    ensure!(
-        told == allocated || may_fail,
-        "P10: {allocated} bytes of log on the disk, {told} accounted for"
-    );
-    Ok(())
+    let allocated =
+        |name: String| world.medium(world.find(log, &name).expect("listed")).now.allocated();
+    segments.map(allocated).sum()
 }
 
 /// P3: of no block and epoch are there two copies.

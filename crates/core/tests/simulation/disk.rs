@@ -274,6 +274,17 @@ impl World {
         names.unsynced.push(NameChange::Add(name.into(), id));
     }
 
+    /// Change one byte of a medium, behind everybody's back.
+    pub fn rot(&mut self, id: u64, offset: u64) {
+        let medium = self.change(id);
+        for bytes in [&mut medium.now, &mut medium.durable] {
+            let mut byte = [0];
+            if bytes.read(offset, &mut byte).is_ok() {
+                bytes.write(offset, &[byte[0] ^ 0x40]);
+            }
+        }
+    }
+
     pub fn unlink(&mut self, directory: &Path, name: &str) -> io::Result<()> {
         let names = self.names(directory);
         names.now.remove(name).ok_or(io::ErrorKind::NotFound)?;

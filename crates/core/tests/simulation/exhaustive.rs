@@ -219,7 +219,7 @@ impl Run {
 pub fn run(program: &[Step]) -> Result<Tally, String> {
     let mut tally = Tally::default();
     let mut dice = Dice::new(program.iter().fold(1, |sum, &step| sum * 31 + step as u64));
-    let way = Way { is_write_through: false, has_background: false };
+    let way = Way { is_write_through: false, has_background: false, has_faults: false };
     let machine = new_machine(SIZE_BYTES, 6, dice.fork())?;
     let volume = open(&machine, way)?;
     let mut run = Run { machine, volume, way };

@@ -199,7 +199,43 @@ impl Machine {
         }
     }
 
+    /// Spoil both headers of a segment that has records; tells which, and of what epoch it is.
+    pub fn rot_a_segment(&self, dice: &mut Dice) -> Option<(String, u32)> {
+        let mut world = self.world();
+        let log = Path::new(LOG);
+        let names = world.list(log);
+        let name = names.get(dice.below(names.len()))?.clone();
+        let id = world.find(log, &name)?;
+        let bytes = world.medium(id).now.clone();
+        let begins_with = |page: &u64, magic: &[u8]| {
+            let mut found = vec![0; magic.len()];
+            bytes.read(page * 4096, &mut found).is_ok() && found == magic
+        };
+        let pages = 0..bytes.length() / 4096;
+        if !pages.clone().any(|page| begins_with(&page, b"SBBH")) {
+            return None;
+        }
+        for page in pages.filter(|page| begins_with(page, b"SBLOGSEG")) {
+            world.rot(id, page * 4096 + 20);
+        }
+        let mut epoch = [0; 4];
+        bytes.read(32, &mut epoch).ok()?;
+        Some((name, u32::from_le_bytes(epoch)))
+    }
+
+    /// Now and then a device takes its time.
+    fn linger(&self) {
+        let steps = {
+            let mut dice = held(&self.dice);
+            if dice.chance(4) { dice.below(250) } else { 0 }
+        };
+        for _ in 0..steps {
+            breathe();
+        }
+    }
+
     fn do_change(&self, id: u64, change: Change) {
+        self.linger();
         self.step();
         let number = {
             let mut world = self.world();
@@ -251,6 +287,7 @@ impl Storage for SimStorage {
         Ok(self.machine.world().medium(self.id).now.length())
     }
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.machine.linger();
         breathe();
         self.machine.meet(self.target(Target::OriginRead, Target::StoreRead))?;
         self.machine.world().medium(self.id).now.read(offset, buffer)

@@ -542,7 +542,11 @@ pub fn run(seed: u64, with_faults: bool, stops_max: usize) -> Result<Tally, Stri
     let tail = [0, 0, 512, 1280, 768, 4000][dice.below(6)] / 256 * 256;
     let size_bytes = blocks * 4096 + tail;
     let slot_count = [5, 12, 40][dice.below(3)];
-    let way = Way { is_write_through: dice.chance(15), has_background: dice.chance(65) };
+    let way = Way {
+        is_write_through: dice.chance(15),
+        has_background: dice.chance(65),
+        has_faults: with_faults,
+    };
     let machine = new_machine(size_bytes, slot_count, dice.fork())?;
     let mut program =
         Program { machine, way, dice, has_faults: with_faults, stops_max, tally: Tally::default() };

@@ -175,7 +175,7 @@ impl Volume {
         let frozen = state.freeze_classes();
         let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
         let old_pending = std::mem::replace(&mut state.pending, pending);
-        for &block in frozen.keys().filter(|_| !is_broken(Rule::SlotsFollowInstant)) {
+        for &block in frozen.keys() {
             let value = selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
         }

@@ -43,6 +43,8 @@ pub enum Target {
     StoreWrite,
     StoreSync,
     StoreNames,
+    /// Of the journal alone: what is decided is rare among the steps.
+    JournalSync,
 }
 
 pub struct Machine {
@@ -273,12 +275,19 @@ impl Stop {
 struct SimStorage {
     machine: Arc<Machine>,
     id: u64,
-    is_origin: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Origin,
+    Journal,
+    Log,
 }
 
 impl SimStorage {
     fn target(&self, origin: Target, store: Target) -> Target {
-        if self.is_origin { origin } else { store }
+        if self.kind == Kind::Origin { origin } else { store }
     }
 }
 
@@ -331,7 +340,10 @@ impl Storage for SimStorage {
         let numbers = self.machine.world().medium(self.id).completed();
         self.machine.step();
         self.machine.tell(|| format!("  sync {} of {numbers:?}", self.id));
-        let met = self.machine.meet(self.target(Target::OriginSync, Target::StoreSync));
+        let mut met = self.machine.meet(self.target(Target::OriginSync, Target::StoreSync));
+        if self.kind == Kind::Journal && met.is_ok() {
+            met = self.machine.meet(Target::JournalSync);
+        }
         let mut world = self.machine.world();
         if let Err(error) = met {
             world.change(self.id).fail_sync(&numbers, &mut held(&self.machine.dice));
@@ -363,16 +375,18 @@ struct SimDirectory {
 }
 
 impl SimDirectory {
-    fn storage(&self, id: u64) -> Arc<dyn Storage> {
+    fn storage(&self, name: &str, id: u64) -> Arc<dyn Storage> {
         let machine = Arc::clone(&self.machine);
-        Arc::new(SimStorage { machine, id, is_origin: false })
+        let is_journal = name == stillblock_core::journal::JOURNAL_NAME;
+        let kind = if is_journal { Kind::Journal } else { Kind::Log };
+        Arc::new(SimStorage { machine, id, kind })
     }
 }
 
 impl Directory for SimDirectory {
     fn open(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         let found = self.machine.world().find(&self.path, name);
-        Ok(self.storage(found.ok_or(io::ErrorKind::NotFound)?))
+        Ok(self.storage(name, found.ok_or(io::ErrorKind::NotFound)?))
     }
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         self.machine.step();
@@ -380,13 +394,13 @@ impl Directory for SimDirectory {
         let known = self.machine.world().find(&self.path, name);
         if let Some(id) = known {
             self.machine.do_change(id, Change::SetLength(0));
-            return Ok(self.storage(id));
+            return Ok(self.storage(name, id));
         }
         let mut world = self.machine.world();
         let id = world.add(Medium::default());
         world.link(&self.path, name, id);
         drop(world);
-        Ok(self.storage(id))
+        Ok(self.storage(name, id))
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.machine.step();
@@ -450,7 +464,7 @@ impl Host for SimHost {
         let found = self.0.world().find(Path::new("/"), name.trim_start_matches('/'));
         let id = found.ok_or_else(|| Error::NotFound(name.into_owned()))?;
         let machine = Arc::clone(&self.0);
-        Ok(Arc::new(SimOrigin(SimStorage { machine, id, is_origin: true })))
+        Ok(Arc::new(SimOrigin(SimStorage { machine, id, kind: Kind::Origin })))
     }
     fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
         Ok(path.to_path_buf())

@@ -508,12 +508,17 @@ impl Program {
 
 fn pick_faults(dice: &mut Dice) -> FaultPlan {
     use Target::{
-        OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite,
+        JournalSync, OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync,
+        StoreWrite,
     };
     let targets =
         [OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite];
     let mut fault = || (targets[dice.below(targets.len())], 1 + dice.below(30) as u64);
-    FaultPlan { faults: (0..2).map(|_| fault()).collect() }
+    let mut faults = vec![fault(), fault()];
+    if dice.chance(35) {
+        faults = vec![(JournalSync, 1 + dice.below(8) as u64)];
+    }
+    FaultPlan { faults }
 }
 
 /// A machine with a fresh volume, its disk full of ones.

@@ -336,6 +336,20 @@ impl Index {
         self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(pack(kept))] };
     }
 
+    /// Copies that are given up: lost, as if they had never been kept.
+    pub fn give_up(&mut self, by_epoch: &[(u32, ExtentSet)]) {
+        let is_given_up = |record: &Record| {
+            by_epoch.iter().any(|(e, blocks)| *e == record.epoch && blocks.contains(record.block))
+        };
+        let mut kept = self.sorted_records();
+        kept.retain(|record| !is_given_up(record));
+        self.tree.clear();
+        self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(pack(&kept))] };
+        for (epoch, blocks) in by_epoch {
+            self.insert_lost(*epoch, blocks);
+        }
+    }
+
     /// Forget epochs before `first`: no snapshot or bookmark begins early enough to need them.
     pub fn forget_before(&mut self, first: u32) {
         self.epochs = self.epochs.split_off(&first);

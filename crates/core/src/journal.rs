@@ -18,8 +18,11 @@ pub const JOURNAL_NAME: &str = "journal";
 const UNIT: u64 = 512;
 const MAGIC: [u8; 4] = *b"SBJR";
 const HEADER_BYTES: usize = 28;
-/// The version this code writes and the highest it reads.
-pub const JOURNAL_VERSION: u32 = 1;
+/// The highest version this code reads. A record is written with the lowest that knows its kind, so
+/// that an older program opens whatever it understands.
+pub const JOURNAL_VERSION: u32 = 2;
+/// The last kind of version 1.
+const VERSION_1_KIND_MAX: u8 = 17;
 /// Space kept allocated beyond the end, so that marks can be written when the store is full.
 const RESERVE_BYTES: u64 = 1 << 20;
 /// No record of ours is longer: a selection of 16 million extents.
@@ -146,6 +149,43 @@ pub enum Entry {
     },
     /// Somebody looked at a failed or doubtful origin and accepts it as it is.
     Recovered,
+    /// What happens when the store is full, and how much it may take.
+    Policy(StorePolicy),
+    /// Copies that were given up for blocks that matter more: lost from here on.
+    GivenUp {
+        /// The epoch whose records held them.
+        epoch: u32,
+        /// Which blocks.
+        blocks: ExtentSet,
+    },
+    /// Blocks a restore has brought back, said here because the log had no room for it.
+    Restored {
+        /// The restore's safety snapshot.
+        epoch: u32,
+        /// Which blocks.
+        blocks: ExtentSet,
+    },
+}
+
+/// What happens to a first change when its original cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnFull {
+    /// The write goes on and the snapshot loses the block.
+    #[default]
+    Degrade,
+    /// The write waits until there is room.
+    Hold,
+    /// The write fails.
+    Fail,
+}
+
+/// What happens when the store is full, and how much it may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StorePolicy {
+    /// What happens to first changes then.
+    pub on_full: OnFull,
+    /// Bytes the store may take; 0: as much as its filesystem has.
+    pub limit_bytes: u64,
 }
 
 impl Entry {
@@ -217,6 +257,23 @@ impl Entry {
                 16
             }
             Self::Recovered => 17,
+            Self::Policy(policy) => {
+                let on_full = match policy.on_full {
+                    OnFull::Degrade => 0,
+                    OnFull::Hold => 1,
+                    OnFull::Fail => 2,
+                };
+                out.u32(on_full).u64(policy.limit_bytes);
+                20
+            }
+            Self::GivenUp { epoch, blocks } => {
+                out.u32(*epoch).extents(blocks);
+                21
+            }
+            Self::Restored { epoch, blocks } => {
+                out.u32(*epoch).extents(blocks);
+                22
+            }
         };
         (kind, out.0)
     }
@@ -252,6 +309,17 @@ impl Entry {
             15 => Self::RestoreEnded { epoch: input.u32()? },
             16 => Self::OriginFailed { reason: input.bytes()?.to_vec() },
             17 => Self::Recovered,
+            20 => {
+                let on_full = match input.u32()? {
+                    0 => OnFull::Degrade,
+                    1 => OnFull::Hold,
+                    2 => OnFull::Fail,
+                    _ => return Err(Malformed { at: 0 }),
+                };
+                Self::Policy(StorePolicy { on_full, limit_bytes: input.u64()? })
+            }
+            21 => Self::GivenUp { epoch: input.u32()?, blocks: input.extents()? },
+            22 => Self::Restored { epoch: input.u32()?, blocks: input.extents()? },
             _ => return Err(Malformed { at: 0 }),
         })
     }
@@ -291,9 +359,6 @@ pub enum JournalError {
         /// What it would take.
         bytes: usize,
     },
-    /// An earlier write failed: nothing more is decided until the volume is opened anew.
-    #[error("an earlier journal write failed; open the volume anew")]
-    Broken,
 }
 
 /// The open journal.
@@ -302,14 +367,13 @@ pub struct Journal {
     end: u64,
     next_sequence: u64,
     allocated: u64,
-    is_broken: bool,
 }
 
 impl Journal {
     /// Make the journal of a new store; `first` is durable when this returns.
     pub fn create(directory: &dyn Directory, first: &Entry) -> Result<Self, JournalError> {
         let file = directory.create(JOURNAL_NAME)?;
-        let mut journal = Self { file, end: 0, next_sequence: 1, allocated: 0, is_broken: false };
+        let mut journal = Self { file, end: 0, next_sequence: 1, allocated: 0 };
         journal.append(first)?;
         directory.sync()?;
         Ok(journal)
@@ -333,8 +397,7 @@ impl Journal {
             }
             probe += UNIT;
         }
-        let journal =
-            Self { file, end: at, next_sequence: sequence, allocated: at, is_broken: false };
+        let journal = Self { file, end: at, next_sequence: sequence, allocated: at };
         Ok((journal, entries))
     }
 
@@ -349,11 +412,23 @@ impl Journal {
         self.end + record_bytes + RESERVE_BYTES / 4 > self.allocated
     }
 
-    /// Make a decision durable. After an error nothing more is accepted.
-    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
-        if self.is_broken {
-            return Err(JournalError::Broken);
+    /// Bytes of the medium it takes, its reserve included.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.file.allocated_bytes()
+    }
+
+    /// Have the reserve allocated, as far as there is room.
+    pub fn reserve(&mut self) {
+        if self.end + RESERVE_BYTES / 2 > self.allocated
+            && self.file.allocate(self.end, RESERVE_BYTES).is_ok()
+        {
+            self.allocated = self.end + RESERVE_BYTES;
         }
+    }
+
+    /// Make a decision durable. After an error it does not hold; the next one is written over it,
+    /// whole, and synced, so that nothing rests on what a failed sync left behind.
+    pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
         let (kind, payload) = entry.encode();
         if payload.len() > to_usize(u64::from(RECORD_BYTES_MAX)) {
             // It could not be read back, and the journal would end there.
@@ -370,7 +445,10 @@ impl Journal {
         let synced = || if is_broken(Rule::JournalSync) { Ok(()) } else { self.file.sync() };
         let written = self.file.write_at(self.end, &record).and_then(|()| synced());
         if let Err(error) = written {
-            self.is_broken = true;
+            // Best it never was: a stop before the next record could otherwise find it. That may
+            // fail as well; then it is in doubt, as its caller was told.
+            let blank = vec![0; to_usize(UNIT)];
+            let _ = self.file.write_at(self.end, &blank).and_then(|()| self.file.sync());
             return Err(error.into());
         }
         self.end = end;
@@ -383,7 +461,8 @@ impl Journal {
 fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Writer::default();
     let length = u32::try_from(payload.len()).expect("a record is bounded");
-    out.raw(&MAGIC).u32(JOURNAL_VERSION).u64(sequence).u32(u32::from(kind)).u32(length);
+    let version = if kind > VERSION_1_KIND_MAX { JOURNAL_VERSION } else { 1 };
+    out.raw(&MAGIC).u32(version).u64(sequence).u32(u32::from(kind)).u32(length);
     let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
     out.u32(crc).raw(payload);
     out.0.resize(out.0.len().next_multiple_of(to_usize(UNIT)), 0);

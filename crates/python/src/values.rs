@@ -116,6 +116,31 @@ impl From<core::RestoreStatus> for RestoreStatus {
     }
 }
 
+#[pyclass(frozen, get_all)]
+pub struct StoreUsage {
+    on_full: &'static str,
+    limit_bytes: u64,
+    used_bytes: u64,
+    capacity_bytes: u64,
+    is_full: bool,
+    held_writes: u64,
+    failure: String,
+}
+
+impl StoreUsage {
+    pub fn new(usage: core::StoreUsage, on_full: &'static str) -> Self {
+        Self {
+            on_full,
+            limit_bytes: usage.policy.limit_bytes,
+            used_bytes: usage.used_bytes,
+            capacity_bytes: usage.capacity_bytes,
+            is_full: usage.is_full,
+            held_writes: usage.held_writes,
+            failure: usage.failure,
+        }
+    }
+}
+
 #[pyclass(frozen)]
 pub struct Statistics(pub BTreeMap<&'static str, u64>);
 

@@ -29,6 +29,7 @@ from stillblock.cli.output import (
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
+    Extents,
     Receipt,
     Reference,
     SnapshotInfo,
@@ -44,6 +45,7 @@ app = new_app("snapshot")
 
 _COMMON: Final = Common()
 _CHANGE: Final = Change()
+_LOST_SHOWN_MAX: Final = 32
 
 
 @app.command
@@ -296,7 +298,7 @@ def _flags(info: SnapshotInfo) -> str:
         "protected" if info.is_protected else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
         "bookmarked" if info.has_bookmark else "",
-        f"LOST {format_size(info.lost_bytes)}" if info.lost_bytes else "",
+        f"PARTIAL, LOST {format_size(info.lost_bytes)}" if info.is_partial else "",
         "SUSPECT" if info.is_suspect else "",
     ]
     return ", ".join(filter(None, notes))
@@ -338,11 +340,13 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("own", f"{size_exact(info.exclusive_bytes)}, freed by deleting it"),
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
             ("SUSPECT", info.suspect_reason),
+            ("matters less", size_exact(info.low_bytes) if info.low_bytes else ""),
             ("notes", _flags(info)),
             ("description", info.description),
             ("read it at", uri),
         )
     )
+    _render_lost(out, info.lost)
 
 
 def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
@@ -368,7 +372,7 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     if found.terms:
         rows = [
             (
-                "include" if term.include else "exclude",
+                term.action,
                 term.text,
                 format_size(term.matched_bytes),
                 format_size(term.contributed_bytes),
@@ -381,9 +385,20 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     if found.left_out:
         out.line()
         show_left_out(out, found.left_out)
+    _render_lost(out, found.lost)
     if with_extents:
         out.line()
         out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
+
+
+def _render_lost(out: Output, lost: Extents) -> None:
+    if not lost:
+        return
+    out.line()
+    out.line("PARTIAL: these extents are lost and give errors; everything else is right")
+    out.table((">START", ">END", ">SIZE"), extents_rows(lost[:_LOST_SHOWN_MAX]), empty="")
+    if len(lost) > _LOST_SHOWN_MAX:
+        out.line(f"and {len(lost) - _LOST_SHOWN_MAX} more; --json lists all")
 
 
 def _pause(found: Receipt) -> str:

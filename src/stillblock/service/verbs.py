@@ -16,9 +16,18 @@ from stillblock.model import (
     Receipt,
     RestoreProgress,
     SnapshotInfo,
+    StoreUsage,
     VolumeInfo,
 )
-from stillblock.operations import bookmarks, restore, rules, snapshots, statistics, volumes
+from stillblock.operations import (
+    bookmarks,
+    restore,
+    rules,
+    snapshots,
+    statistics,
+    usage,
+    volumes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +85,24 @@ EXPORTS: Final = Verb(
     request=NoRequest,
     result=statistics.ExportList,
     run=lambda volume, _: statistics.list_exports(volume),
+)
+STORE_USAGE: Final = Verb(
+    name="store_usage",
+    method="GET",
+    path="/store",
+    summary="How full the store is, and what happens when it is.",
+    request=NoRequest,
+    result=StoreUsage,
+    run=lambda volume, _: usage.store_usage(volume),
+)
+SET_STORE_POLICY: Final = Verb(
+    name="set_store_policy",
+    method="PATCH",
+    path="/store",
+    summary="Change what happens when the store is full, or how much it may take.",
+    request=usage.PolicyRequest,
+    result=StoreUsage,
+    run=usage.set_policy,
 )
 RESIZE: Final = Verb(
     name="resize",

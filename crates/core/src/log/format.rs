@@ -169,6 +169,8 @@ pub struct EpochHeader {
     pub restore: Option<RestoreHeader>,
     /// Name, rules, receipt: not looked into here.
     pub meta: Vec<u8>,
+    /// Selected blocks that matter less than the others: they are given up first.
+    pub low: ExtentSet,
 }
 
 /// A restore in place, part of the commit of its safety snapshot.
@@ -190,7 +192,7 @@ impl EpochHeader {
             None => out.u32(0),
             Some(restore) => out.u32(restore.source_epoch).extents(&restore.blocks),
         };
-        out.bytes(&self.meta);
+        out.bytes(&self.meta).extents(&self.low);
         out.0
     }
 
@@ -205,7 +207,18 @@ impl EpochHeader {
             source_epoch => Some(RestoreHeader { source_epoch, blocks: input.extents()? }),
         };
         let meta = input.bytes()?.to_vec();
-        Ok(Self { epoch, predecessor, created_unix_ns, origin_bytes, selection, restore, meta })
+        // Headers of earlier releases end here.
+        let low = if input.is_at_end() { ExtentSet::new() } else { input.extents()? };
+        Ok(Self {
+            epoch,
+            predecessor,
+            created_unix_ns,
+            origin_bytes,
+            selection,
+            restore,
+            meta,
+            low,
+        })
     }
 }
 

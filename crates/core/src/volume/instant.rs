@@ -30,6 +30,8 @@ const DRAIN_ROUNDS: u32 = 2;
 pub struct SnapshotRequest {
     /// The blocks that matter.
     pub selection: ExtentSet,
+    /// Those that matter less: given up first when the store is full.
+    pub low: ExtentSet,
     /// Name, rules, receipt: kept, not looked into.
     pub meta: Vec<u8>,
     /// Beyond it the snapshot fails and writes go on.
@@ -81,8 +83,9 @@ impl Volume {
         restore: Option<&PreparedRestore>,
     ) -> Result<Instant> {
         // Half of what can be read back: a restore lists its blocks beside the selection.
-        let header_bytes =
-            to_u64(request.meta.len()) + 16 * to_u64(request.selection.as_slice().len());
+        let low = Arc::new(request.low.intersection(&request.selection));
+        let parts = request.selection.as_slice().len() + low.as_slice().len() + 64;
+        let header_bytes = to_u64(request.meta.len()) + 16 * to_u64(parts);
         if header_bytes > u64::from(EPOCH_HEADER_BYTES_MAX) / 2 {
             return Err(Error::Usage(format!(
                 "a snapshot of so many parts takes {header_bytes} bytes of header, more than \
@@ -92,10 +95,12 @@ impl Volume {
         }
         let selection = self.share_selection(request.selection);
         let epoch = committer.epoch_max + 1;
-        let prepared = committer.log.prepare_epoch();
-        let prepared = prepared.map_err(Error::store("making the epoch's segment"))?;
+        let prepared = self.prepare_epoch(committer, header_bytes)?;
         let drained = self.drain_before_instant(committer);
-        let flipped = drained.and_then(|()| self.flip(epoch, &selection, request.pause_limit));
+        let flipped = drained.and_then(|()| {
+            let on_flip = |state: &mut State| Self::note_flip(state, &prepared, header_bytes);
+            self.flip(epoch, &selection, request.pause_limit, on_flip)
+        });
         let flip = match flipped {
             Ok(flip) => flip,
             Err(error) => {
@@ -113,12 +118,15 @@ impl Volume {
             epoch,
             &flip,
             &selection,
+            &low,
             &request.meta,
             restore,
         );
         if let Err(error) = committed {
-            return Err(self.abort_instant(committer, &prepared, epoch, error));
+            return Err(self.abort_instant(committer, prepared, epoch, error));
         }
+        // Its estimates are corrected by what is there now.
+        self.recount(committer);
         Ok(Instant {
             epoch,
             size_bytes: flip.size_bytes,
@@ -151,7 +159,13 @@ impl Volume {
 
     /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
     /// already.
-    fn flip(&self, epoch: u32, selection: &Arc<ExtentSet>, limit: Duration) -> Result<Flip> {
+    fn flip(
+        &self,
+        epoch: u32,
+        selection: &Arc<ExtentSet>,
+        limit: Duration,
+        on_flip: impl FnOnce(&mut State),
+    ) -> Result<Flip> {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
@@ -178,6 +192,7 @@ impl Volume {
             state.pending.assign(crate::extent::Extent::single(block), value);
         }
         state.epoch = epoch;
+        on_flip(&mut state);
         let upto = state.buffer.last_sequence();
         let size_bytes = state.size_bytes;
         let created_unix_ns = unix_ns();
@@ -221,6 +236,7 @@ impl Volume {
         epoch: u32,
         flip: &Flip,
         selection: &Arc<ExtentSet>,
+        low: &Arc<ExtentSet>,
         meta: &[u8],
         restore: Option<&PreparedRestore>,
     ) -> Result<()> {
@@ -242,6 +258,7 @@ impl Volume {
             selection: (**selection).clone(),
             restore: restore.clone(),
             meta: meta.to_vec(),
+            low: (**low).clone(),
         };
         let committed = committer.log.commit_epoch(prepared, epoch, &header.encode());
         committed.map_err(Error::store("writing the epoch header"))?;
@@ -252,6 +269,7 @@ impl Volume {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             selection: Some(Arc::clone(selection)),
+            low: Arc::clone(low),
             bookmark: None,
             meta: meta.to_vec(),
             suspect: String::new(),
@@ -286,28 +304,43 @@ impl Volume {
     }
 
     /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
-    /// durable in spite of the error; if it can neither be removed nor denied, nothing more may be
-    /// recorded.
+    /// durable in spite of the error; until it is removed or denied nothing more may be recorded.
     fn abort_instant(
         &self,
         committer: &mut Committer,
-        prepared: &Prepared,
+        prepared: Prepared,
         epoch: u32,
         error: Error,
     ) -> Error {
-        let is_denied = committer.journal.append(&Entry::Aborted { epoch }).is_ok();
-        let is_removed = committer.log.discard_epoch(prepared).is_ok();
+        committer.to_undo = Some((prepared, epoch));
+        let undone = Self::undo_instant(committer);
         let before = committer.epoch;
         // Made before the state is locked: the registry comes first in the order of locks.
         let (unsettled, pending) = self.bits(before, self.block_count(self.size_bytes()));
         let mut state = self.state.lock();
-        if !is_denied && !is_removed {
+        if undone.is_err() {
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
         }
         state.epoch = before;
         state.buffer.merge_epochs(before);
         (state.unsettled, state.pending) = (unsettled, pending);
+        drop(state);
+        self.top_up(committer);
         error
+    }
+
+    /// Deny or remove an instant that failed, if there still is one.
+    pub(super) fn undo_instant(committer: &mut Committer) -> Result<()> {
+        let Some((prepared, epoch)) = committer.to_undo.take() else { return Ok(()) };
+        let is_removed = committer.log.discard_epoch(&prepared).is_ok();
+        match committer.journal.append(&Entry::Aborted { epoch }) {
+            Ok(()) => Ok(()),
+            Err(_) if is_removed => Ok(()),
+            Err(error) => {
+                committer.to_undo = Some((prepared, epoch));
+                Err(error.into())
+            }
+        }
     }
 
     /// What both bitmaps are, from what is recorded and who is live.

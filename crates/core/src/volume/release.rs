@@ -209,6 +209,7 @@ impl Volume {
         drop(self.punching.write());
         let freed = self.give_back(committer, &gone)?;
         committer.journal.append(&Entry::Freed)?;
+        self.recount(committer);
         Ok(freed)
     }
 
@@ -272,8 +273,7 @@ impl Volume {
             .collect();
         places.sort_unstable();
         if !places.is_empty() {
-            let Committer { log, batch, .. } = committer;
-            log.seal(batch).map_err(Error::store("sealing the log"))?;
+            self.seal(committer).map_err(Error::store("sealing the log"))?;
         }
         let mut at = 0;
         while at < places.len() {
@@ -297,7 +297,7 @@ impl Volume {
         Ok(before.saturating_sub(self.allocated(committer)?))
     }
 
-    fn allocated(&self, committer: &Committer) -> Result<u64> {
+    pub(super) fn allocated(&self, committer: &Committer) -> Result<u64> {
         let mut total = 0;
         for &segment in committer.segments.keys() {
             let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
@@ -446,7 +446,7 @@ impl Volume {
 /// Call for every preserved block with the epoch of the copy before it, 0 if there is none.
 /// `records` are ordered by block, then epoch; `others` are copies that have no content of their
 /// own, by epoch.
-fn for_each_copy(
+pub(super) fn for_each_copy(
     records: &[Record],
     others: &[(u32, ExtentSet)],
     mut each: impl FnMut(&Record, u32),

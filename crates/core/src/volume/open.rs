@@ -263,7 +263,9 @@ impl Parts {
         }
         let Some((last_boot, buffer)) = &self.decided.opened else { return Ok(Past::default()) };
         if let Some((closed, _)) = self.decided.closed {
-            let is_other = closed.bytes != identity.bytes
+            // A device that grew is still what it was; a file that grew was written as well, which
+            // its time of change tells, and what else was written nobody knows.
+            let is_other = closed.bytes > identity.bytes
                 || closed.modified_unix_ns != identity.modified_unix_ns
                 || closed.inode != identity.inode;
             let suspect = is_other.then(|| {

@@ -411,33 +411,38 @@ impl Volume {
         if new == old {
             return Ok(new);
         }
+        self.close_gate_without_slots(&mut committer, old / self.block_size)?;
         let epoch = committer.epoch;
-        committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
-        let blocks = self.block_count(new);
-        let mut state = self.lock_without_slots(&mut committer, old / self.block_size)?;
-        state.size_bytes = new;
-        state.unsettled.grow(blocks);
-        state.pending.grow(blocks);
-        if let Some(restoring) = &mut state.restoring {
-            restoring.blocks.grow(blocks);
+        let recorded = committer.journal.append(&Entry::Resized { epoch, bytes: new });
+        let mut state = self.state.lock();
+        if recorded.is_ok() {
+            let blocks = self.block_count(new);
+            state.size_bytes = new;
+            state.unsettled.grow(blocks);
+            state.pending.grow(blocks);
+            if let Some(restoring) = &mut state.restoring {
+                restoring.blocks.grow(blocks);
+            }
         }
+        state.is_gate_closed = false;
+        drop(state);
+        self.gate_opened.notify_all();
+        recorded?;
         Ok(new)
     }
 
-    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it
-    /// brought home after the disk grew, its last sector would go over what the origin has there
-    /// now (P1).
-    fn lock_without_slots(
-        &self,
-        committer: &mut Committer,
-        block: u64,
-    ) -> Result<MutexGuard<'_, State>> {
+    /// Admit no write while no slot holds `block`. A slot of the last block ends with the disk:
+    /// were it brought home, or replayed, once the disk is known to be larger, its last sector
+    /// would go over what the origin has there now (P1).
+    fn close_gate_without_slots(&self, committer: &mut Committer, block: u64) -> Result<()> {
         loop {
-            let state = self.state.lock();
-            if !state.buffer.has(block) {
-                return Ok(state);
+            {
+                let mut state = self.state.lock();
+                if !state.buffer.has(block) {
+                    state.is_gate_closed = true;
+                    return Ok(());
+                }
             }
-            drop(state);
             self.commit_slots_of(committer, Extent::single(block))?;
         }
     }

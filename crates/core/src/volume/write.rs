@@ -42,8 +42,14 @@ enum Way {
 #[derive(Clone, Copy)]
 enum Content<'a> {
     Data(&'a [u8]),
-    Zeroes { may_punch: bool },
-    Discard,
+    /// Up to a byte: the disk may grow meanwhile, and what it gets then is not meant.
+    Zeroes {
+        may_punch: bool,
+        upto: u64,
+    },
+    Discard {
+        upto: u64,
+    },
 }
 
 /// Old content that is to be kept, by what it is.
@@ -312,7 +318,7 @@ impl Volume {
     ) -> Result<bool> {
         let pieces = match content {
             Content::Data(_) => to_u64(BATCH_BLOCKS_MAX),
-            Content::Zeroes { .. } | Content::Discard => HOLE_BLOCKS_MAX,
+            Content::Zeroes { .. } | Content::Discard { .. } => HOLE_BLOCKS_MAX,
         };
         let mut start = blocks.start;
         while start < blocks.end {
@@ -323,7 +329,7 @@ impl Volume {
                 Self::check_writable(&state)?;
                 state.size_bytes
             };
-            if matches!(content, Content::Discard) {
+            if matches!(content, Content::Discard { .. }) {
                 // Asked again: an instant, a slot or a restore may have come before the role did.
                 let (run, is_needed) = self.state.lock().trim_run(piece);
                 if is_needed {
@@ -410,7 +416,7 @@ impl Volume {
         let mut end = piece.end;
         let mut lost = Vec::new();
         let mut holes = Vec::new();
-        if matches!(content, Content::Discard) {
+        if matches!(content, Content::Discard { .. }) {
             pending.clear();
         } else {
             let looks_for_holes = matches!(content, Content::Zeroes { .. });
@@ -509,8 +515,10 @@ impl Volume {
                 let to = (from + to_usize(length)).min(data.len());
                 self.origin.write_at(offset, &data[from..to])
             }
-            Content::Zeroes { may_punch } => self.origin.zero_at(offset, length, may_punch),
-            Content::Discard => self.origin.discard_at(offset, length),
+            Content::Zeroes { may_punch, upto } => {
+                self.origin.zero_at(offset, length.min(upto - offset), may_punch)
+            }
+            Content::Discard { upto } => self.origin.discard_at(offset, length.min(upto - offset)),
         }
     }
 
@@ -528,7 +536,8 @@ impl Volume {
             let (start, end) = (inner.start * self.block_size, inner.end * self.block_size);
             let head = vec![0; to_usize(start - offset)];
             self.write(offset, &head, false)?;
-            self.change_whole(inner, Content::Zeroes { may_punch })?;
+            let upto = offset + length;
+            self.change_whole(inner, Content::Zeroes { may_punch, upto })?;
             let tail = vec![0; to_usize((offset + length).saturating_sub(end))];
             self.write(end.min(offset + length), &tail, false)?;
         }
@@ -588,7 +597,7 @@ impl Volume {
         while start < inner.end {
             let (run, is_needed) = self.admit()?.trim_run(Extent::new(start, inner.end));
             if !is_needed {
-                self.change_whole(run, Content::Discard)?;
+                self.change_whole(run, Content::Discard { upto: offset + length })?;
             }
             start = run.end;
         }

@@ -105,20 +105,15 @@ struct Current {
 }
 
 /// A segment file that exists but has no header yet: an instant that may still not come.
-pub struct Prepared {
+struct Prepared {
     segment: u32,
     file: Arc<dyn Storage>,
     allocated: u64,
 }
 
 impl Prepared {
-    /// Its number.
-    pub fn segment(&self) -> u32 {
-        self.segment
-    }
-
     /// Pages of originals it has space for, behind a header of this length.
-    pub fn room_pages(&self, header_bytes: u64) -> u64 {
+    fn room_pages(&self, header_bytes: u64) -> u64 {
         self.allocated.saturating_sub(data_start_page(header_bytes) + MARK_PAGES)
     }
 }
@@ -132,6 +127,11 @@ pub struct LogWriter {
     uuid: [u8; 16],
     segments: Arc<Segments>,
     current: Option<Current>,
+    /// The segment of the next epoch. The log's order is that of the numbers: if a batch of this
+    /// epoch needs another segment before the instant, it gets this one, and the epoch a new one.
+    prepared: Option<Prepared>,
+    /// Its header was written and may or may not be durable.
+    is_in_doubt: bool,
     next_segment: u32,
     next_sequence: u64,
     previous: (u32, u32),
@@ -177,6 +177,8 @@ impl LogWriter {
             uuid,
             segments,
             current,
+            prepared: None,
+            is_in_doubt: false,
             next_segment: end.segment_max + 1,
             next_sequence: end.next_sequence.max(1),
             previous: (0, 0),
@@ -219,8 +221,16 @@ impl LogWriter {
 
     /// Make the file of the next epoch, so that its name is durable before the instant, with space
     /// for a header of `header_bytes` and `room_pages` of originals.
-    pub fn prepare_epoch(&mut self, header_bytes: u64, room_pages: u64) -> io::Result<Prepared> {
-        self.prepare(data_start_page(header_bytes) + room_pages + MARK_PAGES)
+    pub fn prepare_epoch(&mut self, header_bytes: u64, room_pages: u64) -> io::Result<()> {
+        assert!(self.prepared.is_none(), "one instant at a time");
+        self.prepared =
+            Some(self.prepare(data_start_page(header_bytes) + room_pages + MARK_PAGES)?);
+        Ok(())
+    }
+
+    /// Pages of originals the next epoch has space for.
+    pub fn prepared_pages(&self, header_bytes: u64) -> u64 {
+        self.prepared.as_ref().map_or(0, |prepared| prepared.room_pages(header_bytes))
     }
 
     fn prepare(&mut self, pages: u64) -> io::Result<Prepared> {
@@ -235,27 +245,55 @@ impl LogWriter {
         Ok(Prepared { segment, file, allocated: pages })
     }
 
-    /// Make the epoch header durable: **the commit of an instant**. On an error the header may be
-    /// durable all the same; the caller must call [`Self::discard_epoch`] and not go on if that
-    /// fails.
-    pub fn commit_epoch(&mut self, prepared: &Prepared, epoch: u32, blob: &[u8]) -> io::Result<()> {
-        let header = self.header(prepared.segment, epoch, 0, blob);
+    /// Make the epoch header durable: **the commit of an instant**; tells its segment. `room_pages`
+    /// of originals have their space there, as [`Self::prepare_epoch`] was asked for. On an error
+    /// the header may be durable all the same; the caller must call [`Self::discard_epoch`] and not
+    /// go on if that fails.
+    pub fn commit_epoch(&mut self, epoch: u32, blob: &[u8], room_pages: u64) -> io::Result<u32> {
+        if self.prepared.is_none() {
+            self.prepare_epoch(to_u64(blob.len()), room_pages)?;
+        }
+        let segment = self.prepared.as_ref().map_or(0, |prepared| prepared.segment);
+        let header = self.header(segment, epoch, 0, blob);
         let mut copy = header.encode();
         copy.extend_from_slice(blob);
         copy.resize(copy.len().next_multiple_of(crate::number::to_usize(PAGE)), 0);
+        self.is_in_doubt = true;
+        let prepared = self.prepared.as_ref().expect("made above");
         prepared.file.write_slices_at(0, &[&copy, &copy])?;
         prepared.file.sync()?;
+        self.is_in_doubt = false;
+        let prepared = self.prepared.take().expect("made above");
         self.appended_bytes += 2 * to_u64(copy.len());
-        self.switch_to(prepared, epoch, 0, header.data_start_page());
-        Ok(())
+        self.switch_to(&prepared, epoch, 0, header.data_start_page());
+        Ok(segment)
     }
 
     /// Undo [`Self::prepare_epoch`], and [`Self::commit_epoch`] if that failed.
-    pub fn discard_epoch(&self, prepared: &Prepared) -> io::Result<()> {
+    pub fn discard_epoch(&mut self) -> io::Result<()> {
+        if let Some(prepared) = &self.prepared {
+            self.discard(prepared)?;
+        }
+        self.forget_prepared();
+        Ok(())
+    }
+
+    /// The prepared segment is none of ours any more: removed, or denied.
+    pub fn forget_prepared(&mut self) {
+        self.prepared = None;
+        self.is_in_doubt = false;
+    }
+
+    fn discard(&self, prepared: &Prepared) -> io::Result<()> {
         prepared.file.set_len(0)?;
         prepared.file.sync()?;
         self.segments.remove(prepared.segment)?;
         self.segments.directory().sync()
+    }
+
+    /// True if an epoch is open: records can be appended.
+    pub fn is_open(&self) -> bool {
+        self.current.is_some()
     }
 
     /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch,
@@ -404,13 +442,30 @@ impl LogWriter {
     fn roll(&mut self, room: u64) -> io::Result<()> {
         let (epoch, ordinal) =
             self.current.as_ref().map(|c| (c.epoch, c.ordinal)).expect("an epoch is open");
-        let prepared = self.prepare(2 + room + MARK_PAGES)?;
+        if self.is_in_doubt {
+            return Err(io::Error::other("an instant that failed is not undone yet"));
+        }
+        let pages = 2 + room + MARK_PAGES;
+        let prepared = match self.prepared.take() {
+            None => self.prepare(pages)?,
+            Some(mut taken) => {
+                if taken.allocated < pages {
+                    let (from, more) = (taken.allocated * PAGE, (pages - taken.allocated) * PAGE);
+                    if let Err(error) = taken.file.allocate(from, more) {
+                        self.prepared = Some(taken);
+                        return Err(error);
+                    }
+                    taken.allocated = pages;
+                }
+                taken
+            }
+        };
         let header = self.header(prepared.segment, epoch, ordinal + 1, &[]);
         let page = header.encode();
         let written = prepared.file.write_slices_at(0, &[&page, &page]);
         if let Err(error) = written.and_then(|()| prepared.file.sync()) {
             // The file holds no batch; a scan ignores it, and so may we.
-            self.discard_epoch(&prepared)?;
+            self.discard(&prepared)?;
             return Err(error);
         }
         self.switch_to(&prepared, epoch, ordinal + 1, header.data_start_page());

@@ -261,7 +261,18 @@ impl Volume {
         if committer.batch.is_empty() {
             return Ok(());
         }
-        Self::undo_instant(committer)?;
+        if committer.to_undo.is_some() {
+            if let Err(error) = self.undo_instant(committer) {
+                self.state.lock().store_failure =
+                    format!("a failed snapshot is not undone: {error}");
+                return Err(error);
+            }
+            if !committer.log.is_open() {
+                // Nobody wants to know of changes but the one that never was.
+                self.clear_store_failure();
+                return Ok(());
+            }
+        }
         let epoch = committer.epoch;
         match self.append(committer) {
             Ok((segment, page)) => {

@@ -14,7 +14,6 @@ use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
 use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader};
-use crate::log::writer::Prepared;
 use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::{Clock, MutexGuard, unix_ns};
@@ -95,10 +94,11 @@ impl Volume {
         }
         let selection = self.share_selection(request.selection);
         let epoch = committer.epoch_max + 1;
-        let prepared = self.prepare_epoch(committer, header_bytes)?;
+        self.undo_instant(committer)?;
+        let room_pages = self.prepare_epoch(committer, header_bytes)?;
         let drained = self.drain_before_instant(committer);
         let flipped = drained.and_then(|()| {
-            let on_flip = |state: &mut State| Self::note_flip(state, &prepared, header_bytes);
+            let on_flip = |state: &mut State| Self::note_flip(state, room_pages);
             self.flip(epoch, &selection, request.pause_limit, on_flip)
         });
         let flip = match flipped {
@@ -106,7 +106,7 @@ impl Volume {
             Err(error) => {
                 // If it stays it is an empty file without a header: a scan knows it for what it is,
                 // and removes it.
-                let _ = committer.log.discard_epoch(&prepared);
+                let _ = committer.log.discard_epoch();
                 return Err(error);
             }
         };
@@ -114,8 +114,8 @@ impl Volume {
         let opened = Clock::now();
         let committed = self.commit_instant(
             committer,
-            &prepared,
             epoch,
+            room_pages,
             &flip,
             &selection,
             &low,
@@ -123,7 +123,7 @@ impl Volume {
             restore,
         );
         if let Err(error) = committed {
-            return Err(self.abort_instant(committer, prepared, epoch, error));
+            return Err(self.abort_instant(committer, epoch, &selection, error));
         }
         // Its estimates are corrected by what is there now.
         self.recount(committer);
@@ -232,8 +232,8 @@ impl Volume {
     fn commit_instant(
         &self,
         committer: &mut Committer,
-        prepared: &Prepared,
         epoch: u32,
+        room_pages: u64,
         flip: &Flip,
         selection: &Arc<ExtentSet>,
         low: &Arc<ExtentSet>,
@@ -260,10 +260,10 @@ impl Volume {
             meta: meta.to_vec(),
             low: (**low).clone(),
         };
-        let committed = committer.log.commit_epoch(prepared, epoch, &header.encode());
-        committed.map_err(Error::store("writing the epoch header"))?;
+        let committed = committer.log.commit_epoch(epoch, &header.encode(), room_pages);
+        let segment = committed.map_err(Error::store("writing the epoch header"))?;
 
-        committer.segments.insert(prepared.segment(), epoch);
+        committer.segments.insert(segment, epoch);
         committer.epoch = epoch;
         let info = Epoch {
             origin_bytes: flip.size_bytes,
@@ -304,43 +304,50 @@ impl Volume {
     }
 
     /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
-    /// durable in spite of the error; until it is removed or denied nothing more may be recorded.
+    /// durable in spite of the error. Until that is removed or denied nothing may be recorded, and
+    /// what it selects stays unsettled, so that no write reaches the origin that it would not know
+    /// of: if the process ends before, the instant has come (P2).
     fn abort_instant(
         &self,
         committer: &mut Committer,
-        prepared: Prepared,
         epoch: u32,
+        selection: &ExtentSet,
         error: Error,
     ) -> Error {
-        committer.to_undo = Some((prepared, epoch));
-        let undone = Self::undo_instant(committer);
+        committer.to_undo = Some(epoch);
         let before = committer.epoch;
-        // Made before the state is locked: the registry comes first in the order of locks.
-        let (unsettled, pending) = self.bits(before, self.block_count(self.size_bytes()));
-        let mut state = self.state.lock();
-        if undone.is_err() {
+        {
+            let blocks = self.block_count(self.size_bytes());
+            // Made before the state is locked: the registry comes first in the order of locks.
+            let (mut unsettled, pending) = self.bits(before, blocks);
+            unsettled.merge(&Bitmap::from_set(blocks, selection));
+            let mut state = self.state.lock();
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
+            state.epoch = before;
+            state.buffer.merge_epochs(before);
+            (state.unsettled, state.pending) = (unsettled, pending);
         }
-        state.epoch = before;
-        state.buffer.merge_epochs(before);
-        (state.unsettled, state.pending) = (unsettled, pending);
-        drop(state);
+        if self.undo_instant(committer).is_ok() {
+            self.clear_store_failure();
+        }
         self.top_up(committer);
         error
     }
 
     /// Deny or remove an instant that failed, if there still is one.
-    pub(super) fn undo_instant(committer: &mut Committer) -> Result<()> {
-        let Some((prepared, epoch)) = committer.to_undo.take() else { return Ok(()) };
-        let is_removed = committer.log.discard_epoch(&prepared).is_ok();
+    pub(super) fn undo_instant(&self, committer: &mut Committer) -> Result<()> {
+        let Some(epoch) = committer.to_undo else { return Ok(()) };
+        let is_removed = committer.log.discard_epoch().is_ok();
         match committer.journal.append(&Entry::Aborted { epoch }) {
-            Ok(()) => Ok(()),
-            Err(_) if is_removed => Ok(()),
-            Err(error) => {
-                committer.to_undo = Some((prepared, epoch));
-                Err(error.into())
-            }
+            Err(error) if !is_removed => return Err(error.into()),
+            Ok(()) | Err(_) => committer.log.forget_prepared(),
         }
+        committer.to_undo = None;
+        let before = committer.epoch;
+        let bits = self.bits(before, self.block_count(self.size_bytes()));
+        let mut state = self.state.lock();
+        (state.unsettled, state.pending) = bits;
+        Ok(())
     }
 
     /// What both bitmaps are, from what is recorded and who is live.

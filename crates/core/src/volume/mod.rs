@@ -53,7 +53,7 @@ use crate::extent::{Extent, round_out};
 use crate::index::Index;
 use crate::journal::Journal;
 use crate::log::batch::BatchBuilder;
-use crate::log::writer::{LogWriter, Prepared, Segments};
+use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_u64;
 use crate::storage::Storage;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, RwLock};
@@ -136,7 +136,7 @@ struct Committer {
     used_bytes: u64,
     /// An instant that failed and could be neither removed nor denied: nothing may be recorded
     /// before that is done.
-    to_undo: Option<(Prepared, u32)>,
+    to_undo: Option<u32>,
     /// The journal says that the origin failed.
     is_failure_noted: bool,
 }

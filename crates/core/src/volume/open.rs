@@ -487,7 +487,8 @@ impl Volume {
             }
             state.buffer.last_sequence()
         };
-        let drained = self.commit_until(&mut committer, epoch, upto, None);
+        let undone = self.undo_instant(&mut committer);
+        let drained = undone.and_then(|()| self.commit_until(&mut committer, epoch, upto, None));
         let synced = drained.and_then(|()| self.sync_origin());
         if let Err(error) = synced {
             let reason = error.to_string().into_bytes();

@@ -4,7 +4,7 @@
 //! index are gone; the space is punched; the journal says so. Interrupted, it is done again when
 //! the volume is opened.
 
-use super::{Committer, State, Volume};
+use super::{Committer, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};

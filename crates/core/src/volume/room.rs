@@ -10,7 +10,7 @@ use super::{COMMIT_AGE, Committer, State, Volume};
 use crate::error::{Error, Result};
 use crate::journal::{Entry, OnFull, StorePolicy};
 use crate::log::format::{BATCH_BLOCKS_MAX, BATCH_HEADER_BYTES, DESCRIPTOR_BYTES, PAGE};
-use crate::log::writer::{LogWriter, MARK_PAGES, Prepared};
+use crate::log::writer::{LogWriter, MARK_PAGES};
 use crate::number::to_u64;
 use crate::sync::MutexGuard;
 use std::io;
@@ -294,6 +294,9 @@ impl Volume {
         must: u64,
         nice: u64,
     ) -> io::Result<()> {
+        if committer.to_undo.is_some() {
+            return Err(io::Error::other("an instant that failed is not undone yet"));
+        }
         let mut last = None;
         for wanted in [nice, (nice / 4).max(must), must] {
             let growth = committer.log.growth_for(wanted);
@@ -382,17 +385,18 @@ impl Volume {
     }
 
     /// From the flip on slots count against the segment of the epoch they begin.
-    pub(super) fn note_flip(state: &mut State, prepared: &Prepared, header_bytes: u64) {
-        state.room.ahead_pages = prepared.room_pages(header_bytes);
+    pub(super) fn note_flip(state: &mut State, room_pages: u64) {
+        state.room.ahead_pages = room_pages;
         state.room.full.clear();
     }
 
-    /// A segment for the next epoch, with space for what its first changes need.
+    /// A segment for the next epoch, with space for what its first changes need; tells how many
+    /// pages that are.
     pub(super) fn prepare_epoch(
         &self,
         committer: &mut Committer,
         header_bytes: u64,
-    ) -> Result<Prepared> {
+    ) -> Result<u64> {
         let admitted = self.state.lock().admitted_slots;
         let must = self.pages_for(1);
         let nice = self.pages_for(admitted.min(BATCH_BLOCKS_MAX)).clamp(must, AHEAD_PAGES_MAX);
@@ -404,9 +408,9 @@ impl Volume {
             let bytes = (2 * (1 + header_bytes.div_ceil(PAGE)) + room + MARK_PAGES) * PAGE;
             let allowed = self.allow_growth(committer, bytes);
             match allowed.and_then(|()| committer.log.prepare_epoch(header_bytes, room)) {
-                Ok(prepared) => {
+                Ok(()) => {
                     committer.used_bytes += bytes;
-                    return Ok(prepared);
+                    return Ok(room);
                 }
                 Err(error) => last = Some(error),
             }
@@ -454,12 +458,12 @@ impl Volume {
     }
 
     fn probe_store(&self, committer: &mut Committer) -> Result<()> {
-        Self::undo_instant(committer)?;
+        self.undo_instant(committer)?;
         let epoch = committer.epoch;
         let _ = self.try_extend(committer, 0, 0);
         committer.batch.begin(epoch, 0);
         let Committer { log, batch, .. } = &mut *committer;
-        if log.append(batch).is_err() {
+        if log.is_open() && log.append(batch).is_err() {
             // Its second place.
             let nothing = Entry::Lost { epoch, blocks: crate::extent::ExtentSet::new() };
             committer.journal.append(&nothing)?;

@@ -43,6 +43,8 @@ class Epoch:
     exclusive_bytes: int
     """Bytes that deleting this snapshot alone would free."""
     lost: Extents
+    lost_at_source: Extents
+    """Those of them that the origin could not give."""
     is_suspect: bool
     suspect_reason: str
     in_use: int

@@ -374,6 +374,8 @@ class SnapshotInfo:
     is_partial: bool = False
     """It lost blocks; everything else in it is right."""
     lost: Extents = ()
+    lost_at_source: Extents = ()
+    """Those of them that the origin could not give; the others found no room in the store."""
     low_bytes: int = 0
     """What of it is given up first when the store is full."""
 

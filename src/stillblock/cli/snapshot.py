@@ -27,9 +27,9 @@ from stillblock.cli.output import (
     size_exact,
 )
 from stillblock.errors import ExitCode, StillblockError, UsageError
+from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
-    Extents,
     Receipt,
     Reference,
     SnapshotInfo,
@@ -346,7 +346,7 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("read it at", uri),
         )
     )
-    _render_lost(out, info.lost)
+    _render_lost(out, info)
 
 
 def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
@@ -385,20 +385,32 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     if found.left_out:
         out.line()
         show_left_out(out, found.left_out)
-    _render_lost(out, found.lost)
+    _render_lost(out, info)
     if with_extents:
         out.line()
         out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
 
 
-def _render_lost(out: Output, lost: Extents) -> None:
-    if not lost:
+def _render_lost(out: Output, info: SnapshotInfo) -> None:
+    if not info.lost:
         return
     out.line()
     out.line("PARTIAL: these extents are lost and give errors; everything else is right")
-    out.table((">START", ">END", ">SIZE"), extents_rows(lost[:_LOST_SHOWN_MAX]), empty="")
-    if len(lost) > _LOST_SHOWN_MAX:
-        out.line(f"and {len(lost) - _LOST_SHOWN_MAX} more; --json lists all")
+    at_source = intersect(info.lost, info.lost_at_source)
+    rows = [(extent, "the store had no room") for extent in subtract(info.lost, at_source)]
+    rows += [(extent, "lost at source: the origin could not be read") for extent in at_source]
+    rows.sort()
+    shown = rows[:_LOST_SHOWN_MAX]
+    out.table(
+        (">START", ">END", ">SIZE", "WHY"),
+        [
+            (*words, why)
+            for words, (_, why) in zip(extents_rows([e for e, _ in shown]), shown, strict=True)
+        ],
+        empty="",
+    )
+    if len(rows) > len(shown):
+        out.line(f"and {len(rows) - len(shown)} more; --json lists all")
 
 
 def _pause(found: Receipt) -> str:

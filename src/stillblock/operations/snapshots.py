@@ -322,5 +322,6 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         description=record.description,
         is_partial=bool(epoch.lost),
         lost=tuple(epoch.lost),
+        lost_at_source=tuple(epoch.lost_at_source),
         low_bytes=total_bytes(volume.engine.low(epoch=epoch.epoch)),
     )

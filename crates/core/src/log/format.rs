@@ -251,6 +251,10 @@ impl Kind {
     }
 }
 
+/// In the place of a LOST record's checksum: the old content could not be read from the origin. 0: it
+/// could not be kept.
+pub const LOST_AT_SOURCE: u32 = 1;
+
 /// One line of a batch: a run of blocks. `Preserve` always has one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor {
@@ -258,7 +262,7 @@ pub struct Descriptor {
     pub kind: Kind,
     /// Of which blocks.
     pub blocks: Extent,
-    /// Of the payload; 0 without one.
+    /// Of the payload; 0 without one, but for [`LOST_AT_SOURCE`].
     pub checksum: u32,
 }
 

@@ -12,9 +12,10 @@ use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::journal::Entry;
-use crate::log::format::{BATCH_BLOCKS_MAX, Kind, PAGE, Position};
+use crate::log::format::{BATCH_BLOCKS_MAX, Kind, LOST_AT_SOURCE, PAGE, Position};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
+use crate::storage::Storage;
 use crate::sync::{Clock, unix_ns};
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -248,10 +249,10 @@ impl Volume {
             let valid = to_usize(self.valid_bytes(block, size_bytes));
             let room = committer.batch.room(1);
             room[valid..].fill(0);
-            if self.origin.read_at(block * self.block_size, &mut room[..valid]).is_ok() {
+            if read_by_sectors(&*self.origin, block * self.block_size, &mut room[..valid]).is_ok() {
                 committer.batch.keep(Extent::single(block));
             } else {
-                committer.batch.note(Kind::Lost, Extent::single(block));
+                committer.batch.note_lost_at_source(block);
             }
         }
     }
@@ -321,7 +322,12 @@ impl Volume {
                     Counters::add(&counters.preserved_zero_blocks, blocks.len());
                 }
                 Kind::Lost => {
-                    index.insert_lost(epoch, &ExtentSet::from_extent(blocks));
+                    let blocks_lost = ExtentSet::from_extent(blocks);
+                    if descriptor.checksum == LOST_AT_SOURCE {
+                        index.insert_lost_at_source(epoch, &blocks_lost);
+                    } else {
+                        index.insert_lost(epoch, &blocks_lost);
+                    }
                     Counters::add(&counters.lost_blocks, blocks.len());
                 }
                 Kind::Changed => index.insert_changed(epoch, blocks),
@@ -569,6 +575,19 @@ impl Committer {
             self.drain_bytes_per_second = (self.drain_bytes_per_second * 3 + rate) / 4;
         }
     }
+}
+
+/// Read a block; if that fails sector by sector: a device may fail a long read for what is not in it.
+fn read_by_sectors(origin: &dyn Storage, offset: u64, content: &mut [u8]) -> std::io::Result<()> {
+    if origin.read_at(offset, content).is_ok() {
+        return Ok(());
+    }
+    let mut at = offset;
+    for sector in content.chunks_mut(to_usize(crate::buffer::SECTOR)) {
+        origin.read_at(at, sector)?;
+        at += to_u64(sector.len());
+    }
+    Ok(())
 }
 
 /// Ascending blocks as runs that are short enough to be read at once.

@@ -6,7 +6,7 @@ use crate::epochs::{Bookmark, Epoch, Epochs};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::{Index, Record};
 use crate::journal::{Entry, OriginIdentity, StorePolicy};
-use crate::log::format::Kind;
+use crate::log::format::{Kind, LOST_AT_SOURCE};
 use crate::log::scan::Scan;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -187,6 +187,10 @@ pub(super) fn index_of(scan: &Scan, decided: &Decided) -> Index {
             match descriptor.kind {
                 Kind::Preserve | Kind::Done => {}
                 Kind::PreserveZero => index.insert_zero(epoch, descriptor.blocks),
+                Kind::Lost if descriptor.checksum == LOST_AT_SOURCE => {
+                    let blocks = ExtentSet::from_extent(descriptor.blocks);
+                    index.insert_lost_at_source(epoch, &blocks);
+                }
                 Kind::Lost => {
                     index.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
                 }

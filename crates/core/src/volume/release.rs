@@ -30,6 +30,8 @@ pub struct EpochInfo {
     pub exclusive_blocks: u64,
     /// Blocks whose content is lost.
     pub lost: ExtentSet,
+    /// Those of them that the origin could not give.
+    pub lost_at_source: ExtentSet,
 }
 
 fn unknown(epoch: u32, what: &str) -> Error {
@@ -40,11 +42,12 @@ impl Volume {
     /// Every live instant, ascending.
     pub fn epochs(&self) -> Vec<EpochInfo> {
         let epochs = self.epochs.read().clone();
-        let (records, others, lost): (Vec<Record>, _, BTreeMap<u32, ExtentSet>) = {
+        let (records, others, lost): (Vec<Record>, _, BTreeMap<u32, (ExtentSet, ExtentSet)>) = {
             let index = self.index.read();
             let lost = epochs.snapshots().map(|(e, set)| {
                 let lost = index.lost_since(e).intersection(set);
-                (e, lost)
+                let at_source = index.lost_at_source_since(e).intersection(set);
+                (e, (lost, at_source))
             });
             (index.sorted_records(), index.contentless_extents(), lost.collect())
         };
@@ -65,12 +68,14 @@ impl Volume {
             let (preserved_blocks, exclusive_blocks) =
                 preserved.get(&epoch).copied().unwrap_or_default();
             let selected = state.tracked().next().map_or(0, |set| set.block_count());
+            let (lost, lost_at_source) = lost.get(&epoch).cloned().unwrap_or_default();
             EpochInfo {
                 epoch,
                 selected_blocks: selected,
                 preserved_blocks,
                 exclusive_blocks,
-                lost: lost.get(&epoch).cloned().unwrap_or_default(),
+                lost,
+                lost_at_source,
                 state,
             }
         };

@@ -378,3 +378,53 @@ fn a_restore_on_a_full_store_goes_on_when_there_is_room() {
         volume.close().expect("close");
     }
 }
+
+/// An old block that the origin cannot give is lost at its source, and told apart from one that found
+/// no room; the write that would have changed it goes on and may heal it.
+#[test]
+fn an_unreadable_old_block_is_lost_at_source_and_the_write_goes_on() {
+    let scene = scene();
+    let volume = scene.open();
+    let epoch = snapshot(&volume, disk());
+    scene.faults.set(|name, operation| match (name, operation) {
+        ("origin", "read") => Err(broken()),
+        _ => Ok(()),
+    });
+    put(&volume, 7, 0xFA);
+    volume.flush().expect("P1: the write goes on");
+    scene.faults.clear();
+    put(&volume, 9, 0xFA);
+    volume.flush().expect("flush");
+    let check = |volume: &Arc<Volume>| {
+        let told = volume.epochs().remove(0);
+        assert_eq!(told.lost, ExtentSet::from_extent(Extent::single(7)));
+        assert_eq!(told.lost_at_source, told.lost);
+        let error = get_old(volume, epoch, 7).expect_err("lost");
+        assert!(error.to_string().contains("lost at its source"), "{error}");
+        assert_eq!(get_old(volume, epoch, 9).expect("kept"), original(9));
+        assert_eq!(get(volume, 7), 0xFA);
+    };
+    check(&volume);
+    volume.close().expect("close");
+    drop(volume);
+    check(&scene.open());
+}
+
+/// A device fails a long read for a sector that fails, or for none: each is tried for itself.
+#[test]
+fn a_block_that_can_be_read_by_sectors_is_kept() {
+    let scene = scene();
+    let volume = scene.open();
+    let epoch = snapshot(&volume, disk());
+    let reads = Mutex::new(0);
+    scene.faults.set(move |name, operation| {
+        let mut reads = reads.lock();
+        *reads += u32::from((name, operation) == ("origin", "read"));
+        if (name, operation) == ("origin", "read") && *reads <= 3 { Err(broken()) } else { Ok(()) }
+    });
+    put(&volume, 7, 0xFA);
+    volume.flush().expect("flush");
+    scene.faults.clear();
+    assert!(volume.epochs()[0].lost.is_empty());
+    assert_eq!(get_old(&volume, epoch, 7).expect("kept"), original(7));
+}

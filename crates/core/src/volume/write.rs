@@ -213,7 +213,8 @@ impl Volume {
             position += length;
             rest = later;
             // The next block may have a partial sector and need its own way in.
-            if self.first_unaligned(position, rest, state.size_bytes).is_some()
+            if rest.is_empty()
+                || self.first_unaligned(position, rest, state.size_bytes).is_some()
                 || !self.may_take_slot(&state, position / self.block_size)
             {
                 break;

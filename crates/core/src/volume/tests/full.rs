@@ -428,3 +428,18 @@ fn a_block_that_can_be_read_by_sectors_is_kept() {
     assert!(volume.epochs()[0].lost.is_empty());
     assert_eq!(get_old(&volume, epoch, 7).expect("kept"), original(7));
 }
+
+/// Room was looked for behind the last block of a write, also where the disk ends.
+#[test]
+fn a_first_change_of_the_last_block_of_a_full_region_is_taken() {
+    let scene = Scene::new(BLOCK);
+    let disk = std::fs::File::options().write(true).open(scene.dir.path().join("disk.img"));
+    let blocks = 2 * crate::bitmap::REGION_BLOCKS;
+    disk.expect("origin").set_len(blocks * 4096).expect("sparse");
+    let volume = scene.open();
+    volume.resize().expect("resize");
+    let epoch = snapshot(&volume, ExtentSet::from_extent(Extent::new(0, blocks)));
+    put(&volume, blocks - 1, 0xFA);
+    volume.flush().expect("flush");
+    assert_eq!(get_old(&volume, epoch, blocks - 1).expect("kept"), 0);
+}

@@ -401,6 +401,16 @@ impl Journal {
         Ok((journal, entries))
     }
 
+    /// How coarse marks should be, in bytes of the disk: the less is left of the reserve, the more each
+    /// has to cover, so that it lasts. 1: exact.
+    pub fn mark_bytes(&self) -> u64 {
+        match self.allocated.saturating_sub(self.end) {
+            left if left >= RESERVE_BYTES / 2 => 1,
+            left if left >= RESERVE_BYTES * 3 / 8 => 1 << 20,
+            _ => 64 << 20,
+        }
+    }
+
     /// Make what was read durable: a killed process may have written it and not synced.
     pub fn sync(&self) -> Result<(), JournalError> {
         Ok(self.file.sync()?)

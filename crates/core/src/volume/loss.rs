@@ -157,6 +157,16 @@ impl Volume {
         };
         let (mut lost, done) =
             (blocks_of(|kind| kind != Kind::Done), blocks_of(|kind| kind == Kind::Done));
+        let coarse = committer.journal.mark_bytes() / self.block_size;
+        if coarse > 1 {
+            // What else is in these parts is lost with them, and needs no mark any more.
+            let blocks = self.block_count(self.size_bytes());
+            let whole = |e: Extent| {
+                let end = e.end.next_multiple_of(coarse).min(blocks);
+                Extent::new(e.start / coarse * coarse, end)
+            };
+            lost = ExtentSet::from_unsorted(lost.iter().map(whole).collect());
+        }
         let extents = to_u64(lost.as_slice().len() + done.as_slice().len());
         let is_last = committer.journal.is_short_of_room(extents * 16 + 1024);
         if is_last && !lost.is_empty() {
@@ -182,7 +192,7 @@ impl Volume {
             Counters::add(&self.counters.lost_blocks, lost.block_count());
         }
         // While an instant is taken the bits are those of the next epoch already.
-        if is_last && self.state.lock().epoch == epoch {
+        if (is_last || coarse > 1) && self.state.lock().epoch == epoch {
             self.settle(lost.iter());
         }
         Ok(())

@@ -633,6 +633,7 @@ fn a_full_store_never_fails_a_write() {
     assert_eq!(get_old(&volume, epoch, 0).expect("kept before"), 1);
     assert!(matches!(get_old(&volume, epoch, 9), Err(Error::Lost { .. })));
     assert_eq!(get(&volume, 9), 0xA2);
+    assert_eq!(get_old(&volume, epoch, 16_383).expect("far from what changed"), 134);
 }
 
 /// A segment that is gone took its records with it, and its blocks were read from the origin.

@@ -103,6 +103,8 @@ impl Record {
 struct EpochExtents {
     zero: SparseBitmap,
     lost: ExtentSet,
+    /// Those of them that the origin could not give.
+    lost_at_source: ExtentSet,
     changed: SparseBitmap,
     /// A batch of the epoch is unreadable: what has no record may have lost it.
     is_damaged: bool,
@@ -151,6 +153,20 @@ impl Index {
     pub fn insert_lost(&mut self, epoch: u32, blocks: &ExtentSet) {
         let extents = self.epochs.entry(epoch).or_default();
         extents.lost = extents.lost.union(blocks);
+    }
+
+    /// Add blocks whose old content could not be read.
+    pub fn insert_lost_at_source(&mut self, epoch: u32, blocks: &ExtentSet) {
+        self.insert_lost(epoch, blocks);
+        let extents = self.epochs.entry(epoch).or_default();
+        extents.lost_at_source = extents.lost_at_source.union(blocks);
+    }
+
+    /// Of the blocks lost since `since`, those that the origin could not give.
+    pub fn lost_at_source_since(&self, since: u32) -> ExtentSet {
+        let sets = self.epochs.range(since..).map(|(_, extents)| &extents.lost_at_source);
+        let all = sets.fold(ExtentSet::new(), |sum, set| sum.union(set));
+        if all.is_empty() { all } else { all.intersection(&self.lost_since(since)) }
     }
 
     /// Add blocks that changed without a copy.
@@ -334,6 +350,20 @@ impl Index {
         }
         self.tree.clear();
         self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(pack(kept))] };
+    }
+
+    /// Copies that are given up: lost, as if they had never been kept.
+    pub fn give_up(&mut self, by_epoch: &[(u32, ExtentSet)]) {
+        let is_given_up = |record: &Record| {
+            by_epoch.iter().any(|(e, blocks)| *e == record.epoch && blocks.contains(record.block))
+        };
+        let mut kept = self.sorted_records();
+        kept.retain(|record| !is_given_up(record));
+        self.tree.clear();
+        self.runs = if kept.is_empty() { Vec::new() } else { vec![Arc::new(pack(&kept))] };
+        for (epoch, blocks) in by_epoch {
+            self.insert_lost(*epoch, blocks);
+        }
     }
 
     /// Forget epochs before `first`: no snapshot or bookmark begins early enough to need them.

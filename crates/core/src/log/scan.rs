@@ -165,15 +165,19 @@ pub fn scan(
             Err(error @ SegmentError::Version(_)) => {
                 return Err(ScanError::Version { segment, error });
             }
-            Ok(_) | Err(_) => match reader.epoch_of_batches(uuid) {
-                Some(epoch) => found.unreadable.push((segment, epoch)),
-                None => found.unfinished.push(segment),
-            },
+            Ok(_) | Err(_) => {
+                let epoch = reader.epoch_of_batches(uuid);
+                reader.check()?;
+                match epoch {
+                    Some(epoch) => found.unreadable.push((segment, epoch)),
+                    None => found.unfinished.push(segment),
+                }
+            }
         }
     }
     find_missing(&mut found);
     scan_batches(segments, uuid, &mut found)?;
-    cut_torn_payload(segments, block_size, &mut found);
+    cut_torn_payload(segments, block_size, &mut found)?;
     Ok(found)
 }
 
@@ -219,8 +223,14 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
                 Step::Batch(header, descriptors) => {
                     found.batches.push(FoundBatch { header, descriptors, segment, page: start });
                 }
-                Step::Damage => found.damaged.push((segment, start)),
-                Step::End => break,
+                Step::Damage => {
+                    reader.check()?;
+                    found.damaged.push((segment, start));
+                }
+                Step::End => {
+                    reader.check()?;
+                    break;
+                }
             }
         }
         // A segment that was closed at a page and ends before it lost its last batches.
@@ -246,18 +256,24 @@ fn scan_batches(segments: &Segments, uuid: [u8; 16], found: &mut Scan) -> Result
 
 /// In an unsynced tail any subset of sectors may have survived: the last batch counts only if its
 /// payload is intact.
-fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
-    let Some(last) = found.batches.last() else { return };
+fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) -> io::Result<()> {
+    let Some(last) = found.batches.last() else { return Ok(()) };
     let is_at_end = last.segment == found.end.segment
         && last.page + last.header.total_pages() == found.end.page;
     if !is_at_end {
-        return;
+        return Ok(());
     }
     let mut content = vec![0; to_usize(block_size)];
-    let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
-        let is_read = segments.read(position, &mut content).is_ok();
-        !is_read || payload_checksum(block, last.header.epoch, &content) != checksum
-    });
+    let mut is_torn = false;
+    for (block, position, checksum) in last.preserved(block_size) {
+        let end = position.offset_bytes() + block_size;
+        if segments.get(position.segment())?.len()? < end {
+            is_torn = true;
+            break;
+        }
+        segments.read(position, &mut content)?;
+        is_torn |= payload_checksum(block, last.header.epoch, &content) != checksum;
+    }
     if is_torn && !is_broken(Rule::LastBatchVerified) {
         if !is_broken(Rule::TornTailCut) {
             found.end.page = last.page;
@@ -267,11 +283,15 @@ fn cut_torn_payload(segments: &Segments, block_size: u64, found: &mut Scan) {
         found.end.next_sequence = last.header.sequence;
         found.batches.pop();
     }
+    Ok(())
 }
 
 /// True if a segment file without a header holds no record: an instant that never came.
 pub fn is_without_batches(file: &Arc<dyn Storage>, uuid: [u8; 16]) -> io::Result<bool> {
-    Ok(PageReader::new(Arc::clone(file))?.epoch_of_batches(uuid).is_none())
+    let reader = PageReader::new(Arc::clone(file))?;
+    let is_without = reader.epoch_of_batches(uuid).is_none();
+    reader.check()?;
+    Ok(is_without)
 }
 
 pub(super) enum Step {
@@ -346,12 +366,21 @@ const BATCH_PAGES_MAX: u64 = (BATCH_BLOCKS_MAX as u64) * 16 + 32;
 pub(super) struct PageReader {
     file: Arc<dyn Storage>,
     pub(super) pages: u64,
+    /// The first read that the device failed.
+    failure: std::cell::RefCell<Option<io::Error>>,
 }
 
 impl PageReader {
     pub(super) fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
         let pages = file.len()? / PAGE;
-        Ok(Self { file, pages })
+        Ok(Self { file, pages, failure: std::cell::RefCell::default() })
+    }
+
+    /// An error if the device failed a read. What could not be read is neither torn nor damaged nor
+    /// the end: it may be there the next time, and records made meanwhile would be in its place. A
+    /// second copy that was read is good enough, so this is asked where something was not found.
+    fn check(&self) -> io::Result<()> {
+        self.failure.take().map_or(Ok(()), Err)
     }
 
     fn page(&self, page: u64) -> io::Result<Vec<u8>> {
@@ -363,7 +392,11 @@ impl PageReader {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let mut bytes = vec![0; to_usize(count * PAGE)];
-        self.file.read_at(page * PAGE, &mut bytes)?;
+        if let Err(error) = self.file.read_at(page * PAGE, &mut bytes) {
+            let kind = error.kind();
+            self.failure.borrow_mut().get_or_insert(error);
+            return Err(kind.into());
+        }
         Ok(bytes)
     }
 

@@ -6,8 +6,8 @@ use crate::epochs::{Bookmark, Epoch, Epochs};
 use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::index::{Index, Record};
-use crate::journal::{Entry, OriginIdentity};
-use crate::log::format::Kind;
+use crate::journal::{Entry, OriginIdentity, StorePolicy};
+use crate::log::format::{Kind, LOST_AT_SOURCE};
 use crate::log::scan::{Scan, scan};
 use crate::log::writer::Segments;
 use std::collections::BTreeSet;
@@ -27,6 +27,11 @@ pub(super) struct Decided {
     pub(super) aborted: BTreeSet<u32>,
     pub(super) restores_ended: BTreeSet<u32>,
     pub(super) lost: Vec<(u32, ExtentSet)>,
+    /// Copies that were given up, by epoch.
+    pub(super) given_up: Vec<(u32, ExtentSet)>,
+    /// Blocks brought back that the log does not tell of, by safety snapshot.
+    pub(super) restored: Vec<(u32, ExtentSet)>,
+    pub(super) policy: StorePolicy,
     pub(super) suspect: Option<(u32, String)>,
     pub(super) origin_failure: String,
     /// Something was deleted or narrowed and its space not given back yet.
@@ -87,6 +92,9 @@ impl Decided {
             }
             Entry::Recovered => self.origin_failure.clear(),
             Entry::Accepted { .. } => self.suspect = None,
+            Entry::Policy(policy) => self.policy = *policy,
+            Entry::GivenUp { epoch, blocks } => self.given_up.push((*epoch, blocks.clone())),
+            Entry::Restored { epoch, blocks } => self.restored.push((*epoch, blocks.clone())),
             Entry::EpochMeta { .. } | Entry::Bookmarked { .. } => {}
         }
     }
@@ -150,6 +158,7 @@ impl Decided {
                 origin_bytes: header.origin_bytes,
                 created_unix_ns: header.created_unix_ns,
                 selection: Some(Arc::new(header.selection.clone())),
+                low: Arc::new(header.low.clone()),
                 meta: header.meta.clone(),
                 ..Epoch::default()
             };
@@ -258,6 +267,10 @@ pub(super) fn index_of(scan: &Scan, decided: &Decided, damaged: &BTreeSet<u32>) 
             match descriptor.kind {
                 Kind::Preserve | Kind::Done => {}
                 Kind::PreserveZero => index.insert_zero(epoch, descriptor.blocks),
+                Kind::Lost if descriptor.checksum == LOST_AT_SOURCE => {
+                    let blocks = ExtentSet::from_extent(descriptor.blocks);
+                    index.insert_lost_at_source(epoch, &blocks);
+                }
                 Kind::Lost => {
                     index.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
                 }
@@ -267,6 +280,9 @@ pub(super) fn index_of(scan: &Scan, decided: &Decided, damaged: &BTreeSet<u32>) 
     }
     for (epoch, blocks) in &decided.lost {
         index.insert_lost(*epoch, blocks);
+    }
+    if !decided.given_up.is_empty() {
+        index.give_up(&decided.given_up);
     }
     for &epoch in damaged {
         index.mark_damaged(epoch);
@@ -287,6 +303,10 @@ pub(super) fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Optio
     for descriptor in done.flat_map(|b| &b.descriptors).filter(|d| d.kind == Kind::Done) {
         let inside = descriptor.blocks.intersection(Extent::new(0, blocks));
         bitmap.assign(inside, false);
+    }
+    let said = decided.restored.iter().filter(|(epoch, _)| *epoch == header.epoch);
+    for extent in said.flat_map(|(_, blocks)| blocks.iter()) {
+        bitmap.assign(extent.intersection(Extent::new(0, blocks)), false);
     }
     Some(Restoring {
         source_epoch: restore.source_epoch,

@@ -146,10 +146,15 @@ impl Volume {
     }
 
     fn lost_block(&self, block: u64) -> Error {
+        let is_at_source = self.index.read().lost_at_source_since(0).contains(block);
+        let why = if is_at_source {
+            "could not be read from the origin when it changed, and is lost at its source"
+        } else {
+            "could not be kept for this snapshot"
+        };
         Error::Lost {
             message: format!(
-                "block {block} (byte {}) could not be kept for this snapshot; the rest of it is \
-                 right",
+                "block {block} (byte {}) {why}; the rest of it is right",
                 block * self.block_size
             ),
             blocks: ExtentSet::from_extent(Extent::single(block)),

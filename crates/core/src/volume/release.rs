@@ -4,7 +4,7 @@
 //! index are gone; the space is punched; the journal says so. Interrupted, it is done again when
 //! the volume is opened.
 
-use super::{Committer, State, Volume};
+use super::{Committer, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -32,6 +32,8 @@ pub struct EpochInfo {
     pub lost: ExtentSet,
     /// Blocks whose content is there and is known to fail its checksum.
     pub damaged: ExtentSet,
+    /// Those of them that the origin could not give.
+    pub lost_at_source: ExtentSet,
 }
 
 fn unknown(epoch: u32, what: &str) -> Error {
@@ -54,11 +56,12 @@ impl Volume {
             let index = self.index.read();
             epochs.snapshots().map(|(e, set)| (e, self.damaged_of(e, set, &index))).collect()
         };
-        let (records, others, lost): (Vec<Record>, _, BTreeMap<u32, ExtentSet>) = {
+        let (records, others, lost): (Vec<Record>, _, BTreeMap<u32, (ExtentSet, ExtentSet)>) = {
             let index = self.index.read();
             let lost = epochs.snapshots().map(|(e, set)| {
                 let lost = index.lost_since(e).intersection(set);
-                (e, lost)
+                let at_source = index.lost_at_source_since(e).intersection(set);
+                (e, (lost, at_source))
             });
             (index.sorted_records(), index.contentless_extents(), lost.collect())
         };
@@ -79,12 +82,14 @@ impl Volume {
             let (preserved_blocks, exclusive_blocks) =
                 preserved.get(&epoch).copied().unwrap_or_default();
             let selected = state.tracked().next().map_or(0, |set| set.block_count());
+            let (lost, lost_at_source) = lost.get(&epoch).cloned().unwrap_or_default();
             EpochInfo {
                 epoch,
                 selected_blocks: selected,
                 preserved_blocks,
                 exclusive_blocks,
-                lost: lost.get(&epoch).cloned().unwrap_or_default(),
+                lost,
+                lost_at_source,
                 damaged: damaged.get(&epoch).cloned().unwrap_or_default(),
                 state,
             }
@@ -245,6 +250,7 @@ impl Volume {
         drop(self.punching.write());
         let freed = self.give_back(committer, &gone)?;
         committer.journal.append(&Entry::Freed)?;
+        self.recount(committer);
         Ok(freed)
     }
 
@@ -308,8 +314,7 @@ impl Volume {
             .collect();
         places.sort_unstable();
         if !places.is_empty() {
-            let Committer { log, batch, .. } = committer;
-            log.seal(batch).map_err(Error::store("sealing the log"))?;
+            self.seal(committer).map_err(Error::store("sealing the log"))?;
         }
         let mut at = 0;
         while at < places.len() {
@@ -333,7 +338,7 @@ impl Volume {
         Ok(before.saturating_sub(self.allocated(committer)?))
     }
 
-    fn allocated(&self, committer: &Committer) -> Result<u64> {
+    pub(super) fn allocated(&self, committer: &Committer) -> Result<u64> {
         let mut total = 0;
         for &segment in committer.segments.keys() {
             let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
@@ -453,33 +458,38 @@ impl Volume {
         if new == old {
             return Ok(new);
         }
+        self.close_gate_without_slots(&mut committer, old / self.block_size)?;
         let epoch = committer.epoch;
-        committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
-        let blocks = self.block_count(new);
-        let mut state = self.lock_without_slots(&mut committer, old / self.block_size)?;
-        state.size_bytes = new;
-        state.unsettled.grow(blocks);
-        state.pending.grow(blocks);
-        if let Some(restoring) = &mut state.restoring {
-            restoring.blocks.grow(blocks);
+        let recorded = committer.journal.append(&Entry::Resized { epoch, bytes: new });
+        let mut state = self.state.lock();
+        if recorded.is_ok() {
+            let blocks = self.block_count(new);
+            state.size_bytes = new;
+            state.unsettled.grow(blocks);
+            state.pending.grow(blocks);
+            if let Some(restoring) = &mut state.restoring {
+                restoring.blocks.grow(blocks);
+            }
         }
+        state.is_gate_closed = false;
+        drop(state);
+        self.gate_opened.notify_all();
+        recorded?;
         Ok(new)
     }
 
-    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it
-    /// brought home after the disk grew, its last sector would go over what the origin has there
-    /// now (P1).
-    fn lock_without_slots(
-        &self,
-        committer: &mut Committer,
-        block: u64,
-    ) -> Result<MutexGuard<'_, State>> {
+    /// Admit no write while no slot holds `block`. A slot of the last block ends with the disk:
+    /// were it brought home, or replayed, once the disk is known to be larger, its last sector
+    /// would go over what the origin has there now (P1).
+    fn close_gate_without_slots(&self, committer: &mut Committer, block: u64) -> Result<()> {
         loop {
-            let state = self.state.lock();
-            if !state.buffer.has(block) {
-                return Ok(state);
+            {
+                let mut state = self.state.lock();
+                if !state.buffer.has(block) {
+                    state.is_gate_closed = true;
+                    return Ok(());
+                }
             }
-            drop(state);
             self.commit_slots_of(committer, Extent::single(block))?;
         }
     }
@@ -488,7 +498,7 @@ impl Volume {
 /// Call for every preserved block with the epoch of the copy before it, 0 if there is none.
 /// `records` are ordered by block, then epoch; `others` are copies that have no content of their
 /// own, by epoch.
-fn for_each_copy(
+pub(super) fn for_each_copy(
     records: &[Record],
     others: &[(u32, ExtentSet)],
     mut each: impl FnMut(&Record, u32),

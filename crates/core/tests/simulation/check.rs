@@ -1,14 +1,14 @@
 //! After a stop: open the volume again, and hold it to its promises.
 
 use crate::dice::Dice;
-use crate::disk::World;
-use crate::machine::{LOG, Machine, SimHost, Stop};
+use crate::machine::{LOG, Machine, STORE, SimHost, Stop};
 use crate::model::{CELL, Model, size};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use stillblock_core::extent::ExtentSet;
+use stillblock_core::journal::JOURNAL_NAME;
 use stillblock_core::log::scan::scan;
 use stillblock_core::log::writer::{Segments, segment_number};
 use stillblock_core::view::{ExcludedReads, View};
@@ -363,27 +363,30 @@ pub fn check_changed(
     Ok(())
 }
 
-/// Nothing is orphaned. A restore may go on meanwhile, so the two are compared until they agree.
+/// What the journal and all segments take, what is allocated ahead included.
+fn allocated(machine: &Machine) -> u64 {
+    let world = machine.world();
+    let (store, log) = (Path::new(STORE), Path::new(LOG));
+    let segments = world.list(log).into_iter().filter(|name| segment_number(name).is_some());
+    let segments = segments.map(|name| world.find(log, &name).expect("listed"));
+    let files: Vec<u64> = segments.chain(world.find(store, JOURNAL_NAME)).collect();
+    files.into_iter().map(|id| machine.allocated(&world, id)).sum()
+}
+
+/// Nothing is orphaned. The committer may go on meanwhile, so the two are compared until they agree.
 fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(), String> {
     const TRIES: usize = 20;
     let mut seen = (0, 0);
     for _ in 0..TRIES {
-        let allocated = allocated_bytes(&machine.world());
-        let told = volume.store_bytes().map_err(|e| format!("P10: store: {e}"))?;
-        if told == allocated || may_fail {
+        let on_disk = allocated(machine);
+        let usage = volume.store_usage().map_err(|e| format!("P10: store: {e}"))?;
+        let told = usage.used_bytes + usage.ahead_bytes;
+        if told == on_disk || may_fail {
             return Ok(());
         }
-        seen = (allocated, told);
+        seen = (on_disk, told);
     }
-    Err(format!("P10: {} bytes of log on the disk, {} accounted for", seen.0, seen.1))
-}
-
-fn allocated_bytes(world: &World) -> u64 {
-    let log = Path::new(LOG);
-    let segments = world.list(log).into_iter().filter(|name| segment_number(name).is_some());
-    let allocated =
-        |name: String| world.medium(world.find(log, &name).expect("listed")).now.allocated();
-    segments.map(allocated).sum()
+    Err(format!("P10: {} bytes of the store on the disk, {} accounted for", seen.0, seen.1))
 }
 
 /// P3: of no block and epoch are there two copies.
@@ -419,7 +422,12 @@ fn go_on(
     machine.model().end_write(cells, false);
     let selection = machine.model().all_blocks();
     machine.model().begin_snapshot(selection.clone());
-    let taken = volume.snapshot(SnapshotRequest { selection, meta: Vec::new(), pause_limit: LONG });
+    let taken = volume.snapshot(SnapshotRequest {
+        selection,
+        low: ExtentSet::new(),
+        meta: Vec::new(),
+        pause_limit: LONG,
+    });
     match taken {
         Ok(taken) => {
             let snapshot = machine.model().taken().expect("begun");

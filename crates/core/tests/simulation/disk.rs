@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// What a device writes whole or not at all.
 pub const SECTOR: u64 = 512;
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 
 type Page = Arc<[u8; 4096]>;
 
@@ -26,6 +26,10 @@ pub struct Bytes {
 impl Bytes {
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    pub fn has_page(&self, page: u64) -> bool {
+        self.pages.contains_key(&page)
     }
 
     pub fn allocated(&self) -> u64 {

@@ -102,7 +102,12 @@ impl Run {
 
     fn snapshot(&self, selection: ExtentSet) -> Result<(), String> {
         self.machine.model().begin_snapshot(selection.clone());
-        let request = SnapshotRequest { selection, meta: Vec::new(), pause_limit: LONG };
+        let request = SnapshotRequest {
+            selection,
+            low: ExtentSet::new(),
+            meta: Vec::new(),
+            pause_limit: LONG,
+        };
         let taken = self.volume.snapshot(request).map_err(told("a snapshot"))?;
         let mut model = self.machine.model();
         let snapshot = model.taken().ok_or("begun")?;
@@ -151,6 +156,7 @@ impl Run {
             source_epoch: epoch,
             request: model.all_blocks(),
             safety_selection: model.all_blocks(),
+            safety_low: ExtentSet::new(),
             meta: Vec::new(),
             pause_limit: LONG,
         });

@@ -2,9 +2,9 @@
 //! clients know.
 
 use crate::dice::Dice;
-use crate::disk::{Change, Medium, World};
+use crate::disk::{Change, Medium, PAGE, World};
 use crate::model::Model;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -50,6 +50,8 @@ pub enum Target {
 pub struct Machine {
     world: Mutex<World>,
     buffers: Mutex<BTreeMap<PathBuf, Buffer>>,
+    /// Pages of files that are allocated and not written.
+    reserved: Mutex<BTreeMap<u64, BTreeSet<u64>>>,
     boot: u8,
     slot_count: u32,
     /// What its clients did and were told.
@@ -102,6 +104,7 @@ impl Machine {
         Self {
             world: Mutex::new(world),
             buffers: Mutex::new(buffers),
+            reserved: Mutex::default(),
             boot,
             slot_count,
             model: Mutex::new(model),
@@ -236,9 +239,26 @@ impl Machine {
         }
     }
 
+    /// What a file takes.
+    pub fn allocated(&self, world: &World, id: u64) -> u64 {
+        let reserved = held(&self.reserved).get(&id).map_or(0, BTreeSet::len);
+        world.medium(id).now.allocated() + reserved as u64 * PAGE
+    }
+
+    fn unreserve(&self, id: u64, offset: u64, end: u64) {
+        if let Some(pages) = held(&self.reserved).get_mut(&id) {
+            pages.retain(|page| page * PAGE + PAGE <= offset || page * PAGE >= end);
+        }
+    }
+
     fn do_change(&self, id: u64, change: Change) {
         self.linger();
         self.step();
+        match &change {
+            Change::Write(offset, data) => self.unreserve(id, *offset, offset + data.len() as u64),
+            Change::Zero(offset, length) => self.unreserve(id, *offset, offset + length),
+            Change::SetLength(length) => self.unreserve(id, *length, u64::MAX),
+        }
         let number = {
             let mut world = self.world();
             let number = world.number();
@@ -333,8 +353,16 @@ impl Storage for SimStorage {
         self.machine.do_change(self.id, Change::Zero(offset, length));
         Ok(())
     }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        let world = self.machine.world();
+        let now = &world.medium(self.id).now;
+        let pages = offset / PAGE..(offset + length).div_ceil(PAGE);
+        let free = pages.filter(|page| !now.has_page(*page));
+        held(&self.machine.reserved).entry(self.id).or_default().extend(free);
         Ok(())
+    }
+    fn release_ahead(&self, offset: u64, length: u64) {
+        self.machine.unreserve(self.id, offset, offset + length);
     }
     fn sync(&self) -> io::Result<()> {
         let numbers = self.machine.world().medium(self.id).completed();
@@ -360,7 +388,7 @@ impl Storage for SimStorage {
         Ok(self.machine.world().medium(self.id).now.next(offset, end, false))
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(self.machine.world().medium(self.id).now.allocated())
+        Ok(self.machine.allocated(&self.machine.world(), self.id))
     }
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.machine.meet(self.target(Target::OriginWrite, Target::StoreWrite))?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use stillblock_core::error::{Error, Result as EngineResult};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::volume::open::{CreateRequest, create_on};
-use stillblock_core::volume::{RestoreRequest, SnapshotRequest, Volume};
+use stillblock_core::volume::{RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 
 /// Simulated time is cheap; nobody is to fail because of it.
 const LONG: Duration = Duration::from_secs(60);
@@ -207,7 +207,12 @@ fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
         selection
     };
     let meta = Vec::new();
-    let taken = session.volume.snapshot(SnapshotRequest { selection, meta, pause_limit: LONG });
+    let taken = session.volume.snapshot(SnapshotRequest {
+        selection,
+        low: ExtentSet::new(),
+        meta,
+        pause_limit: LONG,
+    });
     session.machine.tell(|| format!("snapshot: {taken:?}"));
     let done = session.must("a snapshot", taken);
     let Some(taken) = done? else {
@@ -362,6 +367,7 @@ fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
         source_epoch: epoch,
         request: wanted,
         safety_selection: safety,
+        safety_low: ExtentSet::new(),
         meta: Vec::new(),
         pause_limit: LONG,
     });
@@ -530,6 +536,7 @@ pub fn new_machine(size_bytes: u64, slot_count: u32, dice: Dice) -> Result<Arc<M
     let made = create_on(
         &SimHost(Arc::clone(&machine)),
         &CreateRequest {
+            policy: StorePolicy::default(),
             store: STORE.into(),
             origin: ORIGIN.into(),
             block_size: 4096,

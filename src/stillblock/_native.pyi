@@ -43,6 +43,8 @@ class Epoch:
     exclusive_bytes: int
     """Bytes that deleting this snapshot alone would free."""
     lost: Extents
+    lost_at_source: Extents
+    """Those of them that the origin could not give."""
     damaged: Extents
     """Blocks whose content is there and is known to fail its checksum."""
     damage: str
@@ -105,6 +107,22 @@ class ContentCheck:
     def damaged_blocks(self) -> int: ...
 
 @final
+class StoreUsage:
+    """How full the store is, and what happens when it is."""
+
+    on_full: Literal["degrade", "hold", "fail"]
+    limit_bytes: int
+    """0: what its filesystem has."""
+    used_bytes: int
+    capacity_bytes: int
+    """Bytes it may take: the limit, or what its filesystem lets it have."""
+    is_full: bool
+    """A first change would find no room now."""
+    held_writes: int
+    failure: str
+    """Why not even a loss can be recorded; empty if it can."""
+
+@final
 class Statistics:
     """Counters since the volume was opened; sizes in bytes, times in nanoseconds."""
 
@@ -115,7 +133,15 @@ class Volume:
     """One origin with its store, open in this process. Thread-safe."""
 
     @staticmethod
-    def create(*, store: str, origin: str, block_size: int, meta: bytes) -> str:
+    def create(
+        *,
+        store: str,
+        origin: str,
+        block_size: int,
+        meta: bytes,
+        on_full: Literal["degrade", "hold", "fail"] = "degrade",
+        limit_bytes: int = 0,
+    ) -> str:
         """Make a new store directory for the origin; return the volume's uuid (hex)."""
     @staticmethod
     def open(
@@ -166,7 +192,15 @@ class Volume:
     def write_zeroes(self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False) -> None: ...
     def trim(self, *, offset: int, length: int) -> None: ...
     def flush(self) -> None: ...
-    def snapshot(self, *, selection: Sequence[tuple[int, int]], meta: bytes, pause_limit_ms: int = 2000) -> Instant: ...
+    def snapshot(
+        self,
+        *,
+        selection: Sequence[tuple[int, int]],
+        low: Sequence[tuple[int, int]] = ...,
+        meta: bytes,
+        pause_limit_ms: int = 2000,
+    ) -> Instant:
+        """Take a snapshot; what `low` has of the selection is given up first when the store is full."""
     def epochs(self) -> list[Epoch]: ...
     def set_epoch_meta(self, *, epoch: int, meta: bytes) -> None: ...
     def selection(self, *, epoch: int) -> Extents:
@@ -184,6 +218,7 @@ class Volume:
     def view(self, *, epoch: int, excluded_reads: Literal["zeros", "error"] = "zeros") -> View: ...
     def restore(
         self, *, epoch: int, request: Sequence[tuple[int, int]], safety_selection: Sequence[tuple[int, int]],
+        safety_low: Sequence[tuple[int, int]] = ...,
         meta: bytes, pause_limit_ms: int = 2000,
     ) -> RestoreStatus:
         """Start putting back the requested blocks that changed since `epoch`; the disk reads as restored at once."""
@@ -194,6 +229,11 @@ class Volume:
     def resize(self) -> int:
         """Take over the origin's present length; return the new size."""
     def statistics(self) -> Statistics: ...
+    def set_store_policy(self, *, on_full: Literal["degrade", "hold", "fail"], limit_bytes: int) -> None:
+        """Decide what happens to first changes when the store is full; in force and durable on return."""
+    def store_usage(self) -> StoreUsage: ...
+    def low(self, *, epoch: int) -> Extents:
+        """What of a snapshot's selection is given up first."""
     def store_bytes(self) -> int:
         """Bytes kept for snapshots now: records and preserved content, not preallocated space."""
     def close(self) -> None:

@@ -16,12 +16,14 @@ from stillblock.model import (
     BLOCK_SIZE_DEFAULT,
     PAUSE_LIMIT_MS_DEFAULT,
     Extents,
+    OnFull,
     Receipt,
     RuleTerm,
     SnapshotInfo,
+    StoreUsage,
     check_name,
 )
-from stillblock.operations import bookmarks, restore, snapshots, volumes
+from stillblock.operations import bookmarks, restore, snapshots, usage, volumes
 from stillblock.operations.volume import EngineOptions, OpenVolume
 
 if TYPE_CHECKING:
@@ -41,11 +43,16 @@ def create(
     block_size: int = BLOCK_SIZE_DEFAULT,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    include_low: Iterable[str] = (),
+    store_policy: native.OnFull = "degrade",
+    store_limit: int = 0,
     state_dir: str | Path | None = None,
 ) -> None:
     """Make a volume of a raw file or block device; raise a `RefusedError` where it would harm.
 
-    `include` and `exclude` are its standing rules, the inclusions first.
+    `include`, `include_low` and `exclude` are its standing rules, in this order. `store_policy` is
+    what happens when the store is full, `store_limit` the bytes it may take (0: what its filesystem
+    has).
     """
     config = _config(state_dir)
     request = volumes.AddRequest(
@@ -53,7 +60,9 @@ def create(
         origin=Path(origin),
         store=None if store is None else Path(store),
         block_size=block_size,
-        rules=_terms(include, exclude),
+        rules=_terms(include, exclude, include_low),
+        on_full=OnFull(store_policy),
+        store_limit_bytes=store_limit,
     )
     volumes.add_volume(config, volumes.plan_add(config, request))
 
@@ -144,6 +153,21 @@ class Volume:
         """Make every write before this durable."""
         self._opened.engine.flush()
 
+    # The store
+
+    @property
+    def store_usage(self) -> StoreUsage:
+        """How full the store is, and what happens when it is."""
+        return usage.store_usage(self._opened)
+
+    def set_store_policy(
+        self, policy: native.OnFull | None = None, *, limit: int | None = None
+    ) -> StoreUsage:
+        """Change what happens when the store is full, or the bytes it may take; 0 is no limit."""
+        on_full = None if policy is None else OnFull(policy)
+        request = usage.PolicyRequest(on_full=on_full, limit_bytes=limit)
+        return usage.set_policy(self._opened, request)
+
     # Snapshots and bookmarks
 
     def snapshot(
@@ -152,6 +176,7 @@ class Volume:
         *,
         include: Iterable[str] = (),
         exclude: Iterable[str] = (),
+        include_low: Iterable[str] = (),
         only_these: bool = False,
         pause_limit_ms: int = PAUSE_LIMIT_MS_DEFAULT,
         description: str = "",
@@ -159,14 +184,15 @@ class Volume:
         """Take a snapshot, durable when this returns; without a name, named by the UTC time.
 
         The terms follow the volume's standing rules, the inclusions first; with `only_these` they
-        stand alone. Raise `RuleError`, `NameTakenError`, or `PauseTimeoutError` when writes could
-        not be held within the limit.
+        stand alone. What only `include_low` selects is given up first when the store is full.
+        Raise `RuleError`, `NameTakenError`, or `PauseTimeoutError` when writes could not be held
+        within the limit.
         """
         receipt = snapshots.create_snapshot(
             self._opened,
             snapshots.SnapshotRequest(
                 name=name,
-                terms=_terms(include, exclude),
+                terms=_terms(include, exclude, include_low),
                 only_these=only_these,
                 pause_limit_ms=pause_limit_ms,
                 description=description,
@@ -410,13 +436,19 @@ def _config(state_dir: str | Path | None) -> Config:
     return config
 
 
-def _terms(include: Iterable[str], exclude: Iterable[str]) -> tuple[RuleTerm, ...]:
-    for given in (include, exclude):
+def _terms(
+    include: Iterable[str], exclude: Iterable[str], include_low: Iterable[str] = ()
+) -> tuple[RuleTerm, ...]:
+    for given in (include, exclude, include_low):
         if isinstance(given, str):
             raise UsageError(f"{given!r} should be a list of terms: [{given!r}]")
     return tuple(
-        RuleTerm(include=is_included, text=text)
-        for is_included, texts in ((True, include), (False, exclude))
+        RuleTerm(include=is_included, text=text, is_low=is_low)
+        for is_included, is_low, texts in (
+            (True, False, include),
+            (True, True, include_low),
+            (False, False, exclude),
+        )
         for text in texts
     )
 

@@ -163,9 +163,18 @@ class RuleTerm:
 
     include: bool
     text: str
+    is_low: bool = False
+    """Of an inclusion: it matters less, and is given up first when the store is full."""
+
+    @property
+    def action(self) -> str:
+        """`include`, `include-low` or `exclude`."""
+        if not self.include:
+            return "exclude"
+        return "include-low" if self.is_low else "include"
 
     def __str__(self) -> str:
-        return f"{'include' if self.include else 'exclude'} {self.text}"
+        return f"{self.action} {self.text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +228,53 @@ class VolumeListing:
     state: VolumeState
     size_bytes: int | None
     note: str = ""
+
+
+class OnFull(StrEnum):
+    """What happens to a first change when the store has no room for the original."""
+
+    DEGRADE = "degrade"
+    """The write goes on; the snapshots lose the block."""
+    HOLD = "hold"
+    """The write waits until there is room."""
+    FAIL = "fail"
+    """The write fails."""
+
+
+class UsageLevel(StrEnum):
+    """How near the store is to being full."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """From 80 percent on."""
+    CRITICAL = "critical"
+    """From 95 percent on."""
+    FULL = "full"
+    """A first change finds no room now."""
+    FAILED = "failed"
+    """Not even what is lost can be recorded."""
+
+
+USAGE_WARNING_PERCENT: Final = 80
+USAGE_CRITICAL_PERCENT: Final = 95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUsage:
+    """How full a volume's store is, and what happens when it is."""
+
+    volume: str
+    on_full: OnFull
+    limit_bytes: int | None
+    """What it may take; None: what its filesystem has."""
+    used_bytes: int
+    capacity_bytes: int
+    """The limit, or what the filesystem lets it have if that is less."""
+    percent: int
+    level: UsageLevel
+    held_writes: int = 0
+    """Writes that wait for room."""
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +333,12 @@ class TermOutcome:
     contributed_bytes: int
     """Bytes whose last word this term had."""
     note: str = ""
+    is_low: bool = False
+
+    @property
+    def action(self) -> str:
+        """`include`, `include-low` or `exclude`."""
+        return RuleTerm(include=self.include, text=self.text, is_low=self.is_low).action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,6 +400,13 @@ class SnapshotInfo:
     holders: int
     """Views, restores and exports that hold it."""
     description: str = ""
+    is_partial: bool = False
+    """It lost blocks; everything else in it is right."""
+    lost: Extents = ()
+    lost_at_source: Extents = ()
+    """Those of them that the origin could not give; the others found no room in the store."""
+    low_bytes: int = 0
+    """What of it is given up first when the store is full."""
     state: SnapshotState = SnapshotState.OK
     damaged_bytes: int = 0
     """Kept, and known to fail its checksum."""

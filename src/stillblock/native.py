@@ -18,9 +18,11 @@ Instant = _native.Instant
 Epoch = _native.Epoch
 RestoreStatus = _native.RestoreStatus
 Inspection = _native.Inspection
+StoreUsage = _native.StoreUsage
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]
+OnFull = Literal["degrade", "hold", "fail"]
 ExcludedReads = Literal["zeros", "error"]
 ContextKind = Literal["selected", "changed", "dirty"]
 ContextSpec = tuple[str, ContextKind, int]
@@ -46,11 +48,24 @@ def _translate(error: _native.NativeError) -> StillblockError:
     return from_native(kind, message or kind)
 
 
-def create_volume(*, store: Path, origin: Path, block_size: int, meta: bytes) -> str:
+def create_volume(
+    *,
+    store: Path,
+    origin: Path,
+    block_size: int,
+    meta: bytes,
+    on_full: OnFull = "degrade",
+    limit_bytes: int = 0,
+) -> str:
     """Make a new store for the origin; return the volume's uuid."""
     with _translated():
         return _native.Volume.create(
-            store=str(store), origin=str(origin), block_size=block_size, meta=meta
+            store=str(store),
+            origin=str(origin),
+            block_size=block_size,
+            meta=meta,
+            on_full=on_full,
+            limit_bytes=limit_bytes,
         )
 
 
@@ -198,11 +213,13 @@ class Volume:
         with _translated():
             self.inner.flush()
 
-    def snapshot(self, *, selection: Extents, meta: bytes, pause_limit_ms: int) -> Instant:
-        """Take an instant; durable when it returns."""
+    def snapshot(
+        self, *, selection: Extents, low: Extents = (), meta: bytes, pause_limit_ms: int
+    ) -> Instant:
+        """Take an instant; durable when it returns. `low` is given up first on a full store."""
         with _translated():
             return self.inner.snapshot(
-                selection=selection, meta=meta, pause_limit_ms=pause_limit_ms
+                selection=selection, low=low, meta=meta, pause_limit_ms=pause_limit_ms
             )
 
     def epochs(self) -> list[Epoch]:
@@ -256,6 +273,7 @@ class Volume:
         epoch: int,
         request: Extents,
         safety_selection: Extents,
+        safety_low: Extents = (),
         meta: bytes,
         pause_limit_ms: int,
     ) -> RestoreStatus:
@@ -265,6 +283,7 @@ class Volume:
                 epoch=epoch,
                 request=request,
                 safety_selection=safety_selection,
+                safety_low=safety_low,
                 meta=meta,
                 pause_limit_ms=pause_limit_ms,
             )
@@ -293,6 +312,21 @@ class Volume:
         """Return the counters since the volume was opened."""
         with _translated():
             return self.inner.statistics().as_dict()
+
+    def set_store_policy(self, *, on_full: OnFull, limit_bytes: int) -> None:
+        """Decide what happens to first changes when the store is full; in force at once."""
+        with _translated():
+            self.inner.set_store_policy(on_full=on_full, limit_bytes=limit_bytes)
+
+    def store_usage(self) -> StoreUsage:
+        """Return how full the store is, and what happens when it is."""
+        with _translated():
+            return self.inner.store_usage()
+
+    def low(self, *, epoch: int) -> Extents:
+        """Return what of a snapshot's selection is given up first."""
+        with _translated():
+            return tuple(self.inner.low(epoch=epoch))
 
     def store_bytes(self) -> int:
         """Return the bytes kept for snapshots now."""

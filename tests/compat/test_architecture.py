@@ -41,3 +41,11 @@ def test_every_module_of_the_package_and_of_the_core_is_listed():
     modules |= {p.stem for p in package.glob("*.py") if not p.stem.startswith("_")}
     modules |= {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
     assert modules <= listed
+
+
+def test_every_rule_that_can_be_broken_has_its_promise():
+    source = (ROOT / "crates/core/src/sabotage.rs").read_text(encoding="utf-8")
+    rules = re.findall(r"^    ([A-Z]\w+),$", source, flags=re.MULTILINE)
+    table = set(re.findall(r"`([A-Z]\w+)`", TEXT.partition("## Promises")[2]))
+    assert len(rules) >= 20
+    assert set(rules) <= table

@@ -9,10 +9,11 @@ from stillblock.errors import (
     RuleError,
     UsageError,
 )
-from stillblock.model import RuleTerm, SnapshotPurpose
+from stillblock.model import OnFull, RuleTerm, SnapshotPurpose, UsageLevel
 from stillblock.operations.restore import RestoreRequest
 from stillblock.operations.rules import RulesRequest
 from stillblock.operations.snapshots import SnapshotRequest
+from stillblock.operations.usage import PolicyRequest
 
 MIB = 1024 * 1024
 WITHOUT_FIRST_HALF = (RuleTerm(include=False, text="0-512K"),)
@@ -198,6 +199,28 @@ def test_the_volume_is_described(session):
     assert (info.snapshot_count, info.bookmark_count) == (1, 0)
     assert info.is_served == session.is_remote
     assert session.statistics().volume == "web"
+
+
+def test_the_policy_of_a_full_store_is_changed_in_parts_and_told(session):
+    before = session.store_usage()
+    assert (before.on_full, before.limit_bytes) == (OnFull.DEGRADE, None)
+    session.set_store_policy(PolicyRequest(on_full=OnFull.HOLD))
+    usage = session.set_store_policy(PolicyRequest(limit_bytes=64 * MIB))
+    assert (usage.on_full, usage.limit_bytes) == (OnFull.HOLD, 64 * MIB)
+    assert usage.used_bytes < usage.capacity_bytes <= 64 * MIB
+    assert usage.level is UsageLevel.OK
+    assert session.set_store_policy(PolicyRequest(limit_bytes=0)).limit_bytes is None
+    with pytest.raises(UsageError, match="too small"):
+        session.set_store_policy(PolicyRequest(limit_bytes=MIB))
+
+
+def test_what_only_low_terms_select_is_told(session):
+    low = RuleTerm(include=True, text="0-512K", is_low=True)
+    terms = (RuleTerm(include=True, text="0-64K"), RuleTerm(include=True, text="512K-1M"))
+    snapshot = take(session, "monday", terms=(low, *terms)).snapshot
+    assert (snapshot.selected_bytes, snapshot.low_bytes) == (MIB, MIB // 2 - 65536)
+    assert (snapshot.is_partial, snapshot.lost) == (False, ())
+    assert session.receipt("monday").rules[0] == low
 
 
 def test_growth_of_the_origin_is_taken_over(session, origin):

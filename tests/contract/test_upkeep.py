@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from stillblock.errors import InUseError, NotFoundError, StoreDamagedError, UsageError
-from stillblock.model import SnapshotState
+from stillblock.model import SnapshotState, UsageLevel
 from stillblock.operations.snapshots import SnapshotRequest
-from stillblock.operations.verification import SHARE_ALL, Verdict, VerifyKind, VerifyRequest
+from stillblock.operations.usage import PolicyRequest, set_policy, store_usage
+from stillblock.operations.verification import (
+    SHARE_ALL,
+    Verdict,
+    VerifyKind,
+    VerifyRequest,
+    check_structure,
+)
 from stillblock.operations.volume import OpenVolume
 from stillblock.service.session import open_session
 
@@ -127,3 +134,20 @@ def test_an_origin_that_others_wrote_to_is_accepted_with_a_note(config, volume, 
         assert "outside" in info.accepted
         assert "a file server's label" in info.accepted
         assert session.accept_origin().snapshots == ()
+
+
+def test_a_store_that_fills_up_is_a_warning_of_the_check(config, volume):
+    with OpenVolume.open(config, volume) as opened:
+        assert check_structure(opened).verdict is Verdict.OK
+        set_policy(opened, PolicyRequest(limit_bytes=4 << 20))
+        byte = 1
+        while store_usage(opened).level is UsageLevel.OK:
+            opened.engine.snapshot(selection=((0, 1 << 20),), meta=b"", pause_limit_ms=2000)
+            opened.engine.pwrite(bytes([byte]) * (1 << 19), offset=0)
+            opened.engine.flush()
+            byte += 1
+        report = check_structure(opened)
+        assert (report.verdict, report.findings) == (Verdict.WARNING, ())
+        (advice,) = report.advice
+        assert "the store" in advice
+        assert "delete a snapshot" in advice

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Blocks a region spans: its words then fill one page of 4 KiB.
-const REGION_BLOCKS: u64 = 32_768;
+pub(crate) const REGION_BLOCKS: u64 = 32_768;
 const WORDS: usize = 512;
 
 #[derive(Clone)]

@@ -72,6 +72,11 @@ impl<'a> Reader<'a> {
         Malformed { at: self.at }
     }
 
+    /// True if nothing is left.
+    pub const fn is_at_end(&self) -> bool {
+        self.at == self.bytes.len()
+    }
+
     /// Bytes of a known length.
     pub fn raw(&mut self, length: usize) -> Result<&'a [u8], Malformed> {
         let end = self.at.checked_add(length).filter(|&end| end <= self.bytes.len());

@@ -22,6 +22,8 @@ pub struct Epoch {
     pub created_unix_ns: u64,
     /// What the snapshot selects; `None` once it is deleted.
     pub selection: Option<Arc<ExtentSet>>,
+    /// What of it matters less, and is given up first.
+    pub low: Arc<ExtentSet>,
     /// The bookmark, if there is one.
     pub bookmark: Option<Bookmark>,
     /// Opaque bytes of the snapshot.

@@ -35,6 +35,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// There is no room in the store.
+    #[error("{0}")]
+    StoreFull(String),
     /// The store's content is not intact.
     #[error("{0}")]
     Damaged(String),
@@ -84,6 +87,7 @@ impl Error {
             Self::Origin { .. } => "origin_io",
             Self::OriginChanged(_) => "origin_changed",
             Self::Store { .. } => "store_io",
+            Self::StoreFull(_) => "store_full",
             Self::Damaged(_) => "store_damaged",
             Self::Version(_) => "unsupported_version",
             Self::NotFound(_) => "not_found",
@@ -108,8 +112,10 @@ impl Error {
         let what = what.into();
         move |source| {
             if source.kind() == io::ErrorKind::StorageFull {
-                let what = format!("{what} (the store is full: delete snapshots or give it room)");
-                return Self::Store { what, source };
+                return Self::StoreFull(format!(
+                    "the store is full: {what}: {source}; delete a snapshot, give it room or raise \
+                     --store-limit"
+                ));
             }
             Self::Store { what, source }
         }
@@ -120,6 +126,7 @@ impl Error {
         match self {
             Self::Usage(_) => ExportError::Invalid,
             Self::Closed => ExportError::ShuttingDown,
+            Self::StoreFull(_) => ExportError::NoSpace,
             Self::Origin { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 ExportError::NoSpace
             }

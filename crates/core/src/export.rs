@@ -92,6 +92,21 @@ pub trait Export: Send + Sync {
     /// Write `data` at `offset_bytes`; with `fua` return only when it is on stable storage.
     fn write(&self, offset_bytes: u64, data: &[u8], fua: bool) -> Result<(), ExportError>;
 
+    /// As [`Export::write`] unless that would have to wait for something other than a device, such
+    /// as room in a full store; `Ok(false)` if it would, and then it is to be done again, whole, on
+    /// another thread.
+    fn try_write(&self, offset_bytes: u64, data: &[u8]) -> Result<bool, ExportError> {
+        self.write(offset_bytes, data, false).map(|()| true)
+    }
+
+    /// True if changes may wait for long, for something other than a device.
+    fn may_hold(&self) -> bool {
+        false
+    }
+
+    /// Let changes fail that wait for something other than a device: the export is to end.
+    fn end_holding(&self) {}
+
     /// Make the range read as zeroes. The range may be far larger than any buffer.
     fn write_zeroes(
         &self,

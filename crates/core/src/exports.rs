@@ -98,6 +98,7 @@ pub struct VolumeExport {
 impl VolumeExport {
     /// Hand out a volume.
     pub fn new(volume: Arc<Volume>, description: String, is_read_only: bool) -> Self {
+        volume.set_holding(true);
         Self { volume, description, is_read_only, contexts: Contexts::default() }
     }
 }
@@ -129,6 +130,18 @@ impl Export for VolumeExport {
 
     fn write(&self, offset_bytes: u64, data: &[u8], fua: bool) -> Result<(), ExportError> {
         self.volume.write(offset_bytes, data, fua).map_err(|e| refused(&e))
+    }
+
+    fn may_hold(&self) -> bool {
+        self.volume.may_hold()
+    }
+
+    fn end_holding(&self) {
+        self.volume.set_holding(false);
+    }
+
+    fn try_write(&self, offset_bytes: u64, data: &[u8]) -> Result<bool, ExportError> {
+        self.volume.try_write(offset_bytes, data).map_err(|e| refused(&e))
     }
 
     fn write_zeroes(

@@ -40,9 +40,10 @@ pub struct OriginIdentity {
 
 impl OriginIdentity {
     /// True if it is another disk, or was written since. The device is not compared: its number
-    /// changes at boot.
+    /// changes at boot. One that grew is still what it was; a file that grew was written as well,
+    /// which its time of change tells, and what else was written nobody knows.
     pub fn is_other_than(&self, now: &Self) -> bool {
-        self.bytes != now.bytes
+        self.bytes > now.bytes
             || self.modified_unix_ns != now.modified_unix_ns
             || self.inode != now.inode
     }
@@ -171,6 +172,43 @@ pub enum Entry {
         /// Who and when, for people.
         note: Vec<u8>,
     },
+    /// What happens when the store is full, and how much it may take.
+    Policy(StorePolicy),
+    /// Copies that were given up for blocks that matter more: lost from here on.
+    GivenUp {
+        /// The epoch whose records held them.
+        epoch: u32,
+        /// Which blocks.
+        blocks: ExtentSet,
+    },
+    /// Blocks a restore has brought back, said here because the log had no room for it.
+    Restored {
+        /// The restore's safety snapshot.
+        epoch: u32,
+        /// Which blocks.
+        blocks: ExtentSet,
+    },
+}
+
+/// What happens to a first change when its original cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnFull {
+    /// The write goes on and the snapshot loses the block.
+    #[default]
+    Degrade,
+    /// The write waits until there is room.
+    Hold,
+    /// The write fails.
+    Fail,
+}
+
+/// What happens when the store is full, and how much it may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StorePolicy {
+    /// What happens to first changes then.
+    pub on_full: OnFull,
+    /// Bytes the store may take; 0: as much as its filesystem has.
+    pub limit_bytes: u64,
 }
 
 /// Kinds above this one came with version 2: a program that does not know them says so.
@@ -253,6 +291,23 @@ impl Entry {
                 out.u64(*sequence).u64(*block);
                 24
             }
+            Self::Policy(policy) => {
+                let on_full = match policy.on_full {
+                    OnFull::Degrade => 0,
+                    OnFull::Hold => 1,
+                    OnFull::Fail => 2,
+                };
+                out.u32(on_full).u64(policy.limit_bytes);
+                19
+            }
+            Self::GivenUp { epoch, blocks } => {
+                out.u32(*epoch).extents(blocks);
+                20
+            }
+            Self::Restored { epoch, blocks } => {
+                out.u32(*epoch).extents(blocks);
+                21
+            }
         };
         (kind, out.0)
     }
@@ -290,6 +345,17 @@ impl Entry {
             17 => Self::Recovered,
             18 => Self::Accepted { epoch: input.u32()?, note: input.bytes()?.to_vec() },
             24 => Self::Freeing { sequence: input.u64()?, block: input.u64()? },
+            19 => {
+                let on_full = match input.u32()? {
+                    0 => OnFull::Degrade,
+                    1 => OnFull::Hold,
+                    2 => OnFull::Fail,
+                    _ => return Err(Malformed { at: 0 }),
+                };
+                Self::Policy(StorePolicy { on_full, limit_bytes: input.u64()? })
+            }
+            20 => Self::GivenUp { epoch: input.u32()?, blocks: input.extents()? },
+            21 => Self::Restored { epoch: input.u32()?, blocks: input.extents()? },
             _ => return Err(Malformed { at: 0 }),
         })
     }
@@ -392,6 +458,16 @@ impl Journal {
         Ok((journal, entries))
     }
 
+    /// How coarse marks should be, in bytes of the disk: the less is left of the reserve, the more each
+    /// has to cover, so that it lasts. 1: exact.
+    pub fn mark_bytes(&self) -> u64 {
+        match self.allocated.saturating_sub(self.end) {
+            left if left >= RESERVE_BYTES / 2 => 1,
+            left if left >= RESERVE_BYTES * 3 / 8 => 1 << 20,
+            _ => 64 << 20,
+        }
+    }
+
     /// Make what was read durable. A killed process may have written the last record and not
     /// synced it; or its sync failed, and only what is written again will be.
     pub fn rewrite_last(&self) -> Result<(), JournalError> {
@@ -410,6 +486,20 @@ impl Journal {
     /// in one record.
     pub fn is_short_of_room(&self, record_bytes: u64) -> bool {
         self.end + record_bytes + RESERVE_BYTES / 4 > self.allocated
+    }
+
+    /// Bytes of the medium it takes, its reserve included.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.file.allocated_bytes()
+    }
+
+    /// Have the reserve allocated, as far as there is room.
+    pub fn reserve(&mut self) {
+        if self.end + RESERVE_BYTES / 2 > self.allocated
+            && self.file.allocate(self.end, RESERVE_BYTES).is_ok()
+        {
+            self.allocated = self.end + RESERVE_BYTES;
+        }
     }
 
     /// Wipe out what a failed append may have left. Until that is possible nothing more can be

@@ -52,8 +52,6 @@ pub enum Rule {
     HeaderBeforeNewer,
     /// Slots older than an instant are treated by the bits after it.
     ClassesFrozen,
-    /// Blocks with slots are not first changes again after an instant.
-    SlotsFollowInstant,
     /// A view does not look again for a record after it read the origin.
     SecondLook,
     /// A discard does not ask who needs the content.
@@ -100,7 +98,6 @@ impl Rule {
         Self::OriginDurableAtInstant,
         Self::HeaderBeforeNewer,
         Self::ClassesFrozen,
-        Self::SlotsFollowInstant,
         Self::SecondLook,
         Self::TrimSparesNeeded,
         Self::LastBlockWhole,

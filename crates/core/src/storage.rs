@@ -56,6 +56,9 @@ pub trait Storage: Send + Sync {
     /// Reserve space for a range without changing what it reads as.
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()>;
 
+    /// Give back what was reserved for a range beyond the end and never written; a hint.
+    fn release_ahead(&self, _offset: u64, _length: u64) {}
+
     /// Return when every completed write is on stable storage.
     fn sync(&self) -> io::Result<()>;
 
@@ -98,6 +101,10 @@ pub trait Directory: Send + Sync {
     fn list(&self) -> io::Result<Vec<String>>;
     /// Make the names durable.
     fn sync(&self) -> io::Result<()>;
+    /// Bytes its filesystem still has for ordinary users.
+    fn free_bytes(&self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
 }
 
 /// A regular file or block device of the operating system.
@@ -354,6 +361,14 @@ impl Storage for FileStorage {
         Ok(())
     }
 
+    fn release_ahead(&self, offset: u64, length: u64) {
+        if length > 0 && !self.is_block_device {
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            // What stays reserved costs room, nothing else, and goes with the file.
+            let _ = self.fallocate(how, offset, length);
+        }
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
@@ -447,5 +462,10 @@ impl Directory for FileDirectory {
 
     fn sync(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let told = rustix::fs::statvfs(&self.path)?;
+        Ok(told.f_bavail.saturating_mul(told.f_frsize))
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
-use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, Volume};
+use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 
 /// With `STILLBLOCK_TRACE` set every step is told and followed by a check.
 fn is_traced() -> bool {
@@ -201,6 +201,7 @@ impl Run<'_> {
         let selection = self.selection();
         let taken = self.volume.snapshot(SnapshotRequest {
             selection: selection.clone(),
+            low: ExtentSet::new(),
             meta: b"name".to_vec(),
             pause_limit: Duration::from_secs(2),
         });
@@ -270,6 +271,7 @@ impl Run<'_> {
             source_epoch: source,
             request: wanted.clone(),
             safety_selection: everything.clone(),
+            safety_low: ExtentSet::new(),
             meta: b"safety".to_vec(),
             pause_limit: Duration::from_secs(2),
         });
@@ -400,6 +402,7 @@ fn run(seed: u64) {
         origin: dir.path().join("disk.img"),
         block_size: block as u64,
         meta: Vec::new(),
+        policy: StorePolicy::default(),
     })
     .expect("create");
     let cache = if dice.chance(20) { Cache::WriteThrough } else { Cache::WriteBack };

@@ -18,7 +18,7 @@ use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::host::Through;
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
-use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, Volume};
+use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 
 const SECTOR: usize = 512;
 const BLOCK: usize = 4096;
@@ -439,6 +439,7 @@ impl Run<'_> {
                 self.write_during();
                 let taken = self.volume.snapshot(SnapshotRequest {
                     selection: selection.clone(),
+                    low: ExtentSet::new(),
                     meta: Vec::new(),
                     pause_limit: Duration::from_secs(2),
                 })?;
@@ -467,6 +468,7 @@ impl Run<'_> {
                     source_epoch: source,
                     request: wanted.clone(),
                     safety_selection: all.clone(),
+                    safety_low: ExtentSet::new(),
                     meta: Vec::new(),
                     pause_limit: Duration::from_secs(2),
                 })?;
@@ -691,6 +693,7 @@ fn run(seed: u64) -> usize {
         origin: dir.path().join("disk.img"),
         block_size: 4096,
         meta: Vec::new(),
+        policy: StorePolicy::default(),
     })
     .expect("create");
     let world = Arc::new(World::default());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
-use stillblock_core::volume::{Effort, SnapshotRequest, Volume};
+use stillblock_core::volume::{Effort, SnapshotRequest, StorePolicy, Volume};
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 4000;
@@ -51,6 +51,7 @@ fn made(dir: &Path) -> Arc<Volume> {
         origin: dir.join("disk.img"),
         block_size: BLOCK,
         meta: Vec::new(),
+        policy: StorePolicy::default(),
     })
     .expect("created");
     opened(dir)
@@ -65,6 +66,7 @@ fn content(block: u64, change: u64) -> Vec<u8> {
 fn snapshot(volume: &Volume) -> u32 {
     let request = SnapshotRequest {
         selection: ExtentSet::from_extent(Extent::new(0, BLOCKS)),
+        low: ExtentSet::new(),
         meta: Vec::new(),
         pause_limit: Duration::from_secs(5),
     };

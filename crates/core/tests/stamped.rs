@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::view::{ExcludedReads, View};
-use stillblock_core::volume::SnapshotRequest;
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
+use stillblock_core::volume::{SnapshotRequest, StorePolicy};
 
 const BLOCK: usize = 4096;
 const THREADS: usize = 3;
@@ -24,8 +24,14 @@ fn each_snapshot_amid_writers_is_of_one_instant() {
     disk.set_len(blocks * BLOCK as u64).expect("origin");
     let store = dir.path().join("store");
     let origin = dir.path().join("disk.img");
-    create(&CreateRequest { store: store.clone(), origin, block_size: 4096, meta: Vec::new() })
-        .expect("create");
+    create(&CreateRequest {
+        store: store.clone(),
+        origin,
+        block_size: 4096,
+        meta: Vec::new(),
+        policy: StorePolicy::default(),
+    })
+    .expect("create");
     let volume = open(OpenRequest {
         store,
         origin: None,
@@ -58,7 +64,8 @@ fn each_snapshot_amid_writers_is_of_one_instant() {
             let before: Vec<u64> = answered.iter().map(|a| a.load(Ordering::Acquire)).collect();
             let selection = ExtentSet::from_extent(Extent::new(0, blocks));
             let pause_limit = Duration::from_secs(5);
-            let request = SnapshotRequest { selection, meta: Vec::new(), pause_limit };
+            let request =
+                SnapshotRequest { selection, low: ExtentSet::new(), meta: Vec::new(), pause_limit };
             taken.push((volume.snapshot(request).expect("snapshot").epoch, before));
         }
         is_over.store(true, Ordering::Relaxed);

@@ -19,6 +19,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<values::Inspection>()?;
     module.add_class::<volume::ContentCheck>()?;
     module.add_class::<values::Statistics>()?;
+    module.add_class::<values::StoreUsage>()?;
     module.add_class::<volume::Volume>()?;
     module.add_class::<volume::View>()?;
     module.add_class::<server::Server>()

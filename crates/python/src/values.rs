@@ -70,6 +70,7 @@ pub struct Epoch {
     preserved_bytes: u64,
     exclusive_bytes: u64,
     lost: Ranges,
+    lost_at_source: Ranges,
     damaged: Ranges,
     damage: String,
     accepted: String,
@@ -94,6 +95,7 @@ impl Epoch {
             preserved_bytes: info.preserved_blocks * block_size,
             exclusive_bytes: info.exclusive_blocks * block_size,
             lost: to_ranges(&info.lost, block_size, state.origin_bytes),
+            lost_at_source: to_ranges(&info.lost_at_source, block_size, state.origin_bytes),
             damaged: to_ranges(&info.damaged, block_size, state.origin_bytes),
             is_suspect: !state.suspect.is_empty() || !state.losses.is_empty(),
             in_use: state.pins,
@@ -183,6 +185,31 @@ impl Inspection {
             origin_failure: found.origin_failure,
             is_restoring: found.is_restoring,
             epochs: found.epochs.into_iter().map(epoch).collect(),
+        }
+    }
+}
+
+#[pyclass(frozen, get_all)]
+pub struct StoreUsage {
+    on_full: &'static str,
+    limit_bytes: u64,
+    used_bytes: u64,
+    capacity_bytes: u64,
+    is_full: bool,
+    held_writes: u64,
+    failure: String,
+}
+
+impl StoreUsage {
+    pub fn new(usage: core::StoreUsage, on_full: &'static str) -> Self {
+        Self {
+            on_full,
+            limit_bytes: usage.policy.limit_bytes,
+            used_bytes: usage.used_bytes,
+            capacity_bytes: usage.capacity_bytes,
+            is_full: usage.is_full,
+            held_writes: usage.held_writes,
+            failure: usage.failure,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::error::{detached, from_core, raise};
 use crate::values::{
-    Epoch, Inspection, Instant, Ranges, RestoreStatus, Statistics, to_blocks, to_ranges,
+    Epoch, Inspection, Instant, Ranges, RestoreStatus, Statistics, StoreUsage, to_blocks, to_ranges,
 };
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
@@ -16,9 +16,13 @@ use stillblock_core::number::to_usize;
 use stillblock_core::view::{ExcludedReads, View as CoreView};
 use stillblock_core::volume as core;
 use stillblock_core::volume::open::{self, Cache, CreateRequest, OpenRequest, Recover};
+use stillblock_core::volume::{OnFull, StorePolicy};
 
 /// One read into a Python object; larger ones are the caller's loop.
 const READ_BYTES_MAX: u64 = 1 << 30;
+/// What happens to first changes when the store is full.
+const ON_FULL: [(&str, OnFull); 3] =
+    [("degrade", OnFull::Degrade), ("hold", OnFull::Hold), ("fail", OnFull::Fail)];
 /// `View.extents`: the snapshot does not select the range.
 const NOT_SELECTED: u32 = 4;
 /// `View.extents`: its content is lost.
@@ -67,15 +71,18 @@ impl Volume {
 #[pymethods]
 impl Volume {
     #[staticmethod]
-    #[pyo3(signature = (*, store, origin, block_size, meta))]
+    #[pyo3(signature = (*, store, origin, block_size, meta, on_full="degrade", limit_bytes=0))]
     fn create(
         py: Python<'_>,
         store: PathBuf,
         origin: PathBuf,
         block_size: u64,
         meta: Vec<u8>,
+        on_full: &str,
+        limit_bytes: u64,
     ) -> PyResult<String> {
-        let request = CreateRequest { store, origin, block_size, meta };
+        let policy = StorePolicy { on_full: choose("on_full", on_full, &ON_FULL)?, limit_bytes };
+        let request = CreateRequest { store, origin, block_size, meta, policy };
         detached(py, || open::create(&request)).map(hex)
     }
 
@@ -235,16 +242,18 @@ impl Volume {
         detached(py, || self.0.flush())
     }
 
-    #[pyo3(signature = (*, selection, meta, pause_limit_ms=2000))]
+    #[pyo3(signature = (*, selection, low=Vec::new(), meta, pause_limit_ms=2000))]
     fn snapshot(
         &self,
         py: Python<'_>,
         selection: Ranges,
+        low: Ranges,
         meta: Vec<u8>,
         pause_limit_ms: u64,
     ) -> PyResult<Instant> {
         let request = core::SnapshotRequest {
             selection: self.blocks(&selection)?,
+            low: self.blocks(&low)?,
             meta,
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
@@ -308,13 +317,16 @@ impl Volume {
         Ok(View(Arc::new(view)))
     }
 
-    #[pyo3(signature = (*, epoch, request, safety_selection, meta, pause_limit_ms=2000))]
+    #[pyo3(signature = (*, epoch, request, safety_selection, safety_low=Vec::new(), meta,
+        pause_limit_ms=2000))]
+    #[allow(clippy::too_many_arguments)] // keywords in Python
     fn restore(
         &self,
         py: Python<'_>,
         epoch: u32,
         request: Ranges,
         safety_selection: Ranges,
+        safety_low: Ranges,
         meta: Vec<u8>,
         pause_limit_ms: u64,
     ) -> PyResult<RestoreStatus> {
@@ -322,6 +334,7 @@ impl Volume {
             source_epoch: epoch,
             request: self.blocks(&request)?,
             safety_selection: self.blocks(&safety_selection)?,
+            safety_low: self.blocks(&safety_low)?,
             meta,
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
@@ -351,6 +364,24 @@ impl Volume {
     fn statistics(&self) -> Statistics {
         let counters = self.0.counters.list().into_iter();
         Statistics(counters.chain(self.0.gauges()).collect())
+    }
+
+    #[pyo3(signature = (*, on_full, limit_bytes))]
+    fn set_store_policy(&self, py: Python<'_>, on_full: &str, limit_bytes: u64) -> PyResult<()> {
+        let on_full = choose("on_full", on_full, &ON_FULL)?;
+        detached(py, || self.0.set_store_policy(StorePolicy { on_full, limit_bytes }))
+    }
+
+    fn store_usage(&self, py: Python<'_>) -> PyResult<StoreUsage> {
+        detached(py, || self.0.store_usage()).map(|usage| {
+            let on_full = ON_FULL.iter().find(|(_, kind)| *kind == usage.policy.on_full);
+            StoreUsage::new(usage, on_full.map_or("", |(name, _)| name))
+        })
+    }
+
+    #[pyo3(signature = (*, epoch))]
+    fn low(&self, epoch: u32) -> Ranges {
+        to_ranges(&self.0.low(epoch), self.0.block_size(), self.0.size_bytes())
     }
 
     fn store_bytes(&self, py: Python<'_>) -> PyResult<u64> {

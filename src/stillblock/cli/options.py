@@ -51,7 +51,12 @@ class Change(Common):
 
 def _to_terms(_: type, tokens: Sequence[Token]) -> tuple[RuleTerm, ...]:
     return tuple(
-        RuleTerm(include=token.keyword == "--include", text=token.value) for token in tokens
+        RuleTerm(
+            include=token.keyword != "--exclude",
+            text=token.value,
+            is_low=token.keyword == "--include-low",
+        )
+        for token in tokens
     )
 
 
@@ -69,21 +74,23 @@ BookmarkRef = Annotated[str, Parameter(help="The bookmark, VOL@NAME.")]
 Terms = Annotated[
     tuple[RuleTerm, ...],
     Parameter(
-        name=("--include", "--exclude"),
+        name=("--include", "--exclude", "--include-low"),
         converter=_to_terms,
         accepts_keys=False,
         n_tokens=1,
         consume_multiple=False,
         help="A rule term, as often as needed: 64MiB-128MiB, 4GiB+1GiB, part:2, part:name=data, "
         "part:type=swap, all. Order matters: the last that matches a block decides. A list that "
-        "starts with an exclusion starts from all.",
+        "starts with an exclusion starts from all. --include-low: it matters less, and is given up "
+        "first when the store is full.",
     ),
 ]
 OnlyTerms = Annotated[
     tuple[str, ...],
     Parameter(name="--only", help="Only what this term names, as often as needed: part:2."),
 ]
-Size = Annotated[int, Parameter(converter=_to_size, n_tokens=1, accepts_keys=False)]
+SIZE: Final = Parameter(converter=_to_size, n_tokens=1, accepts_keys=False)
+Size = Annotated[int, SIZE]
 
 
 def volume_of(text: str) -> str:

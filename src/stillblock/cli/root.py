@@ -111,9 +111,10 @@ def _announce(output: Output, ready: Ready, attach: Any) -> None:
 
 
 def status(*, common: Common = _COMMON) -> int:
-    """Show what is served, to whom, and how far a restore or a scrub is."""
+    """Show what is served, to whom, how far work on it is, and full stores (exit code 3)."""
     from stillblock.cli.restore import describe  # noqa: PLC0415
     from stillblock.cli.upkeep import describe as describe_verification  # noqa: PLC0415
+    from stillblock.operations import usage  # noqa: PLC0415
     from stillblock.operations.registry import open_catalog  # noqa: PLC0415
     from stillblock.service.client import RemoteSession, find_server  # noqa: PLC0415
 
@@ -127,21 +128,21 @@ def status(*, common: Common = _COMMON) -> int:
     for entry in known:
         socket_path = find_server(config, entry.name)
         if socket_path is None:
-            found.append(
-                {
-                    "name": entry.name,
-                    "is_served": False,
-                    "exports": [],
-                    "restore": None,
-                    "verification": None,
-                }
-            )
+            stopped = {
+                "is_served": False,
+                "exports": [],
+                "restore": None,
+                "verification": None,
+                "store": None,
+            }
+            found.append({"name": entry.name, **stopped})
             rows.append((entry.name, "stopped", "", ""))
             continue
         session = RemoteSession(socket_path, entry.name)
         try:
             exports, restore = session.exports().exports, session.restore_status()
             verification = session.verification_status()
+            store = session.store_usage()
         except StillblockError as error:
             output.warn(f"{entry.name}: {error}")
             code = ExitCode.PARTIAL
@@ -153,11 +154,15 @@ def status(*, common: Common = _COMMON) -> int:
                 "exports": exports,
                 "restore": restore,
                 "verification": verification,
+                "store": store,
             }
         )
         rows += [(e.name, "served", str(e.connections), e.uri) for e in exports]
         remarks += [describe(restore)] if restore.is_running else []
         remarks += [describe_verification(verification)] if verification.is_running else []
+        if text := usage.describe(store):
+            output.warn(text)
+            code = ExitCode.PARTIAL
 
     def render(out: Output) -> None:
         out.table(("NAME", "STATE", ">CLIENTS", "URI"), rows, empty="no volumes yet")

@@ -82,7 +82,7 @@ def explain(
 def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:
     rows = [
         (
-            "include" if term.include else "exclude",
+            term.action,
             term.text,
             format_size(term.matched_bytes),
             format_size(term.contributed_bytes),

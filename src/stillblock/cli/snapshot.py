@@ -27,6 +27,7 @@ from stillblock.cli.output import (
     size_exact,
 )
 from stillblock.errors import ExitCode, StillblockError, UsageError
+from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Receipt,
@@ -44,6 +45,7 @@ app = new_app("snapshot")
 
 _COMMON: Final = Common()
 _CHANGE: Final = Change()
+_LOST_SHOWN_MAX: Final = 32
 
 
 @app.command
@@ -305,7 +307,7 @@ def _flags(info: SnapshotInfo) -> str:
         "protected" if info.is_protected else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
         "bookmarked" if info.has_bookmark else "",
-        f"LOST {format_size(info.lost_bytes)}" if info.lost_bytes else "",
+        f"PARTIAL, LOST {format_size(info.lost_bytes)}" if info.is_partial else "",
         f"DAMAGED {format_size(info.damaged_bytes)}" if info.damaged_bytes else "",
         "DAMAGED" if info.damage else "",
         "SUSPECT" if info.is_suspect else "",
@@ -351,12 +353,14 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("damaged", size_exact(info.damaged_bytes) if info.damaged_bytes else ""),
             ("DAMAGED", info.damage),
             ("SUSPECT", info.suspect_reason),
+            ("matters less", size_exact(info.low_bytes) if info.low_bytes else ""),
             ("accepted", info.accepted),
             ("notes", _flags(info)),
             ("description", info.description),
             ("read it at", uri),
         )
     )
+    _render_lost(out, info)
 
 
 def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
@@ -385,7 +389,7 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     if found.terms:
         rows = [
             (
-                "include" if term.include else "exclude",
+                term.action,
                 term.text,
                 format_size(term.matched_bytes),
                 format_size(term.contributed_bytes),
@@ -398,9 +402,32 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     if found.left_out:
         out.line()
         show_left_out(out, found.left_out)
+    _render_lost(out, info)
     if with_extents:
         out.line()
         out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
+
+
+def _render_lost(out: Output, info: SnapshotInfo) -> None:
+    if not info.lost:
+        return
+    out.line()
+    out.line("PARTIAL: these extents are lost and give errors; everything else is right")
+    at_source = intersect(info.lost, info.lost_at_source)
+    rows = [(extent, "the store had no room") for extent in subtract(info.lost, at_source)]
+    rows += [(extent, "lost at source: the origin could not be read") for extent in at_source]
+    rows.sort()
+    shown = rows[:_LOST_SHOWN_MAX]
+    out.table(
+        (">START", ">END", ">SIZE", "WHY"),
+        [
+            (*words, why)
+            for words, (_, why) in zip(extents_rows([e for e, _ in shown]), shown, strict=True)
+        ],
+        empty="",
+    )
+    if len(rows) > len(shown):
+        out.line(f"and {len(rows) - len(shown)} more; --json lists all")
 
 
 def _pause(found: Receipt) -> str:

@@ -1,4 +1,4 @@
-"""`stillblock volume`: add, list, show, resize, release, import, remove; upkeep beside it."""
+"""`stillblock volume`: add, list, show, set, resize, release, import, remove; upkeep beside it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from cyclopts import Parameter
 
 from stillblock.cli import upkeep
 from stillblock.cli.app import new_app
-from stillblock.cli.options import Change, Common, Size, Terms, VolumeName, volume_of
+from stillblock.cli.options import SIZE, Change, Common, Size, Terms, VolumeName, volume_of
 from stillblock.cli.output import Output, age, counted, percent, rules_text, size_exact
-from stillblock.errors import InUseError
-from stillblock.model import BLOCK_SIZE_DEFAULT, format_instant, format_size
-from stillblock.operations import imports, volumes
+from stillblock.errors import InUseError, UsageError
+from stillblock.model import (
+    BLOCK_SIZE_DEFAULT,
+    OnFull,
+    StoreUsage,
+    UsageLevel,
+    format_instant,
+    format_size,
+)
+from stillblock.operations import imports, usage, volumes
+from stillblock.operations.usage import PolicyRequest
 from stillblock.service.client import find_server
 from stillblock.service.session import open_session
 
@@ -31,6 +39,8 @@ def add(
     origin: Path,
     store: Path | None = None,
     block_size: Size = BLOCK_SIZE_DEFAULT,
+    store_policy: OnFull = OnFull.DEGRADE,
+    store_limit: Size = 0,
     terms: Terms = (),
     change: Change = _CHANGE,
 ) -> None:
@@ -49,10 +59,21 @@ def add(
         A new directory for all that is kept about it; may be on another disk.
     block_size
         The unit of tracking: a power of two from 4096 to 65536.
+    store_policy
+        What happens when the store is full. degrade: writes go on, snapshots lose what changes;
+        hold: first changes wait for room; fail: they get an I/O error.
+    store_limit
+        What the store may take; 0: as much as its filesystem has.
     """
     output, config = Output(change), change.config()
     request = volumes.AddRequest(
-        name=name, origin=origin, store=store, block_size=block_size, rules=terms
+        name=name,
+        origin=origin,
+        store=store,
+        block_size=block_size,
+        rules=terms,
+        on_full=store_policy,
+        store_limit_bytes=store_limit,
     )
     plan = volumes.plan_add(config, request)
     share = percent(plan.selected_bytes, plan.size_bytes)
@@ -105,6 +126,7 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
     with open_session(config, volume_of(volume)) as session:
         info = session.show_volume()
         exports = session.exports().exports
+        found = session.store_usage()
 
     def render(out: Output) -> None:
         out.pairs(
@@ -120,6 +142,7 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
                 ("snapshots", str(info.snapshot_count)),
                 ("bookmarks", str(info.bookmark_count)),
                 ("kept for them", format_size(info.store_bytes)),
+                *_usage_rows(found),
                 (
                     "made",
                     f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)",
@@ -132,7 +155,39 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
         for export in exports:
             out.line(export.uri)
 
-    output.result("volume", {"volume": info, "exports": exports}, render)
+    output.result("volume", {"volume": info, "exports": exports, "store": found}, render)
+    if text := usage.describe(found):
+        output.warn(text)
+
+
+@app.command(name="set")
+def set_(
+    volume: VolumeName,
+    /,
+    *,
+    store_policy: OnFull | None = None,
+    store_limit: Annotated[int | None, SIZE] = None,
+    common: Common = _COMMON,
+) -> None:
+    """Change what happens when the store is full; in force at once, also while it is served.
+
+    Parameters
+    ----------
+    store_policy
+        degrade: writes go on, snapshots lose what changes, of low priority first; hold: first
+        changes wait until there is room; fail: they get an I/O error.
+    store_limit
+        What the store may take; 0: as much as its filesystem has.
+    """
+    if store_policy is None and store_limit is None:
+        raise UsageError("say what to change: --store-policy or --store-limit")
+    output, config = Output(common), common.config()
+    request = PolicyRequest(on_full=store_policy, limit_bytes=store_limit)
+    with open_session(config, volume_of(volume)) as session:
+        found = session.set_store_policy(request)
+    output.result("store-usage", found, lambda out: out.pairs(_usage_rows(found)))
+    if text := usage.describe(found):
+        output.warn(text)
 
 
 @app.command
@@ -257,4 +312,16 @@ def _show_released(output: Output, done: volumes.Released) -> None:
         lambda out: out.line(
             f"released {done.volume}: {done.origin} is complete, any tool can use it"
         ),
+    )
+
+
+def _usage_rows(found: StoreUsage) -> tuple[tuple[str, str], ...]:
+    limit = "none" if found.limit_bytes is None else format_size(found.limit_bytes)
+    room = f"{format_size(found.used_bytes)} of {format_size(found.capacity_bytes)}"
+    return (
+        ("when full", str(found.on_full)),
+        ("store limit", limit),
+        ("store takes", f"{room} ({found.percent} %)"),
+        ("STORE", "" if found.level is UsageLevel.OK else str(found.level)),
+        ("held writes", str(found.held_writes) if found.held_writes else ""),
     )

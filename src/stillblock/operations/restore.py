@@ -112,6 +112,7 @@ def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgres
             epoch=prepared.snapshot.epoch.epoch,
             request=prepared.request,
             safety_selection=kept,
+            safety_low=intersect(explained.low, kept),
             meta=encode_snapshot(record),
             pause_limit_ms=request.pause_limit_ms,
         )

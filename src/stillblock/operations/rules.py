@@ -41,6 +41,12 @@ class TermExplanation:
     matched_bytes: int
     contributed_bytes: int
     note: str = ""
+    is_low: bool = False
+
+    @property
+    def action(self) -> str:
+        """`include`, `include-low` or `exclude`."""
+        return RuleTerm(include=self.include, text=self.text, is_low=self.is_low).action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,9 @@ class Explanation:
     selected_bytes: int
     left_out: tuple[LeftOut, ...]
     left_out_bytes: int
+    low: Extents = ()
+    """What of it is given up first when the store is full."""
+    low_bytes: int = 0
     notes: tuple[str, ...] = ()
     """What to know about the disk, such as a damaged primary partition table."""
 
@@ -67,6 +76,7 @@ class Explanation:
                 matched_bytes=term.matched_bytes,
                 contributed_bytes=term.contributed_bytes,
                 note=term.note,
+                is_low=term.is_low,
             )
             for term in self.terms
         )
@@ -120,9 +130,7 @@ def explain_on(
     disk: selection.Disk, rules: tuple[RuleTerm, ...], *, volume: str, block_size: int
 ) -> Explanation:
     """Return what a complete list of terms comes to on a disk; raise `RuleError`."""
-    parsed = selection.Rules.parse(
-        [("include" if term.include else "exclude", term.text) for term in rules]
-    )
+    parsed = selection.Rules.parse([(term.action, term.text) for term in rules])
     resolved = selection.resolve(parsed, disk, block_size=block_size)
     left_out = tuple(
         LeftOut(start=part.start, end=part.end, because=part.because) for part in resolved.excluded
@@ -139,6 +147,7 @@ def explain_on(
                 matched_bytes=term.bytes,
                 contributed_bytes=term.contributed_bytes,
                 note=term.note,
+                is_low=term.is_low,
             )
             for term in resolved.terms
         ),
@@ -146,5 +155,7 @@ def explain_on(
         selected_bytes=resolved.selected_bytes,
         left_out=left_out,
         left_out_bytes=total_bytes(tuple((part.start, part.end) for part in left_out)),
+        low=resolved.low,
+        low_bytes=total_bytes(resolved.low),
         notes=resolved.notes,
     )

@@ -52,6 +52,8 @@ class SnapshotPlan:
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     pause_limit_ms: int
+    low: Extents = ()
+    """What of it is given up first when the store is full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +144,7 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         left_out=explained.left_out,
         notes=explained.notes,
         pause_limit_ms=request.pause_limit_ms,
+        low=explained.low,
     )
 
 
@@ -162,6 +165,7 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         )
         instant = volume.engine.snapshot(
             selection=plan.extents,
+            low=plan.low,
             meta=encode_snapshot(record),
             pause_limit_ms=plan.pause_limit_ms,
         )
@@ -325,6 +329,10 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         lost_bytes=total_bytes(tuple(epoch.lost)),
         holders=volume.hooks.holders(volume, epoch),
         description=record.description,
+        is_partial=bool(epoch.lost),
+        lost=tuple(epoch.lost),
+        lost_at_source=tuple(epoch.lost_at_source),
+        low_bytes=total_bytes(volume.engine.low(epoch=epoch.epoch)),
         state=snapshot.state,
         damaged_bytes=total_bytes(tuple(epoch.damaged)),
         damage=epoch.damage,

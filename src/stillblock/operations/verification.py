@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import ClosedError, InUseError, NotFoundError, StillblockError, UsageError
 from stillblock.extents import total_bytes
-from stillblock.model import DamagedCopy, Extents, SnapshotState
+from stillblock.model import DamagedCopy, Extents, SnapshotState, StoreUsage, UsageLevel
+from stillblock.operations import usage
 
 if TYPE_CHECKING:
     from stillblock import native
@@ -244,19 +245,23 @@ def judge(volume: OpenVolume, findings: tuple[Finding, ...]) -> CheckReport:
     is_damaged = any(f.is_lost for f in findings)
     is_damaged |= any(s.state is SnapshotState.DAMAGED for s in snapshots)
     verdict = Verdict.OK
-    if findings or snapshots:
+    room = usage.store_usage(volume)
+    if findings or snapshots or room.level is not UsageLevel.OK:
         verdict = Verdict.DAMAGE if is_damaged else Verdict.WARNING
     return CheckReport(
         volume=volume.name,
         verdict=verdict,
         findings=findings,
         snapshots=snapshots,
-        advice=tuple(_advice(volume.name, findings, snapshots)),
+        advice=tuple(_advice(volume.name, findings, snapshots, room)),
     )
 
 
 def _advice(
-    name: str, findings: tuple[Finding, ...], snapshots: tuple[SnapshotFinding, ...]
+    name: str,
+    findings: tuple[Finding, ...],
+    snapshots: tuple[SnapshotFinding, ...],
+    room: StoreUsage,
 ) -> list[str]:
     advice: list[str] = []
     states = {s.state for s in snapshots}
@@ -277,6 +282,8 @@ def _advice(
             f"compare a suspect snapshot with what you know; `stillblock volume recover {name} "
             "--accept-origin` takes the origin as it is"
         )
+    if text := usage.describe(room):
+        advice.append(text)
     return advice
 
 

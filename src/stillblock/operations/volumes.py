@@ -22,6 +22,7 @@ from stillblock.model import (
     BLOCK_SIZE_DEFAULT,
     BLOCK_SIZE_MAX,
     BLOCK_SIZE_MIN,
+    OnFull,
     RuleTerm,
     VolumeConfig,
     VolumeEntry,
@@ -40,6 +41,7 @@ from stillblock.operations.registry import (
     registering,
 )
 from stillblock.operations.rules import explain_on
+from stillblock.operations.usage import check_limit
 from stillblock.operations.volume import (
     OpenVolume,
     encode_settings,
@@ -61,6 +63,9 @@ class AddRequest:
     """None: under the state directory."""
     block_size: int = BLOCK_SIZE_DEFAULT
     rules: tuple[RuleTerm, ...] = ()
+    on_full: OnFull = OnFull.DEGRADE
+    store_limit_bytes: int = 0
+    """0: as much as its filesystem has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,8 @@ class AddPlan:
     rules: tuple[RuleTerm, ...]
     selected_bytes: int
     """What a snapshot under the standing rules would select now."""
+    on_full: OnFull = OnFull.DEGRADE
+    store_limit_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +119,7 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
     system = system or origins.System()
     check_new_name(request.name, what="volume")
     _check_block_size(request.block_size)
+    check_limit(request.store_limit_bytes)
     origin, store = (
         _absolute(request.origin),
         _absolute(request.store or config.default_store(request.name)),
@@ -137,6 +145,8 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
         block_size=request.block_size,
         rules=request.rules,
         selected_bytes=explained.selected_bytes,
+        on_full=request.on_full,
+        store_limit_bytes=request.store_limit_bytes,
     )
 
 
@@ -154,6 +164,8 @@ def add_volume(config: Config, plan: AddPlan) -> VolumeEntry:
                 origin=Path(plan.origin),
                 block_size=plan.block_size,
                 meta=encode_settings(settings),
+                on_full=plan.on_full.value,
+                limit_bytes=plan.store_limit_bytes,
             )
         except BaseException:
             discard_skeleton(store)

@@ -41,6 +41,7 @@ class TermResult:
     """Bytes that it decided: no later term matches them. Before rounding to blocks."""
     phase: Phase
     note: str = ""
+    is_low: bool = False
 
     @property
     def bytes(self) -> int:
@@ -70,6 +71,8 @@ class Resolution:
     """The selected bytes, in whole blocks (the last may be cut by the end of the disk)."""
     terms: tuple[TermResult, ...]
     excluded: tuple[ExcludedExtent, ...]
+    low: Extents = ()
+    """Of the selected, in whole blocks: what only low inclusions select."""
     notes: tuple[str, ...] = ()
     """What a careful user should know about the disk, such as a damaged primary GPT."""
 
@@ -86,6 +89,7 @@ class Resolution:
             "block_size": self.block_size,
             "selected_bytes": self.selected_bytes,
             "extents": _extents_json(self.extents),
+            "low": _extents_json(self.low),
             "terms": [term.to_json() for term in self.terms],
             "excluded": [
                 {"start": left.start, "end": left.end, "because": left.because}
@@ -107,6 +111,7 @@ def resolve(rules: Rules, disk: Disk, *, block_size: int) -> Resolution:
 
     undecided = whole(facts.size)
     included: list[Extent] = []
+    high: list[Extent] = []
     left_out: list[tuple[Extent, str]] = []
     results: list[TermResult] = []
     # Backwards: the last term that matches a byte decides it, whatever stands before.
@@ -115,9 +120,13 @@ def resolve(rules: Rules, disk: Disk, *, block_size: int) -> Resolution:
         undecided = subtract(undecided, match.extents)
         if term.include:
             included += decided
+            if not term.is_low:
+                high += decided
         else:
             left_out += [(extent, term.text) for extent in decided]
         note = match.note
+        if term.is_low:
+            note = "; ".join(filter(None, (note, "given up first when the store is full")))
         if not decided:
             note = "; ".join(filter(None, (note, "later terms decide all of it")))
         results.append(
@@ -128,20 +137,25 @@ def resolve(rules: Rules, disk: Disk, *, block_size: int) -> Resolution:
                 contributed_bytes=total_bytes(decided),
                 phase=kind.phase,
                 note=note,
+                is_low=term.is_low,
             )
         )
     if rules.starts_from_all:
         included += undecided
+        high += undecided
     else:
         left_out += [(extent, NOT_INCLUDED) for extent in undecided]
 
     selected = round_out(normalise(included), block_size=block_size, size=facts.size)
     if not selected:
         _refuse_nothing(rules, facts)
+    # A block with one byte that matters is one that matters.
+    mattering = round_out(normalise(high), block_size=block_size, size=facts.size)
     return Resolution(
         disk_size=facts.size,
         block_size=block_size,
         extents=selected,
+        low=subtract(selected, mattering),
         terms=tuple(reversed(results)),
         excluded=_excluded(left_out, selected),
         notes=facts.notes,

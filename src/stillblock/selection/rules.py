@@ -37,12 +37,16 @@ class Rules:
 
     @classmethod
     def parse(cls, pairs: Iterable[tuple[str, str]]) -> "Rules":
-        """Return the rules for `("include" or "exclude", term)` pairs, in the user's order."""
+        """Return the rules for (action, term) pairs, in the user's order.
+
+        An action is "include", "exclude" or "include-low".
+        """
         terms = []
         for action, text in pairs:
-            if action not in ("include", "exclude"):
+            if action not in ("include", "include-low", "exclude"):
                 raise RuleError(f"{action!r} is neither include nor exclude (term {text!r})")
-            terms.append(Term(include=action == "include", text=text.strip()))
+            is_low = action == "include-low"
+            terms.append(Term(include=action != "exclude", text=text.strip(), is_low=is_low))
         return cls(terms=tuple(terms))
 
     @property
@@ -61,7 +65,11 @@ class Rules:
         """Return a document that `from_json` reads back."""
         return {
             "version": RULES_VERSION,
-            "terms": [{"include": term.include, "text": term.text} for term in self.terms],
+            "terms": [
+                {"include": term.include, "text": term.text}
+                | ({"is_low": True} if term.is_low else {})
+                for term in self.terms
+            ],
         }
 
     @classmethod
@@ -86,6 +94,7 @@ class Rules:
 def _term_from_json(document: object) -> Term:
     if isinstance(document, dict):
         include, text = document.get("include"), document.get("text")
-        if isinstance(include, bool) and isinstance(text, str):
-            return Term(include=include, text=text)
+        is_low = document.get("is_low", False)
+        if isinstance(include, bool) and isinstance(text, str) and isinstance(is_low, bool):
+            return Term(include=include, text=text, is_low=is_low and include)
     raise RuleError(f"a term in a rules document has include and text, not {document!r:.80}")

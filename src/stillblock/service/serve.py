@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final, Self
 import uvicorn
 
 from stillblock.config import checked_socket_path
-from stillblock.errors import InUseError, SocketPathError, UsageError
+from stillblock.errors import InUseError, SocketPathError, StillblockError, UsageError
+from stillblock.operations.usage import StoreWatch
 from stillblock.operations.volume import EngineOptions, OpenVolume, Snapshot
 from stillblock.operations.volumes import Released
 from stillblock.service.app import create_app
@@ -40,6 +41,8 @@ STOP_STREAMS_S: Final = 3
 _PRIVATE_SOCKET: Final = 0o600
 _BACKLOG: Final = 64
 _PORT_MAX: Final = 65535
+_STORE_WATCH_S: Final = 2.0
+"""How often it is looked how full stores are: far longer than a look takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,11 +215,24 @@ class VolumeHost:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM) if handles_signals else ():
             loop.add_signal_handler(number, self.stop)
+        watching = asyncio.create_task(self._watch_stores())
         try:
             await self._server.serve(sockets=[listening for _, listening in self._control])
         finally:
+            watching.cancel()
             # While the loop runs, a further signal only calls `stop`: it breaks nothing off.
             await asyncio.to_thread(self._undo.close)
+
+    async def _watch_stores(self) -> None:
+        """Write down when a store fills up, and when it has room again."""
+        watch = StoreWatch()
+        while True:
+            for volume in tuple(self._volumes.values()):
+                try:
+                    await asyncio.to_thread(watch.look, volume)
+                except StillblockError as error:
+                    _LOG.warning("store not looked at: volume=%s: %s", volume.name, error)
+            await asyncio.sleep(_STORE_WATCH_S)
 
     def stop(self) -> None:
         """Ask for a clean stop; asking again changes nothing, for half a stop would help nobody."""

@@ -38,10 +38,12 @@ if TYPE_CHECKING:
         Receipt,
         RestoreProgress,
         SnapshotInfo,
+        StoreUsage,
         VolumeInfo,
     )
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
+    from stillblock.operations.usage import PolicyRequest
     from stillblock.operations.volumes import Released, Resized
 
 Q = TypeVar("Q")
@@ -85,6 +87,14 @@ class Session(abc.ABC):
     def exports(self) -> ExportList:
         """Return what NBD clients can ask for."""
         return self.call(verbs.EXPORTS, NoRequest())
+
+    def store_usage(self) -> StoreUsage:
+        """Return how full the store is, and what happens when it is."""
+        return self.call(verbs.STORE_USAGE, NoRequest())
+
+    def set_store_policy(self, request: PolicyRequest) -> StoreUsage:
+        """Change what happens when the store is full, or how much it may take."""
+        return self.call(verbs.SET_STORE_POLICY, request)
 
     def resize(self) -> Resized:
         """Take over the origin's present length."""

@@ -16,6 +16,7 @@ from stillblock.model import (
     Receipt,
     RestoreProgress,
     SnapshotInfo,
+    StoreUsage,
     VolumeInfo,
 )
 from stillblock.operations import (
@@ -25,6 +26,7 @@ from stillblock.operations import (
     rules,
     snapshots,
     statistics,
+    usage,
     verification,
     volumes,
 )
@@ -85,6 +87,24 @@ EXPORTS: Final = Verb(
     request=NoRequest,
     result=statistics.ExportList,
     run=lambda volume, _: statistics.list_exports(volume),
+)
+STORE_USAGE: Final = Verb(
+    name="store_usage",
+    method="GET",
+    path="/store",
+    summary="How full the store is, and what happens when it is.",
+    request=NoRequest,
+    result=StoreUsage,
+    run=lambda volume, _: usage.store_usage(volume),
+)
+SET_STORE_POLICY: Final = Verb(
+    name="set_store_policy",
+    method="PATCH",
+    path="/store",
+    summary="Change what happens when the store is full, or how much it may take.",
+    request=usage.PolicyRequest,
+    result=StoreUsage,
+    run=usage.set_policy,
 )
 RESIZE: Final = Verb(
     name="resize",

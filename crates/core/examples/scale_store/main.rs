@@ -12,12 +12,12 @@ use std::time::Instant;
 use stillblock_core::error::{Error, Result};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::log::batch::BatchBuilder;
-use stillblock_core::log::format::{BATCH_BLOCKS_MAX, EpochHeader, Kind};
+use stillblock_core::log::format::{BATCH_BLOCKS_MAX, EpochHeader, Kind, PAGE};
 use stillblock_core::log::writer::{LogEnd, LogWriter, Segments};
 use stillblock_core::storage::FileDirectory;
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
-use stillblock_core::volume::{Effort, Volume};
+use stillblock_core::volume::{Effort, StorePolicy, Volume};
 
 const BLOCK: u64 = 4096;
 const DISK_BYTES: u64 = 15 << 40;
@@ -39,8 +39,13 @@ fn make(directory: &Path, epochs: u64, zero_blocks: u64, payload_blocks: u64) ->
     let origin = directory.join("disk.img");
     std::fs::File::create(&origin).and_then(|f| f.set_len(DISK_BYTES)).map_err(writing())?;
     let store = directory.join("store");
-    let request =
-        CreateRequest { store: store.clone(), origin, block_size: BLOCK, meta: Vec::new() };
+    let request = CreateRequest {
+        store: store.clone(),
+        origin,
+        block_size: BLOCK,
+        meta: Vec::new(),
+        policy: StorePolicy::default(),
+    };
     let uuid = create(&request)?;
     let segments = Arc::new(Segments::new(Arc::new(FileDirectory::new(&store.join("log")))));
     let mut log = LogWriter::new(uuid, segments, LogEnd::default()).map_err(writing())?;
@@ -56,9 +61,9 @@ fn make(directory: &Path, epochs: u64, zero_blocks: u64, payload_blocks: u64) ->
             selection: ExtentSet::from_extent(Extent::new(0, blocks)),
             restore: None,
             meta: Vec::new(),
+            low: ExtentSet::new(),
         };
-        let prepared = log.prepare_epoch().map_err(writing())?;
-        log.commit_epoch(&prepared, epoch, &header.encode()).map_err(writing())?;
+        log.commit_epoch(epoch, &header.encode(), 0).map_err(writing())?;
         let (zero, payload) = (zero_blocks / epochs, payload_blocks / epochs);
         let mut scattered: Vec<u64> = (0..zero + payload).map(|_| dice.below(blocks)).collect();
         scattered.sort_unstable();
@@ -75,6 +80,7 @@ fn make(directory: &Path, epochs: u64, zero_blocks: u64, payload_blocks: u64) ->
                     batch.note(Kind::PreserveZero, Extent::single(block));
                 }
             }
+            log.grow(batch.total_bytes() / PAGE).map_err(writing())?;
             log.append(&mut batch).map_err(writing())?;
         }
     }

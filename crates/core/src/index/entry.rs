@@ -24,6 +24,11 @@ impl Entry {
         Self { blocks, epoch, kind, position: Position(0), checksum: 0 }
     }
 
+    /// Lost content; `reason` is what the log has in the place of a checksum.
+    pub const fn lost(epoch: u32, blocks: Extent, reason: u32) -> Self {
+        Self { checksum: reason, ..Self::bare(Kind::Lost, epoch, blocks) }
+    }
+
     /// The order of an index: by block, then epoch, then what is worth more.
     pub const fn key(&self) -> (u64, u32, u8) {
         (self.blocks.start, self.epoch, self.kind as u8)

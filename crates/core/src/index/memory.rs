@@ -9,7 +9,7 @@ use super::entry::Entry;
 use super::{Content, Nearest};
 use crate::bitmap::SparseBitmap;
 use crate::extent::{Extent, ExtentSet};
-use crate::log::format::{Kind, PAGE, Position};
+use crate::log::format::{Kind, LOST_AT_SOURCE, PAGE, Position};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -111,6 +111,8 @@ impl Record {
 struct EpochExtents {
     zero: SparseBitmap,
     lost: ExtentSet,
+    /// Those of them that the origin could not give.
+    lost_at_source: ExtentSet,
     changed: SparseBitmap,
 }
 
@@ -146,6 +148,13 @@ impl Memory {
     pub fn insert_lost(&mut self, epoch: u32, blocks: &ExtentSet) {
         let extents = self.epochs.entry(epoch).or_default();
         extents.lost = extents.lost.union(blocks);
+    }
+
+    /// Add blocks whose old content could not be read.
+    pub fn insert_lost_at_source(&mut self, epoch: u32, blocks: &ExtentSet) {
+        self.insert_lost(epoch, blocks);
+        let extents = self.epochs.entry(epoch).or_default();
+        extents.lost_at_source = extents.lost_at_source.union(blocks);
     }
 
     /// Add blocks that changed without a copy.
@@ -221,7 +230,12 @@ impl Memory {
         for (&epoch, extents) in &self.epochs {
             let bare = |kind| move |blocks| Entry::bare(kind, epoch, blocks);
             entries.extend(extents.zero.within(window).map(bare(Kind::PreserveZero)));
-            entries.extend(extents.lost.within(window).map(bare(Kind::Lost)));
+            // Those that the origin could not give say so where the log says it.
+            let unreadable = extents.lost_at_source.within(window);
+            let at_source = |blocks| Entry::lost(epoch, blocks, LOST_AT_SOURCE);
+            let others = extents.lost.difference(&extents.lost_at_source);
+            entries.extend(unreadable.map(at_source));
+            entries.extend(others.within(window).map(bare(Kind::Lost)));
             entries.extend(extents.changed.within(window).map(bare(Kind::Changed)));
         }
     }

@@ -130,6 +130,11 @@ impl Index {
         Arc::make_mut(&mut self.open).insert_lost(epoch, blocks);
     }
 
+    /// Add blocks of the open epoch whose old content could not be read.
+    pub fn insert_lost_at_source(&mut self, epoch: u32, blocks: &ExtentSet) {
+        Arc::make_mut(&mut self.open).insert_lost_at_source(epoch, blocks);
+    }
+
     /// Add blocks of any epoch of which the journal says that their content is lost.
     pub fn insert_stray_loss(&mut self, epoch: u32, blocks: &ExtentSet) {
         self.stray.insert_lost(epoch, blocks);

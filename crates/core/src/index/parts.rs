@@ -5,7 +5,7 @@ use super::entry::{Entry, EpochSet};
 use super::memory::Memory;
 use super::run::Run;
 use crate::extent::{Extent, ExtentSet};
-use crate::log::format::Kind;
+use crate::log::format::{Kind, LOST_AT_SOURCE};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -160,6 +160,24 @@ impl Parts {
             })?;
         }
         Ok(ExtentSet::from_unsorted(extents))
+    }
+
+    /// Of `blocks` those that the origin could not give in an epoch from `since` on; what else was
+    /// kept of them is not looked at.
+    pub fn lost_at_source_since(&self, since: u32, blocks: Extent) -> io::Result<ExtentSet> {
+        let in_layers = self.layers.iter().any(|l| l.reaches(since) && l.run.has_lost());
+        if !in_layers && !self.memories.iter().any(|memory| memory.has_lost(since)) {
+            return Ok(ExtentSet::new());
+        }
+        let (mut walk, mut entries) = (Walk::new(blocks.start, blocks.end), Vec::new());
+        let mut all = Vec::new();
+        while self.next_window(&mut walk, &mut entries)? {
+            let is_one = |e: &&Entry| {
+                e.kind == Kind::Lost && e.checksum == LOST_AT_SOURCE && e.epoch >= since
+            };
+            all.extend(entries.iter().filter(is_one).map(|entry| entry.blocks));
+        }
+        Ok(ExtentSet::from_unsorted(all))
     }
 
     /// Blocks up to `end` recorded as lost in epochs from `since` on, for which nothing older was

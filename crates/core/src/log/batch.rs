@@ -1,8 +1,8 @@
 //! A batch under construction: old contents are read straight into their place in it.
 
 use super::format::{
-    BATCH_BLOCKS_MAX, BATCH_HEADER_BYTES, BatchHeader, DESCRIPTOR_BYTES, Descriptor, Kind, PAGE,
-    payload_checksum,
+    BATCH_BLOCKS_MAX, BATCH_HEADER_BYTES, BatchHeader, DESCRIPTOR_BYTES, Descriptor, Kind,
+    LOST_AT_SOURCE, PAGE, payload_checksum,
 };
 use crate::extent::Extent;
 use crate::number::{to_u64, to_usize};
@@ -113,7 +113,11 @@ impl BatchBuilder {
         let run_max = u64::from(u32::MAX);
         if let Some(last) = self.descriptors.last_mut() {
             let joined = Extent { start: last.blocks.start, end: blocks.end };
-            if last.kind == kind && last.blocks.end == blocks.start && joined.len() <= run_max {
+            if last.kind == kind
+                && last.checksum == 0
+                && last.blocks.end == blocks.start
+                && joined.len() <= run_max
+            {
                 last.blocks = joined;
                 return;
             }
@@ -128,6 +132,11 @@ impl BatchBuilder {
             });
             start = end;
         }
+    }
+
+    /// Record that the old content could not be read from the origin.
+    pub fn note_lost_at_source(&mut self, blocks: Extent) {
+        self.descriptors.push(Descriptor { kind: Kind::Lost, blocks, checksum: LOST_AT_SOURCE });
     }
 
     /// What was recorded, in order.

@@ -161,6 +161,9 @@ impl SegmentHeader {
                 page.get(COVERED_MERGED..COVERED_MERGED + 4).ok_or(SegmentError::Damaged)?;
             is_intact |= later == crc32c::crc32c(&page[..COVERED_MERGED]).to_le_bytes();
         }
+        if is_intact && version > FORMAT_VERSION {
+            return Err(SegmentError::Version(version));
+        }
         if is_intact && header.epoch_header_bytes <= EPOCH_HEADER_BYTES_MAX {
             Ok(header)
         } else {
@@ -206,6 +209,8 @@ pub struct EpochHeader {
     pub restore: Option<RestoreHeader>,
     /// Name, rules, receipt: not looked into here.
     pub meta: Vec<u8>,
+    /// Selected blocks that matter less than the others: they are given up first.
+    pub low: ExtentSet,
 }
 
 /// A restore in place, part of the commit of its safety snapshot.
@@ -227,7 +232,7 @@ impl EpochHeader {
             None => out.u32(0),
             Some(restore) => out.u32(restore.source_epoch).extents(&restore.blocks),
         };
-        out.bytes(&self.meta);
+        out.bytes(&self.meta).extents(&self.low);
         out.0
     }
 
@@ -242,7 +247,18 @@ impl EpochHeader {
             source_epoch => Some(RestoreHeader { source_epoch, blocks: input.extents()? }),
         };
         let meta = input.bytes()?.to_vec();
-        Ok(Self { epoch, predecessor, created_unix_ns, origin_bytes, selection, restore, meta })
+        // Headers of earlier releases end here.
+        let low = if input.is_at_end() { ExtentSet::new() } else { input.extents()? };
+        Ok(Self {
+            epoch,
+            predecessor,
+            created_unix_ns,
+            origin_bytes,
+            selection,
+            restore,
+            meta,
+            low,
+        })
     }
 }
 
@@ -275,6 +291,10 @@ impl Kind {
     }
 }
 
+/// In the place of a LOST record's checksum: the old content could not be read from the origin. 0: it
+/// could not be kept.
+pub const LOST_AT_SOURCE: u32 = 1;
+
 /// One line of a batch: a run of blocks. `Preserve` always has one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor {
@@ -282,7 +302,7 @@ pub struct Descriptor {
     pub kind: Kind,
     /// Of which blocks.
     pub blocks: Extent,
-    /// Of the payload; 0 without one.
+    /// Of the payload; 0 without one, but for [`LOST_AT_SOURCE`].
     pub checksum: u32,
 }
 

@@ -1,7 +1,9 @@
 //! Merged segments: one file that stands for several, of epochs between which nothing begins.
 
 use super::batch::{BatchBuilder, DESCRIPTORS_MAX};
-use super::format::{BATCH_BLOCKS_MAX, Kind, MergedHeader, PAGE, Position, SegmentHeader};
+use super::format::{
+    BATCH_BLOCKS_MAX, Kind, LOST_AT_SOURCE, MergedHeader, PAGE, Position, SegmentHeader,
+};
 use super::writer::{Segments, segment_name};
 use crate::index::entry::Entry;
 use crate::number::to_u64;
@@ -51,6 +53,8 @@ pub fn write_merged(
             if entry.kind == Kind::Preserve {
                 read(entry, batch.room(1))?;
                 batch.keep(entry.blocks);
+            } else if entry.kind == Kind::Lost && entry.checksum == LOST_AT_SOURCE {
+                batch.note_lost_at_source(entry.blocks);
             } else {
                 batch.note(entry.kind, entry.blocks);
             }
@@ -64,7 +68,9 @@ pub fn write_merged(
             checksum: kept.checksum,
         }));
         let bare = batch.descriptors().iter().filter(|d| d.kind != Kind::Preserve);
-        written.extend(bare.map(|d| Entry::bare(d.kind, epoch, d.blocks)));
+        written.extend(
+            bare.map(|d| Entry { checksum: d.checksum, ..Entry::bare(d.kind, epoch, d.blocks) }),
+        );
         let bytes = batch.finish(sequence);
         file.write_at(page * PAGE, bytes)?;
         page += to_u64(bytes.len()) / PAGE;

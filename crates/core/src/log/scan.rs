@@ -155,7 +155,7 @@ pub fn scan(
         let mut batches = found.read_epoch(segments, uuid, &numbers)?;
         found.batches.append(&mut batches);
     }
-    found.cut_torn_payload(segments, block_size);
+    found.cut_torn_payload(segments, block_size)?;
     Ok(found)
 }
 
@@ -183,10 +183,14 @@ pub fn scan_headers(
             Err(error @ SegmentError::Version(_)) => {
                 return Err(ScanError::Version { segment, error });
             }
-            Ok(_) | Err(_) => match reader.epoch_of_batches(uuid) {
-                Some(epoch) => found.unreadable.push((segment, epoch)),
-                None => found.unfinished.push(segment),
-            },
+            Ok(_) | Err(_) => {
+                let epoch = reader.epoch_of_batches(uuid);
+                reader.check()?;
+                match epoch {
+                    Some(epoch) => found.unreadable.push((segment, epoch)),
+                    None => found.unfinished.push(segment),
+                }
+            }
         }
     }
     put_in_order(&mut found, headers);
@@ -309,8 +313,14 @@ impl Scan {
                 Step::Batch(header, descriptors) => {
                     batches.push(FoundBatch { header, descriptors, segment, page: start });
                 }
-                Step::Damage => self.damaged.push((segment, start)),
-                Step::End => break,
+                Step::Damage => {
+                    reader.check()?;
+                    self.damaged.push((segment, start));
+                }
+                Step::End => {
+                    reader.check()?;
+                    break;
+                }
             }
         }
         // A segment that was closed at a page and ends before it lost its last batches.
@@ -335,18 +345,24 @@ impl Scan {
     /// In an unsynced tail any subset of sectors may have survived: the last batch counts only if
     /// its payload is intact. To be called when the last epoch was read, with its batches in
     /// [`Self::batches`].
-    pub fn cut_torn_payload(&mut self, segments: &Segments, block_size: u64) {
-        let Some(last) = self.batches.last() else { return };
+    pub fn cut_torn_payload(&mut self, segments: &Segments, block_size: u64) -> io::Result<()> {
+        let Some(last) = self.batches.last() else { return Ok(()) };
         let is_at_end = last.segment == self.end.segment
             && last.page + last.header.total_pages() == self.end.page;
         if !is_at_end {
-            return;
+            return Ok(());
         }
         let mut content = vec![0; to_usize(block_size)];
-        let is_torn = last.preserved(block_size).any(|(block, position, checksum)| {
-            let is_read = segments.read(position, &mut content).is_ok();
-            !is_read || payload_checksum(block, last.header.epoch, &content) != checksum
-        });
+        let mut is_torn = false;
+        for (block, position, checksum) in last.preserved(block_size) {
+            let end = position.offset_bytes() + block_size;
+            if segments.get(position.segment())?.len()? < end {
+                is_torn = true;
+                break;
+            }
+            segments.read(position, &mut content)?;
+            is_torn |= payload_checksum(block, last.header.epoch, &content) != checksum;
+        }
         if is_torn && !is_broken(Rule::LastBatchVerified) {
             if !is_broken(Rule::TornTailCut) {
                 self.end.page = last.page;
@@ -356,12 +372,16 @@ impl Scan {
             self.end.next_sequence = last.header.sequence;
             self.batches.pop();
         }
+        Ok(())
     }
 }
 
 /// True if a segment file without a header holds no record: an instant that never came.
 pub fn is_without_batches(file: &Arc<dyn Storage>, uuid: [u8; 16]) -> io::Result<bool> {
-    Ok(PageReader::new(Arc::clone(file))?.epoch_of_batches(uuid).is_none())
+    let reader = PageReader::new(Arc::clone(file))?;
+    let is_without = reader.epoch_of_batches(uuid).is_none();
+    reader.check()?;
+    Ok(is_without)
 }
 
 pub(super) enum Step {
@@ -436,12 +456,21 @@ const BATCH_PAGES_MAX: u64 = (BATCH_BLOCKS_MAX as u64) * 16 + 32;
 pub(super) struct PageReader {
     file: Arc<dyn Storage>,
     pub(super) pages: u64,
+    /// The first read that the device failed.
+    failure: std::cell::RefCell<Option<io::Error>>,
 }
 
 impl PageReader {
     pub(super) fn new(file: Arc<dyn Storage>) -> io::Result<Self> {
         let pages = file.len()? / PAGE;
-        Ok(Self { file, pages })
+        Ok(Self { file, pages, failure: std::cell::RefCell::default() })
+    }
+
+    /// An error if the device failed a read. What could not be read is neither torn nor damaged nor
+    /// the end: it may be there the next time, and records made meanwhile would be in its place. A
+    /// second copy that was read is good enough, so this is asked where something was not found.
+    fn check(&self) -> io::Result<()> {
+        self.failure.take().map_or(Ok(()), Err)
     }
 
     fn page(&self, page: u64) -> io::Result<Vec<u8>> {
@@ -453,7 +482,11 @@ impl PageReader {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let mut bytes = vec![0; to_usize(count * PAGE)];
-        self.file.read_at(page * PAGE, &mut bytes)?;
+        if let Err(error) = self.file.read_at(page * PAGE, &mut bytes) {
+            let kind = error.kind();
+            self.failure.borrow_mut().get_or_insert(error);
+            return Err(kind.into());
+        }
         Ok(bytes)
     }
 

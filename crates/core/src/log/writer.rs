@@ -13,6 +13,11 @@ use std::sync::Arc;
 /// Pages of a segment file: 64 MiB, so that a year of small epochs and one huge one both have few
 /// files.
 const SEGMENT_PAGES: u64 = (64 << 20) / PAGE;
+/// Pages kept for batches without payload, behind the room for originals: what was lost, what a
+/// restore brought back, and the seal before space is given back must be said on a full store.
+pub const MARK_PAGES: u64 = 32;
+/// Of these for the seal alone: without it nothing could be deleted.
+const SEAL_PAGES: u64 = 2;
 
 /// Segment files that are open at once, beside those in use: far below what a process may have.
 const OPEN_MAX: usize = 128;
@@ -93,21 +98,28 @@ struct Current {
     ordinal: u32,
     /// Where the next batch goes: the end of the last durable one.
     page: u64,
+    /// Pages up to which space is allocated: nothing is written beyond.
+    allocated: u64,
     /// A write or sync failed: nothing after `page` is trusted, nothing more goes here.
     is_broken: bool,
 }
 
 /// A segment file that exists but has no header yet: an instant that may still not come.
-pub struct Prepared {
+struct Prepared {
     segment: u32,
     file: Arc<dyn Storage>,
+    allocated: u64,
 }
 
 impl Prepared {
-    /// Its number.
-    pub fn segment(&self) -> u32 {
-        self.segment
+    /// Pages of originals it has space for, behind a header of this length.
+    fn room_pages(&self, header_bytes: u64) -> u64 {
+        self.allocated.saturating_sub(data_start_page(header_bytes) + MARK_PAGES)
     }
+}
+
+fn data_start_page(header_bytes: u64) -> u64 {
+    2 * (1 + header_bytes.div_ceil(PAGE))
 }
 
 /// The one writer of the log; owned by whoever holds the committer role.
@@ -115,6 +127,11 @@ pub struct LogWriter {
     uuid: [u8; 16],
     segments: Arc<Segments>,
     current: Option<Current>,
+    /// The segment of the next epoch. The log's order is that of the numbers: if a batch of this
+    /// epoch needs another segment before the instant, it gets this one, and the epoch a new one.
+    prepared: Option<Prepared>,
+    /// Its header was written and may or may not be durable.
+    is_in_doubt: bool,
     next_segment: u32,
     next_sequence: u64,
     previous: (u32, u32),
@@ -156,6 +173,7 @@ impl LogWriter {
                 epoch: end.epoch,
                 ordinal: end.ordinal,
                 page: end.page,
+                allocated: end.page,
                 is_broken: end.is_closed,
             })
         };
@@ -163,6 +181,8 @@ impl LogWriter {
             uuid,
             segments,
             current,
+            prepared: None,
+            is_in_doubt: false,
             next_segment: end.segment_max + 1,
             next_sequence: end.next_sequence.max(1),
             previous: (0, 0),
@@ -220,33 +240,54 @@ impl LogWriter {
         self.next_segment - 1
     }
 
-    /// Make the file of the next epoch, so that its name is durable before the instant.
-    pub fn prepare_epoch(&mut self) -> io::Result<Prepared> {
-        let segment = self.reserve_segment();
-        Ok(Prepared { segment, file: self.segments.create(segment)? })
+    /// Make the file of the next epoch, so that its name is durable before the instant, with space
+    /// for a header of `header_bytes` and `room_pages` of originals.
+    pub fn prepare_epoch(&mut self, header_bytes: u64, room_pages: u64) -> io::Result<()> {
+        assert!(self.prepared.is_none(), "one instant at a time");
+        self.prepared =
+            Some(self.prepare(data_start_page(header_bytes) + room_pages + MARK_PAGES)?);
+        Ok(())
     }
 
-    /// Make the epoch header durable: **the commit of an instant**. On an error the header may be
-    /// durable all the same; the caller must call [`Self::discard_epoch`] and not go on if that
-    /// fails.
-    pub fn commit_epoch(&mut self, prepared: &Prepared, epoch: u32, blob: &[u8]) -> io::Result<()> {
-        let header = self.header(prepared.segment, epoch, 0, blob);
+    /// Pages of originals the next epoch has space for.
+    pub fn prepared_pages(&self, header_bytes: u64) -> u64 {
+        self.prepared.as_ref().map_or(0, |prepared| prepared.room_pages(header_bytes))
+    }
+
+    fn prepare(&mut self, pages: u64) -> io::Result<Prepared> {
+        let segment = self.next_segment;
+        let file = self.segments.create(segment)?;
+        self.next_segment += 1;
+        if let Err(error) = file.allocate(0, pages * PAGE) {
+            // A file without a header is no part of the log: if it stays, a clean-up removes it.
+            let _ = self.segments.remove(segment);
+            return Err(error);
+        }
+        Ok(Prepared { segment, file, allocated: pages })
+    }
+
+    /// Make the epoch header durable: **the commit of an instant**; tells its segment. `room_pages`
+    /// of originals have their space there, as [`Self::prepare_epoch`] was asked for. On an error
+    /// the header may be durable all the same; the caller must call [`Self::discard_epoch`] and not
+    /// go on if that fails.
+    pub fn commit_epoch(&mut self, epoch: u32, blob: &[u8], room_pages: u64) -> io::Result<u32> {
+        if self.prepared.is_none() {
+            self.prepare_epoch(to_u64(blob.len()), room_pages)?;
+        }
+        let segment = self.prepared.as_ref().map_or(0, |prepared| prepared.segment);
+        let header = self.header(segment, epoch, 0, blob);
         let mut copy = header.encode();
         copy.extend_from_slice(blob);
         copy.resize(copy.len().next_multiple_of(to_usize(PAGE)), 0);
+        self.is_in_doubt = true;
+        let prepared = self.prepared.as_ref().expect("made above");
         prepared.file.write_slices_at(0, &[&copy, &copy])?;
         prepared.file.sync()?;
+        self.is_in_doubt = false;
+        let prepared = self.prepared.take().expect("made above");
         self.appended_bytes += 2 * to_u64(copy.len());
-        self.previous = self.end_of_current();
-        self.current = Some(Current {
-            segment: prepared.segment,
-            file: Arc::clone(&prepared.file),
-            epoch,
-            ordinal: 0,
-            page: header.data_start_page(),
-            is_broken: false,
-        });
-        Ok(())
+        self.switch_to(&prepared, epoch, 0, header.data_start_page());
+        Ok(segment)
     }
 
     /// Write the end of the log once more, and sync it. The process before may have been killed
@@ -264,11 +305,30 @@ impl LogWriter {
     }
 
     /// Undo [`Self::prepare_epoch`], and [`Self::commit_epoch`] if that failed.
-    pub fn discard_epoch(&self, prepared: &Prepared) -> io::Result<()> {
+    pub fn discard_epoch(&mut self) -> io::Result<()> {
+        if let Some(prepared) = &self.prepared {
+            self.discard(prepared)?;
+        }
+        self.forget_prepared();
+        Ok(())
+    }
+
+    /// The prepared segment is none of ours any more: removed, or denied.
+    pub fn forget_prepared(&mut self) {
+        self.prepared = None;
+        self.is_in_doubt = false;
+    }
+
+    fn discard(&self, prepared: &Prepared) -> io::Result<()> {
         prepared.file.set_len(0)?;
         prepared.file.sync()?;
         self.segments.remove(prepared.segment)?;
         self.segments.directory().sync()
+    }
+
+    /// True if an epoch is open: records can be appended.
+    pub fn is_open(&self) -> bool {
+        self.current.is_some()
     }
 
     /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch,
@@ -294,36 +354,116 @@ impl LogWriter {
         }
     }
 
-    /// Append a batch and make it durable; tells the segment and the page it begins at.
-    ///
-    /// After a failure the segment is closed at its last durable batch and the batch is written
-    /// once more, elsewhere; if that fails too, nothing of it is durable as far as anyone may rely
-    /// on.
-    pub fn append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
-        let first = self.try_append(batch);
-        if first.is_ok() {
-            return first;
-        }
-        if let Some(current) = &mut self.current {
-            current.is_broken = true;
-        }
-        self.try_append(batch)
+    /// Go on in another segment; what was allocated ahead in this one goes back.
+    fn switch_to(&mut self, prepared: &Prepared, epoch: u32, ordinal: u32, page: u64) {
+        self.release_ahead();
+        self.previous = self.end_of_current();
+        self.current = Some(Current {
+            segment: prepared.segment,
+            file: Arc::clone(&prepared.file),
+            epoch,
+            ordinal,
+            page,
+            allocated: prepared.allocated.max(page),
+            is_broken: false,
+        });
     }
 
-    fn try_append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
+    /// Give back what was allocated and not written.
+    pub fn release_ahead(&mut self) {
+        if let Some(current) = &mut self.current {
+            let pages = current.allocated.saturating_sub(current.page);
+            current.file.release_ahead(current.page * PAGE, pages * PAGE);
+            current.allocated = current.page;
+        }
+    }
+
+    /// Keep `room` pages for originals allocated, give the rest back; tells the bytes.
+    pub fn shrink(&mut self, room: u64) -> u64 {
+        let Some(current) = &mut self.current else { return 0 };
+        let end = current.page + room + MARK_PAGES;
+        let pages = current.allocated.saturating_sub(end);
+        if pages > 0 {
+            current.file.release_ahead(end * PAGE, pages * PAGE);
+            current.allocated = end;
+        }
+        pages * PAGE
+    }
+
+    /// Bytes allocated and not written.
+    pub fn ahead_bytes(&self) -> u64 {
+        self.current.as_ref().map_or(0, |c| c.allocated.saturating_sub(c.page) * PAGE)
+    }
+
+    /// Pages that batches may take without anything being allocated; nothing is needed where no
+    /// epoch is open.
+    pub fn room_pages(&self) -> u64 {
+        match &self.current {
+            None => u64::MAX,
+            Some(current) if current.is_broken => 0,
+            Some(current) => current.allocated.saturating_sub(current.page + MARK_PAGES),
+        }
+    }
+
+    /// True if a batch of so many pages has its space; one without payload may take what is kept
+    /// for marks.
+    pub fn has_room(&self, pages: u64, is_mark: bool) -> bool {
+        let Some(current) = &self.current else { return false };
+        let kept = if is_mark { SEAL_PAGES } else { MARK_PAGES };
+        !current.is_broken && current.page + pages + kept <= current.allocated
+    }
+
+    /// What having `room` pages for originals would take: bytes to allocate.
+    pub fn growth_for(&self, room: u64) -> u64 {
+        let Some(current) = &self.current else { return 0 };
+        let end = current.page + room + MARK_PAGES;
+        if current.is_broken || end > SEGMENT_PAGES {
+            return (2 + room + MARK_PAGES) * PAGE;
+        }
+        end.saturating_sub(current.allocated) * PAGE
+    }
+
+    /// Have `room` pages for originals allocated, in a new segment if this one ends before.
+    pub fn grow(&mut self, room: u64) -> io::Result<()> {
+        let Some(current) = &mut self.current else { return Ok(()) };
+        let end = current.page + room + MARK_PAGES;
+        if current.is_broken || end > SEGMENT_PAGES {
+            return self.roll(room);
+        }
+        if end > current.allocated {
+            let from = current.allocated;
+            current.file.allocate(from * PAGE, (end - from) * PAGE)?;
+            current.allocated = end;
+        }
+        Ok(())
+    }
+
+    /// The most that can be asked of [`Self::grow`].
+    pub const ROOM_PAGES_MAX: u64 = SEGMENT_PAGES - MARK_PAGES - 2;
+
+    /// Append a batch, for which there is room, and make it durable; tells the segment and the page
+    /// it begins at.
+    ///
+    /// After a failure the segment is closed at its last durable batch, and nothing of this one is
+    /// durable as far as anyone may rely on: it can be appended once more when [`Self::grow`] has
+    /// begun another segment.
+    pub fn append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
         let pages = batch.total_bytes() / PAGE;
-        let Some(current) = &self.current else {
+        let sequence = self.next_sequence;
+        let Some(current) = &mut self.current else {
             return Err(io::Error::other("the log has no open epoch"));
         };
-        if current.is_broken || current.page + pages > SEGMENT_PAGES {
-            self.roll()?;
+        if current.is_broken || current.page + pages > current.allocated {
+            return Err(io::ErrorKind::StorageFull.into());
         }
-        let sequence = self.next_sequence;
-        let current = self.current.as_mut().expect("rolled or open");
         let bytes = batch.finish(sequence);
-        current.file.write_at(current.page * PAGE, bytes)?;
-        if !is_broken(Rule::LogSync) {
-            current.file.sync()?;
+        let offset = current.page * PAGE;
+        let synced = || if is_broken(Rule::LogSync) { Ok(()) } else { current.file.sync() };
+        let written = current.file.write_at(offset, bytes).and_then(|()| synced());
+        if let Err(error) = written {
+            self.release_ahead();
+            self.current.as_mut().expect("it was there").is_broken = true;
+            return Err(error);
         }
         let at = u32::try_from(current.page).expect("a segment is bounded");
         current.page += pages;
@@ -334,27 +474,36 @@ impl LogWriter {
     }
 
     /// Go on in a new segment of the same epoch.
-    fn roll(&mut self) -> io::Result<()> {
+    fn roll(&mut self, room: u64) -> io::Result<()> {
         let (epoch, ordinal) =
             self.current.as_ref().map(|c| (c.epoch, c.ordinal)).expect("an epoch is open");
-        let prepared = self.prepare_epoch()?;
+        if self.is_in_doubt {
+            return Err(io::Error::other("an instant that failed is not undone yet"));
+        }
+        let pages = 2 + room + MARK_PAGES;
+        let prepared = match self.prepared.take() {
+            None => self.prepare(pages)?,
+            Some(mut taken) => {
+                if taken.allocated < pages {
+                    let (from, more) = (taken.allocated * PAGE, (pages - taken.allocated) * PAGE);
+                    if let Err(error) = taken.file.allocate(from, more) {
+                        self.prepared = Some(taken);
+                        return Err(error);
+                    }
+                    taken.allocated = pages;
+                }
+                taken
+            }
+        };
         let header = self.header(prepared.segment, epoch, ordinal + 1, &[]);
         let page = header.encode();
         let written = prepared.file.write_slices_at(0, &[&page, &page]);
         if let Err(error) = written.and_then(|()| prepared.file.sync()) {
             // The file holds no batch; a scan ignores it, and so may we.
-            self.discard_epoch(&prepared)?;
+            self.discard(&prepared)?;
             return Err(error);
         }
-        self.previous = self.end_of_current();
-        self.current = Some(Current {
-            segment: prepared.segment,
-            file: prepared.file,
-            epoch,
-            ordinal: ordinal + 1,
-            page: header.data_start_page(),
-            is_broken: false,
-        });
+        self.switch_to(&prepared, epoch, ordinal + 1, header.data_start_page());
         Ok(())
     }
 }

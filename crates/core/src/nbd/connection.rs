@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::execute::{OwnedRequest, Patience, execute, is_quick, memory_bytes};
+use super::execute::{OwnedRequest, Patience, execute, is_change, is_quick, memory_bytes};
 use super::handshake::{Agreed, Directory};
 use super::link::{Broken, Link};
 use super::pool::{Job, Pool};
@@ -137,11 +137,12 @@ fn run_request(
     is_last: bool,
     out: &mut Output,
 ) -> Result<(), Broken> {
+    let may_hold = is_change(request) && agreed.export.may_hold();
     if is_quick(request) {
         if execute(agreed, request, Patience::None, out) {
             return Ok(());
         }
-    } else if is_last && link.is_idle() {
+    } else if is_last && link.is_idle() && !may_hold {
         // The only one: two thread switches would be all that a worker adds.
         link.send(out.written())?;
         out.clear();
@@ -157,7 +158,12 @@ fn run_request(
         link.admit(bytes)
     };
     let request = OwnedRequest::new(request);
-    pool.submit(Job { agreed: Arc::clone(agreed), request, link: Arc::clone(link), charge });
+    let job = Job { agreed: Arc::clone(agreed), request, link: Arc::clone(link), charge };
+    if may_hold {
+        pool.submit_held(job);
+    } else {
+        pool.submit(job);
+    }
     Ok(())
 }
 

@@ -12,7 +12,7 @@ const STATUS_EXTENTS_MAX: usize = 1 << 16;
 /// What a thread that must not wait for a device may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Patience {
-    /// Only what needs no device, for reads.
+    /// Only what needs no device, for reads, and no room in a full store, for writes.
     None,
     /// As long as it takes.
     AsNeeded,
@@ -61,6 +61,13 @@ pub fn execute(agreed: &Agreed, request: &Request, patience: Patience, out: &mut
             }
         }
         Command::Write { .. } if request.payload.is_empty() => Ok(()),
+        Command::Write { fua: false } if patience == Patience::None => {
+            match export.try_write(offset, request.payload) {
+                Ok(true) => Ok(()),
+                Ok(false) => return false,
+                Err(error) => Err(error),
+            }
+        }
         Command::Write { fua } => export.write(offset, request.payload, fua),
         Command::Flush => export.flush(),
         Command::Trim { length_bytes: 0, .. }
@@ -133,6 +140,11 @@ fn check_extents(
 /// waiting for one.
 pub fn is_quick(request: &Request) -> bool {
     matches!(request.command, Command::Read { .. } | Command::Write { fua: false })
+}
+
+/// True for requests that change content, which a full store may hold.
+pub fn is_change(request: &Request) -> bool {
+    matches!(request.command, Command::Write { .. } | Command::WriteZeroes { .. })
 }
 
 /// A request that owns its payload, to be run elsewhere.

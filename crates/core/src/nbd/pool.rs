@@ -42,9 +42,13 @@ impl Job {
     }
 }
 
-/// The workers of one export; they start when there is work.
+/// The workers of one export; they start when there is work. Writes that a full store holds have
+/// workers of their own: however many wait, all other requests go on.
 #[derive(Clone)]
-pub struct Pool(Arc<Shared>);
+pub struct Pool {
+    ordinary: Arc<Shared>,
+    held: Arc<Shared>,
+}
 
 struct Shared {
     workers_max: usize,
@@ -63,29 +67,42 @@ struct State {
 impl Pool {
     /// A pool without workers yet.
     pub fn new(workers_max: usize) -> Self {
-        let state = Mutex::default();
-        Self(Arc::new(Shared { workers_max, state, changed: Condvar::new() }))
+        let shared = || {
+            let state = Mutex::default();
+            Arc::new(Shared { workers_max, state, changed: Condvar::new() })
+        };
+        Self { ordinary: shared(), held: shared() }
     }
 
     /// Have it run by a worker. The queue is bounded by what connections may have in flight.
     pub fn submit(&self, job: Job) {
-        let mut state = self.0.state.lock();
+        Self::submit_to(&self.ordinary, job);
+    }
+
+    /// As [`Self::submit`], for a write that may be held for long.
+    pub fn submit_held(&self, job: Job) {
+        Self::submit_to(&self.held, job);
+    }
+
+    fn submit_to(shared: &Arc<Shared>, job: Job) {
+        let mut state = shared.state.lock();
         state.queue.push_back(job);
         if state.idle >= state.queue.len() {
             drop(state);
-            self.0.changed.notify_one();
+            shared.changed.notify_one();
             return;
         }
-        if state.workers >= self.0.workers_max {
+        if state.workers >= shared.workers_max {
             return;
         }
         state.workers += 1;
         drop(state);
-        let shared = Arc::clone(&self.0);
+        let shared = Arc::clone(shared);
+        let working = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("nbd-worker".to_owned());
-        if thread.spawn(move || shared.work()).is_err() {
+        if thread.spawn(move || working.work()).is_err() {
             // No thread to be had: the other workers do it, or this one if there are none.
-            let mut state = self.0.state.lock();
+            let mut state = shared.state.lock();
             state.workers -= 1;
             let job = if state.workers == 0 { state.queue.pop_back() } else { None };
             drop(state);
@@ -97,10 +114,12 @@ impl Pool {
 
     /// End the workers, once the queue is empty, and wait for that.
     pub fn close(&self) {
-        let mut state = self.0.state.lock();
-        state.is_closing = true;
-        self.0.changed.notify_all();
-        self.0.changed.wait_while(&mut state, |state| state.workers > 0);
+        for shared in [&self.ordinary, &self.held] {
+            let mut state = shared.state.lock();
+            state.is_closing = true;
+            shared.changed.notify_all();
+            shared.changed.wait_while(&mut state, |state| state.workers > 0);
+        }
     }
 }
 

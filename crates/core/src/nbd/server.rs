@@ -241,6 +241,7 @@ impl Server {
         for entry in registry.users(found.serial) {
             entry.socket.cut();
         }
+        found.export.end_holding();
         let waited = self.shared.limits.stop_timeout;
         let is_used = |registry: &mut Registry| registry.users(found.serial).next().is_some();
         if self.shared.ended.wait_while_for(&mut registry, is_used, waited).timed_out() {
@@ -287,6 +288,9 @@ impl Server {
         let mut registry = shared.registry.lock();
         for entry in registry.connections.values() {
             entry.socket.stop_receiving();
+        }
+        for registered in registry.exports.values() {
+            registered.export.end_holding();
         }
         let is_connected = |registry: &mut Registry| !registry.connections.is_empty();
         shared.ended.wait_while_for(&mut registry, is_connected, shared.limits.stop_timeout);

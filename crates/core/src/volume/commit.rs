@@ -12,9 +12,10 @@ use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::journal::Entry;
-use crate::log::format::{BATCH_BLOCKS_MAX, Kind, Position};
+use crate::log::format::{BATCH_BLOCKS_MAX, Kind, LOST_AT_SOURCE, PAGE, Position};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
+use crate::storage::Storage;
 use crate::sync::{Clock, unix_ns};
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -129,8 +130,10 @@ impl Volume {
             * u64::try_from(DRAIN_TIME.as_millis()).expect("a constant");
         let slots = to_usize(admitted.max(ADMIT_BYTES_MIN) / self.block_size);
         state.admitted_slots = slots.clamp(1, state.buffer.capacity());
+        Self::note_room(&mut state, committer);
         drop(state);
         self.room.notify_all();
+        self.top_up(committer);
         unreadable.map_or(Ok(true), Err)
     }
 
@@ -183,7 +186,12 @@ impl Volume {
         let forgotten = is_broken(Rule::LastBlockWhole).then_some(size_bytes / self.block_size);
         let pending = works.iter().filter(|w| w.class.pending).map(|w| w.block);
         let pending = pending.filter(move |block| Some(*block) != forgotten);
-        self.keep_old_content(committer, runs_of(pending), size_bytes);
+        let choice = self.choose(committer, runs_of(pending).collect(), to_u64(works.len()));
+        committer.batch.begin(committer.epoch, works.len());
+        self.keep_old_content(committer, choice.kept.iter().copied(), size_bytes);
+        for &lost in &choice.lost {
+            committer.batch.note(Kind::Lost, lost);
+        }
         let changed = works.iter().filter(|w| w.class.unsettled && !w.class.pending);
         for work in changed {
             committer.batch.note(Kind::Changed, Extent::single(work.block));
@@ -241,30 +249,60 @@ impl Volume {
             let valid = to_usize(self.valid_bytes(block, size_bytes));
             let room = committer.batch.room(1);
             room[valid..].fill(0);
-            if self.origin.read_at(block * self.block_size, &mut room[..valid]).is_ok() {
+            if read_by_sectors(&*self.origin, block * self.block_size, &mut room[..valid]).is_ok() {
                 committer.batch.keep(Extent::single(block));
             } else {
-                committer.batch.note(Kind::Lost, Extent::single(block));
+                committer.batch.note_lost_at_source(Extent::single(block));
             }
         }
     }
 
-    /// Make the batch durable and publish what it says. If the store fails twice, the originals are
-    /// lost, which is made durable in the journal's reserve; only if that fails too, the writes
-    /// cannot go on.
+    /// Make the batch durable and publish what it says; if the log does not take it, as a loss.
     pub(super) fn record(&self, committer: &mut Committer) -> Result<()> {
         if committer.batch.is_empty() {
             return Ok(());
         }
+        if committer.to_undo.is_some() {
+            if let Err(error) = self.undo_instant(committer) {
+                self.state.lock().store_failure =
+                    format!("a failed snapshot is not undone: {error}");
+                return Err(error);
+            }
+            if !committer.log.is_open() {
+                // Nobody wants to know of changes but the one that never was.
+                self.clear_store_failure();
+                return Ok(());
+            }
+        }
         let epoch = committer.epoch;
-        match committer.log.append(&mut committer.batch) {
+        match self.append(committer) {
             Ok((segment, page)) => {
                 committer.segments.insert(segment, epoch);
                 self.publish(committer, segment, page);
-                Ok(())
             }
-            Err(source) => self.record_loss(committer, source),
+            Err(source) => self.record_loss(committer, source)?,
         }
+        self.clear_store_failure();
+        Ok(())
+    }
+
+    /// Append the batch where there is room for it. After a failure it is written once more, from
+    /// memory, in another segment: nothing rests on what a failed sync left behind.
+    fn append(&self, committer: &mut Committer) -> std::io::Result<(u32, u32)> {
+        let pages = committer.batch.total_bytes() / PAGE;
+        let is_mark = committer.batch.preserved().is_empty();
+        let room = if is_mark { 0 } else { pages };
+        if !committer.log.has_room(pages, is_mark) {
+            self.try_extend(committer, room, room)?;
+        }
+        let Committer { log, batch, .. } = &mut *committer;
+        let first = match log.append(batch) {
+            Ok(at) => return Ok(at),
+            Err(error) => error,
+        };
+        self.try_extend(committer, room, room)?;
+        let Committer { log, batch, .. } = &mut *committer;
+        log.append(batch).map_err(|_| first)
     }
 
     fn publish(&self, committer: &Committer, segment: u32, page: u32) {
@@ -284,7 +322,12 @@ impl Volume {
                     Counters::add(&counters.preserved_zero_blocks, blocks.len());
                 }
                 Kind::Lost => {
-                    index.insert_lost(epoch, &ExtentSet::from_extent(blocks));
+                    let blocks_lost = ExtentSet::from_extent(blocks);
+                    if descriptor.checksum == LOST_AT_SOURCE {
+                        index.insert_lost_at_source(epoch, &blocks_lost);
+                    } else {
+                        index.insert_lost(epoch, &blocks_lost);
+                    }
                     Counters::add(&counters.lost_blocks, blocks.len());
                 }
                 Kind::Changed => index.insert_changed(epoch, blocks),
@@ -300,40 +343,6 @@ impl Volume {
         Counters::add(&counters.batches, 1);
         Counters::add(&counters.preserved_blocks, to_u64(committer.batch.preserved().len()));
         counters.log_bytes.store(committer.log.appended_bytes(), Ordering::Relaxed);
-    }
-
-    fn record_loss(&self, committer: &mut Committer, source: std::io::Error) -> Result<()> {
-        let epoch = committer.epoch;
-        let descriptors = committer.batch.descriptors();
-        let blocks_of = |wanted: fn(Kind) -> bool| -> ExtentSet {
-            descriptors.iter().filter(|d| wanted(d.kind)).map(|d| d.blocks).collect()
-        };
-        // A change that could not be recorded must not be missed either (P5): lost covers it.
-        let mut lost = blocks_of(|kind| kind != Kind::Done);
-        let record_bytes = to_u64(lost.as_slice().len()) * 16 + 1024;
-        let is_last = committer.journal.is_short_of_room(record_bytes);
-        if is_last {
-            // The last mark there is room for covers whatever is still to change: then none is
-            // needed any more.
-            lost = ExtentSet::from_extent(Extent::new(0, self.block_count(self.size_bytes())));
-        }
-        let entry = Entry::Lost { epoch, blocks: lost.clone() };
-        let is_done_lost = descriptors.iter().any(|d| d.kind == Kind::Done);
-        if is_done_lost || committer.journal.append(&entry).is_err() {
-            let mut state = self.state.lock();
-            state.store_failure = source.to_string();
-            return Err(Error::store("keeping originals")(source));
-        }
-        let mut index = self.index.write();
-        index.insert_stray_loss(epoch, &lost);
-        self.index_version.fetch_add(1, Ordering::Release);
-        drop(index);
-        Counters::add(&self.counters.lost_blocks, lost.block_count());
-        // While an instant is taken the bits are those of the next epoch already.
-        if is_last && self.state.lock().epoch == epoch {
-            self.settle(lost.iter());
-        }
-        Ok(())
     }
 
     /// The blocks are recorded in this epoch: later writes to them go straight.
@@ -466,9 +475,18 @@ impl Volume {
             }
             state.is_kicked = false;
             let (is_empty, is_restoring) = (state.buffer.is_empty(), state.restoring.is_some());
-            let is_failed = !state.origin_failure.is_empty() || !state.store_failure.is_empty();
+            let is_lost = !state.origin_failure.is_empty();
+            let is_failed = is_lost || !state.store_failure.is_empty();
             drop(state);
-            if is_failed {
+            if is_failed && !(is_lost || self.is_store_back()) {
+                // It is tried again when somebody asks, and now and then.
+                let mut state = self.state.lock();
+                if !(state.is_stopping || state.is_kicked) {
+                    self.work.wait_for(&mut state, std::time::Duration::from_secs(1));
+                }
+                continue;
+            }
+            if is_lost {
                 self.note_failure();
                 // Nothing to be done until the volume is opened anew; do not spin on it.
                 let mut state = self.state.lock();
@@ -505,6 +523,14 @@ impl Volume {
         }
     }
 
+    /// True if the store takes records again.
+    fn is_store_back(&self) -> bool {
+        if let Ok(mut committer) = self.role() {
+            self.retry_store(&mut committer);
+        }
+        self.state.lock().store_failure.is_empty()
+    }
+
     /// A failed origin is one across restarts, a kill included.
     pub(super) fn note_failure(&self) {
         if self.state.lock().origin_failure.is_empty() {
@@ -531,10 +557,11 @@ impl Volume {
             let epoch = committer.epoch;
             let _ = self.commit_batch(committer, epoch, None);
         }
-        if is_restoring && self.restore_step(committer).is_err() {
-            return true;
+        if is_empty {
+            // Somebody may have asked for room.
+            self.top_up(committer);
         }
-        false
+        is_restoring && self.restore_step(committer).map_err(|e| self.note_waiting(&e)).is_err()
     }
 }
 
@@ -551,6 +578,19 @@ impl Committer {
             self.drain_bytes_per_second = (self.drain_bytes_per_second * 3 + rate) / 4;
         }
     }
+}
+
+/// Read a block; if that fails sector by sector: a device may fail a long read for what is not in it.
+fn read_by_sectors(origin: &dyn Storage, offset: u64, content: &mut [u8]) -> std::io::Result<()> {
+    if origin.read_at(offset, content).is_ok() {
+        return Ok(());
+    }
+    let mut at = offset;
+    for sector in content.chunks_mut(to_usize(crate::buffer::SECTOR)) {
+        origin.read_at(at, sector)?;
+        at += to_u64(sector.len());
+    }
+    Ok(())
 }
 
 /// Ascending blocks as runs that are short enough to be read at once.

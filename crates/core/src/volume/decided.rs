@@ -7,8 +7,8 @@ use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::index::memory::Memory;
-use crate::journal::{Entry, OriginIdentity};
-use crate::log::format::Kind;
+use crate::journal::{Entry, OriginIdentity, StorePolicy};
+use crate::log::format::{Kind, LOST_AT_SOURCE};
 use crate::log::scan::{FoundBatch, Scan, scan};
 use crate::log::writer::Segments;
 use crate::number::to_u64;
@@ -29,6 +29,11 @@ pub(super) struct Decided {
     pub(super) aborted: BTreeSet<u32>,
     pub(super) restores_ended: BTreeSet<u32>,
     pub(super) lost: Vec<(u32, ExtentSet)>,
+    /// Copies that were given up, by epoch.
+    pub(super) given_up: Vec<(u32, ExtentSet)>,
+    /// Blocks brought back that the log does not tell of, by safety snapshot.
+    pub(super) restored: Vec<(u32, ExtentSet)>,
+    pub(super) policy: StorePolicy,
     pub(super) suspect: Option<(u32, String)>,
     pub(super) origin_failure: String,
     /// Something was deleted or narrowed and its space not given back yet.
@@ -89,6 +94,9 @@ impl Decided {
             }
             Entry::Recovered => self.origin_failure.clear(),
             Entry::Accepted { .. } => self.suspect = None,
+            Entry::Policy(policy) => self.policy = *policy,
+            Entry::GivenUp { epoch, blocks } => self.given_up.push((*epoch, blocks.clone())),
+            Entry::Restored { epoch, blocks } => self.restored.push((*epoch, blocks.clone())),
             Entry::EpochMeta { .. } | Entry::Bookmarked { .. } | Entry::Freeing { .. } => {}
         }
     }
@@ -189,6 +197,7 @@ impl Decided {
                 origin_bytes: header.origin_bytes,
                 created_unix_ns: header.created_unix_ns,
                 selection: Some(selection),
+                low: Arc::new(header.low.clone()),
                 meta: header.meta.clone(),
                 ..Epoch::default()
             };
@@ -297,6 +306,10 @@ pub(super) fn memory_of(batches: &[FoundBatch], block_size: u64) -> Memory {
             match descriptor.kind {
                 Kind::Preserve | Kind::Done => {}
                 Kind::PreserveZero => memory.insert_zero(epoch, descriptor.blocks),
+                Kind::Lost if descriptor.checksum == LOST_AT_SOURCE => {
+                    let blocks = ExtentSet::from_extent(descriptor.blocks);
+                    memory.insert_lost_at_source(epoch, &blocks);
+                }
                 Kind::Lost => {
                     memory.insert_lost(epoch, &ExtentSet::from_extent(descriptor.blocks));
                 }
@@ -319,6 +332,10 @@ pub(super) fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Optio
     for descriptor in done.flat_map(|b| &b.descriptors).filter(|d| d.kind == Kind::Done) {
         let inside = descriptor.blocks.intersection(Extent::new(0, blocks));
         bitmap.assign(inside, false);
+    }
+    let said = decided.restored.iter().filter(|(epoch, _)| *epoch == header.epoch);
+    for extent in said.flat_map(|(_, blocks)| blocks.iter()) {
+        bitmap.assign(extent.intersection(Extent::new(0, blocks)), false);
     }
     Some(Restoring {
         source_epoch: restore.source_epoch,

@@ -5,7 +5,7 @@
 //! none of them. Interrupted, it goes on at the next opening from where the journal says it was.
 
 use super::past::index_error;
-use super::{Committer, Upkeep, Volume};
+use super::{Upkeep, Volume};
 use crate::epochs::Selections;
 use crate::error::{Error, Result};
 use crate::index::copies::for_each_copy;
@@ -74,6 +74,7 @@ impl Volume {
             // What was decided meanwhile is still owed.
             if committer.decisions == owed.decisions {
                 committer.journal.append(&Entry::Freed)?;
+                self.recount(&mut committer);
                 return Ok(freed);
             }
         }
@@ -97,9 +98,8 @@ impl Volume {
             .map(|(&segment, _)| segment)
             .collect();
         committer.log.close_if(&unneeded);
-        let Committer { log, batch, journal, decisions, .. } = &mut *committer;
-        log.seal(batch).map_err(Error::store("sealing the log"))?;
-        let (decisions, sequence) = (*decisions, journal.last_sequence());
+        self.seal(&mut committer).map_err(Error::store("sealing the log"))?;
+        let (decisions, sequence) = (committer.decisions, committer.journal.last_sequence());
         drop(committer);
         self.remove_runs(&files)?;
         Ok(Some(Owed {
@@ -165,7 +165,7 @@ impl Volume {
         Ok(freed)
     }
 
-    fn punch(&self, places: &mut [u64]) -> Result<u64> {
+    pub(super) fn punch(&self, places: &mut [u64]) -> Result<u64> {
         let pages_a_block = self.block_size / PAGE;
         places.sort_unstable();
         let mut freed = 0;

@@ -25,6 +25,10 @@ pub trait OriginDevice: Send + Sync {
     fn storage(&self) -> Arc<dyn Storage>;
     /// What tells it from other disks now.
     fn identify(&self) -> io::Result<OriginIdentity>;
+    /// Bytes it still needs of the filesystem that `store` is on: the holes of a sparse file there.
+    fn needs_beside(&self, _store: &Path) -> io::Result<u64> {
+        Ok(0)
+    }
     /// Let others have it, though views may keep it open.
     fn release(&self);
 }
@@ -78,6 +82,13 @@ impl OriginDevice for SystemOrigin {
 
     fn identify(&self) -> io::Result<OriginIdentity> {
         identify(self.0.file())
+    }
+
+    fn needs_beside(&self, store: &Path) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = self.0.file().metadata()?;
+        let is_beside = meta.is_file() && meta.dev() == std::fs::metadata(store)?.dev();
+        Ok(if is_beside { meta.len().saturating_sub(meta.blocks() * 512) } else { 0 })
     }
 
     fn release(&self) {
@@ -195,6 +206,10 @@ impl OriginDevice for ThroughOrigin {
 
     fn identify(&self) -> io::Result<OriginIdentity> {
         self.0.identify()
+    }
+
+    fn needs_beside(&self, store: &Path) -> io::Result<u64> {
+        self.0.needs_beside(store)
     }
 
     fn release(&self) {

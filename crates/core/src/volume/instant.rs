@@ -14,7 +14,6 @@ use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
 use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader};
-use crate::log::writer::Prepared;
 use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::{Clock, MutexGuard, unix_ns};
@@ -30,6 +29,8 @@ const DRAIN_ROUNDS: u32 = 2;
 pub struct SnapshotRequest {
     /// The blocks that matter.
     pub selection: ExtentSet,
+    /// Those that matter less: given up first when the store is full.
+    pub low: ExtentSet,
     /// Name, rules, receipt: kept, not looked into.
     pub meta: Vec<u8>,
     /// Beyond it the snapshot fails and writes go on.
@@ -82,8 +83,9 @@ impl Volume {
         restore: Option<&PreparedRestore>,
     ) -> Result<Instant> {
         // Half of what can be read back: a restore lists its blocks beside the selection.
-        let header_bytes =
-            to_u64(request.meta.len()) + 16 * to_u64(request.selection.as_slice().len());
+        let low = Arc::new(request.low.intersection(&request.selection));
+        let parts = request.selection.as_slice().len() + low.as_slice().len() + 64;
+        let header_bytes = to_u64(request.meta.len()) + 16 * to_u64(parts);
         if header_bytes > u64::from(EPOCH_HEADER_BYTES_MAX) / 2 {
             return Err(Error::Usage(format!(
                 "a snapshot of so many parts takes {header_bytes} bytes of header, more than \
@@ -91,19 +93,22 @@ impl Volume {
                 EPOCH_HEADER_BYTES_MAX / 2
             )));
         }
-        committer.journal.heal()?;
         let selection = self.share_selection(request.selection);
         let epoch = committer.epoch_max + 1;
-        let prepared = committer.log.prepare_epoch();
-        let prepared = prepared.map_err(Error::store("making the epoch's segment"))?;
+        self.undo_instant(committer)?;
+        committer.journal.heal()?;
+        let room_pages = self.prepare_epoch(committer, header_bytes)?;
         let drained = self.drain_before_instant(committer);
-        let flipped = drained.and_then(|()| self.flip(epoch, &selection, request.pause_limit));
+        let flipped = drained.and_then(|()| {
+            let on_flip = |state: &mut State| Self::note_flip(state, room_pages);
+            self.flip(epoch, &selection, request.pause_limit, on_flip)
+        });
         let flip = match flipped {
             Ok(flip) => flip,
             Err(error) => {
                 // If it stays it is an empty file without a header: a scan knows it for what it is,
                 // and removes it.
-                let _ = committer.log.discard_epoch(&prepared);
+                let _ = committer.log.discard_epoch();
                 return Err(error);
             }
         };
@@ -111,17 +116,20 @@ impl Volume {
         let opened = Clock::now();
         let committed = self.commit_instant(
             committer,
-            &prepared,
             epoch,
+            room_pages,
             &flip,
             &selection,
+            &low,
             &request.meta,
             restore,
         );
         if let Err(error) = committed {
-            return Err(self.abort_instant(committer, &prepared, epoch, error));
+            return Err(self.abort_instant(committer, epoch, &selection, error));
         }
         self.want_upkeep();
+        // Its estimates are corrected by what is there now.
+        self.recount(committer);
         Ok(Instant {
             epoch,
             size_bytes: flip.size_bytes,
@@ -154,7 +162,13 @@ impl Volume {
 
     /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
     /// already.
-    fn flip(&self, epoch: u32, selection: &Arc<ExtentSet>, limit: Duration) -> Result<Flip> {
+    fn flip(
+        &self,
+        epoch: u32,
+        selection: &Arc<ExtentSet>,
+        limit: Duration,
+        on_flip: impl FnOnce(&mut State),
+    ) -> Result<Flip> {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
@@ -176,11 +190,12 @@ impl Volume {
         let frozen = state.freeze_classes();
         let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
         let old_pending = std::mem::replace(&mut state.pending, pending);
-        for &block in frozen.keys().filter(|_| !is_broken(Rule::SlotsFollowInstant)) {
+        for &block in frozen.keys() {
             let value = selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
         }
         state.epoch = epoch;
+        on_flip(&mut state);
         let upto = state.buffer.last_sequence();
         let size_bytes = state.size_bytes;
         let created_unix_ns = unix_ns();
@@ -220,10 +235,11 @@ impl Volume {
     fn commit_instant(
         &self,
         committer: &mut Committer,
-        prepared: &Prepared,
         epoch: u32,
+        room_pages: u64,
         flip: &Flip,
         selection: &Arc<ExtentSet>,
+        low: &Arc<ExtentSet>,
         meta: &[u8],
         restore: Option<&PreparedRestore>,
     ) -> Result<()> {
@@ -245,17 +261,19 @@ impl Volume {
             selection: (**selection).clone(),
             restore: restore.clone(),
             meta: meta.to_vec(),
+            low: (**low).clone(),
         };
-        let committed = committer.log.commit_epoch(prepared, epoch, &header.encode());
-        committed.map_err(Error::store("writing the epoch header"))?;
+        let committed = committer.log.commit_epoch(epoch, &header.encode(), room_pages);
+        let segment = committed.map_err(Error::store("writing the epoch header"))?;
 
-        committer.segments.insert(prepared.segment(), epoch);
+        committer.segments.insert(segment, epoch);
         committer.epoch = epoch;
         self.index.write().close_epoch(before);
         let info = Epoch {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             selection: Some(Arc::clone(selection)),
+            low: Arc::clone(low),
             meta: meta.to_vec(),
             ..Epoch::default()
         };
@@ -288,28 +306,50 @@ impl Volume {
     }
 
     /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
-    /// durable in spite of the error; if it can neither be removed nor denied, nothing more may be
-    /// recorded.
+    /// durable in spite of the error. Until that is removed or denied nothing may be recorded, and
+    /// what it selects stays unsettled, so that no write reaches the origin that it would not know
+    /// of: if the process ends before, the instant has come (P2).
     fn abort_instant(
         &self,
         committer: &mut Committer,
-        prepared: &Prepared,
         epoch: u32,
+        selection: &ExtentSet,
         error: Error,
     ) -> Error {
-        let is_denied = committer.journal.append(&Entry::Aborted { epoch }).is_ok();
-        let is_removed = committer.log.discard_epoch(prepared).is_ok();
+        committer.to_undo = Some(epoch);
         let before = committer.epoch;
-        // Made before the state is locked: the registry comes first in the order of locks.
-        let (unsettled, pending) = self.bits(before, self.block_count(self.size_bytes()));
-        let mut state = self.state.lock();
-        if !is_denied && !is_removed {
+        {
+            let blocks = self.block_count(self.size_bytes());
+            // Made before the state is locked: the registry comes first in the order of locks.
+            let (mut unsettled, pending) = self.bits(before, blocks);
+            unsettled.merge(&Bitmap::from_set(blocks, selection));
+            let mut state = self.state.lock();
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
+            state.epoch = before;
+            state.buffer.merge_epochs(before);
+            (state.unsettled, state.pending) = (unsettled, pending);
         }
-        state.epoch = before;
-        state.buffer.merge_epochs(before);
-        (state.unsettled, state.pending) = (unsettled, pending);
+        if self.undo_instant(committer).is_ok() {
+            self.clear_store_failure();
+        }
+        self.top_up(committer);
         error
+    }
+
+    /// Deny or remove an instant that failed, if there still is one.
+    pub(super) fn undo_instant(&self, committer: &mut Committer) -> Result<()> {
+        let Some(epoch) = committer.to_undo else { return Ok(()) };
+        let is_removed = committer.log.discard_epoch().is_ok();
+        match committer.journal.append(&Entry::Aborted { epoch }) {
+            Err(error) if !is_removed => return Err(error.into()),
+            Ok(()) | Err(_) => committer.log.forget_prepared(),
+        }
+        committer.to_undo = None;
+        let before = committer.epoch;
+        let bits = self.bits(before, self.block_count(self.size_bytes()));
+        let mut state = self.state.lock();
+        (state.unsettled, state.pending) = bits;
+        Ok(())
     }
 
     /// What both bitmaps are, from what is recorded and who is live.

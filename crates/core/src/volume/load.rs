@@ -50,7 +50,8 @@ pub(super) fn load_index(
         }
         if epoch == last {
             scan.batches = batches;
-            scan.cut_torn_payload(segments, decided.block_size);
+            scan.cut_torn_payload(segments, decided.block_size)
+                .map_err(Error::store("reading the log"))?;
             loaded.index.adopt(epoch, memory_of(&scan.batches, decided.block_size), true);
             break;
         }
@@ -67,6 +68,7 @@ pub(super) fn load_index(
     for (epoch, blocks) in &decided.lost {
         loaded.index.insert_stray_loss(*epoch, blocks);
     }
+    loaded.index.give_up(&decided.given_up);
     Ok(loaded)
 }
 

@@ -14,7 +14,9 @@ use crate::index::Content;
 use crate::index::entry::Entry;
 use crate::index::memory::{Memory, Record};
 use crate::index::run::Wait;
-use crate::log::format::{EpochHeader, Kind, MergedHeader, SegmentHeader, payload_checksum};
+use crate::log::format::{
+    EpochHeader, Kind, LOST_AT_SOURCE, MergedHeader, SegmentHeader, payload_checksum,
+};
 use crate::log::merged::{Plan, write_merged};
 use crate::log::scan::{FoundSegment, Scan, scan_headers};
 use crate::log::writer::segment_number;
@@ -71,8 +73,16 @@ fn first_records(memories: &[(u32, Memory)]) -> Vec<Entry> {
         let mut entries = Vec::new();
         memory.entries_within(everything, &mut entries);
         // Kept content wins over loss in the same epoch, and anything over a mere change.
-        for kind in [Kind::Preserve, Kind::PreserveZero, Kind::Lost, Kind::Changed] {
-            let of_kind: Vec<&Entry> = entries.iter().filter(|e| e.kind == kind).collect();
+        let kinds = [
+            (Kind::Preserve, None),
+            (Kind::PreserveZero, None),
+            (Kind::Lost, Some(LOST_AT_SOURCE)),
+            (Kind::Lost, None),
+            (Kind::Changed, None),
+        ];
+        for (kind, reason) in kinds {
+            let is_it = |e: &&Entry| e.kind == kind && reason.is_none_or(|r| e.checksum == r);
+            let of_kind: Vec<&Entry> = entries.iter().filter(is_it).collect();
             let blocks: ExtentSet = of_kind.iter().map(|e| e.blocks).collect();
             let new = blocks.difference(&covered);
             if kind == Kind::Preserve {
@@ -80,7 +90,9 @@ fn first_records(memories: &[(u32, Memory)]) -> Vec<Entry> {
                 first.extend(kept.map(|&&entry| entry));
             } else {
                 let epoch = of_kind.first().map_or(0, |entry| entry.epoch);
-                first.extend(new.iter().map(|blocks| Entry::bare(kind, epoch, blocks)));
+                let checksum = reason.unwrap_or(0);
+                let bare = |blocks| Entry { checksum, ..Entry::bare(kind, epoch, blocks) };
+                first.extend(new.iter().map(bare));
             }
             covered = covered.union(&new);
         }
@@ -286,6 +298,9 @@ impl Volume {
             match entry.kind {
                 Kind::Preserve | Kind::Done => {}
                 Kind::PreserveZero => memory.insert_zero(label, entry.blocks),
+                Kind::Lost if entry.checksum == LOST_AT_SOURCE => {
+                    memory.insert_lost_at_source(label, &ExtentSet::from_extent(entry.blocks));
+                }
                 Kind::Lost => memory.insert_lost(label, &ExtentSet::from_extent(entry.blocks)),
                 Kind::Changed => memory.insert_changed(label, entry.blocks),
             }

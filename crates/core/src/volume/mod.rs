@@ -7,6 +7,8 @@
 //! - [`load`] reads the index; [`upkeep`], [`freeing`] and [`merge`] are what is done behind
 //!   everything else.
 //! - [`past`] reads what blocks were at an instant.
+//! - [`room`] allocates log space ahead and applies the policy of a full store; [`loss`] chooses what
+//!   is lost, and says so.
 //! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
 //!
 //! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
@@ -28,6 +30,7 @@ mod increment;
 pub mod inspect;
 mod instant;
 mod load;
+mod loss;
 mod merge;
 pub mod open;
 mod past;
@@ -35,6 +38,7 @@ mod read;
 mod recover;
 mod release;
 mod restore;
+mod room;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -45,7 +49,10 @@ pub(crate) use past::Patience;
 pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
+pub use room::{LIMIT_BYTES_MIN, StoreUsage};
 pub use upkeep::Effort;
+
+pub use crate::journal::{OnFull, StorePolicy};
 
 use self::host::{Held, Host, OriginDevice};
 use crate::bitmap::Bitmap;
@@ -100,8 +107,10 @@ struct State {
     size_bytes: u64,
     /// Why the origin cannot be trusted to keep what it is given; empty if it can.
     origin_failure: String,
-    /// Why first changes cannot be recorded; empty if they can.
+    /// Why not even a loss can be recorded; empty if it can.
     store_failure: String,
+    /// Log space for first changes that are still to be recorded.
+    room: room::Room,
     is_closed: bool,
     /// Somebody waits for the committer to run now.
     is_kicked: bool,
@@ -137,6 +146,11 @@ struct Committer {
     /// Deletions and the like so far: what has to be given back.
     decisions: u64,
     drain_bytes_per_second: u64,
+    /// Bytes the store takes, what is allocated ahead included; an estimate between two counts.
+    used_bytes: u64,
+    /// An instant that failed and could be neither removed nor denied: nothing may be recorded
+    /// before that is done.
+    to_undo: Option<u32>,
     /// The journal says that the origin failed.
     is_failure_noted: bool,
 }
@@ -215,6 +229,8 @@ pub struct Volume {
     origin: Arc<dyn Storage>,
     origin_device: Arc<dyn OriginDevice>,
     host: Arc<dyn Host>,
+    /// What is left to an origin on the store's filesystem that needs more than is free there.
+    origin_share: Option<u64>,
     segments: Arc<Segments>,
     meta: Mutex<Vec<u8>>,
     upkeep: Mutex<Upkeep>,
@@ -343,15 +359,11 @@ impl Volume {
         Ok(())
     }
 
-    /// Bytes the store takes for what it keeps.
+    /// Bytes the store takes for what it keeps; not what is allocated for what may come.
     pub fn store_bytes(&self) -> Result<u64> {
         let committer = self.role()?;
-        let mut total = self.index_bytes()?;
-        for &segment in committer.segments.keys() {
-            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
-            total += file.allocated_bytes().map_err(Error::store("log segment"))?;
-        }
-        Ok(total)
+        let total = self.allocated(&committer)?;
+        Ok(total.saturating_sub(committer.log.ahead_bytes()))
     }
 
     /// Gauges beside the counters.

@@ -5,12 +5,13 @@ use super::decided::{Decided, epochs_with_losses, restoring_of};
 use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
 use super::load::{Loaded, load_index};
 use super::recover::{Leftovers, Past};
+use super::room::Room;
 use super::{Committer, Counters, State, Upkeep, Volume};
 use crate::bitmap::Bitmap;
 use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer};
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
-use crate::journal::{Entry, Journal, OriginIdentity};
+use crate::journal::{Entry, Journal, OriginIdentity, StorePolicy};
 use crate::log::batch::BatchBuilder;
 use crate::log::format::BATCH_BLOCKS_MAX;
 use crate::log::scan::{Scan, scan_headers};
@@ -40,6 +41,8 @@ pub struct CreateRequest {
     pub block_size: u64,
     /// Opaque bytes.
     pub meta: Vec<u8>,
+    /// What happens when the store is full, and how much it may take.
+    pub policy: StorePolicy,
 }
 
 /// When first changes are acknowledged.
@@ -137,7 +140,11 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
         identity,
         meta: request.meta.clone(),
     };
-    Journal::create(&*directory, &first)?;
+    let mut journal = Journal::create(&*directory, &first)?;
+    if request.policy != StorePolicy::default() {
+        super::room::check_policy(request.policy)?;
+        journal.append(&Entry::Policy(request.policy))?;
+    }
     if let Some(parent) = store.parent().filter(|p| !p.as_os_str().is_empty()) {
         host.directory(parent).sync().map_err(making())?;
     }
@@ -387,6 +394,10 @@ impl Parts {
         let decisions = u64::from(decided.owes_space);
         let settled = decided.selections_when_freed(&scan);
         let upkeep = Upkeep::new(settled, loaded.next_run, decided.freed_until());
+        let looking = || Error::store("looking for room");
+        let need = origin.needs_beside(&request.store).map_err(looking())?;
+        let free = segments.directory().free_bytes().map_err(looking())?;
+        let origin_share = (need > free).then_some(free / 2);
         let log = LogWriter::new(decided.uuid, Arc::clone(&segments), scan.end)
             .map_err(Error::store("opening the log"))?;
         let committer = Committer {
@@ -398,6 +409,8 @@ impl Parts {
             segments: in_segments,
             decisions,
             drain_bytes_per_second: 0,
+            used_bytes: 0,
+            to_undo: None,
             is_failure_noted: false,
         };
         // Slots until the past is settled; nobody can be acknowledged by them.
@@ -417,6 +430,7 @@ impl Parts {
             size_bytes,
             origin_failure: String::new(),
             store_failure: String::new(),
+            room: Room::new(decided.policy),
             is_closed: false,
             is_kicked: false,
             is_stopping: false,
@@ -430,6 +444,7 @@ impl Parts {
             origin: origin.storage(),
             origin_device: origin,
             host,
+            origin_share,
             segments,
             meta: Mutex::new(decided.meta.clone()),
             upkeep: Mutex::new(upkeep),
@@ -507,6 +522,8 @@ impl Volume {
         let mut state = self.state.lock();
         state.admitted_slots = to_usize(super::ADMIT_BYTES_MIN / self.block_size);
         state.buffer = WriteBuffer::new(arena, 1);
+        drop(state);
+        self.recount(&mut committer);
         Ok(())
     }
 
@@ -525,7 +542,8 @@ impl Volume {
             }
             state.buffer.last_sequence()
         };
-        let drained = self.commit_until(&mut committer, epoch, upto, None);
+        let undone = self.undo_instant(&mut committer);
+        let drained = undone.and_then(|()| self.commit_until(&mut committer, epoch, upto, None));
         let synced = drained.and_then(|()| self.sync_origin());
         if let Err(error) = synced {
             let reason = error.to_string().into_bytes();
@@ -545,10 +563,10 @@ impl Volume {
     }
 
     fn note_closed(&self, committer: &mut Committer) -> Result<()> {
-        let Committer { log, batch, .. } = committer;
         // A full store may refuse; without it the next opening verifies the last batch, as after a
         // power cut.
-        let _ = log.seal(batch);
+        let _ = self.seal(committer);
+        committer.log.release_ahead();
         let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;
         let next_batch = committer.log.next_batch();
         committer.journal.append(&Entry::Closed { identity, next_batch })?;

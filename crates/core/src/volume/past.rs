@@ -194,10 +194,19 @@ impl Volume {
     }
 
     fn lost_block(&self, block: u64) -> Error {
+        let is_at_source = {
+            let parts = self.index.read().parts();
+            // It is for people: lost it is in any case.
+            parts.lost_at_source_since(0, Extent::single(block)).is_ok_and(|set| !set.is_empty())
+        };
+        let why = if is_at_source {
+            "could not be read from the origin when it changed, and is lost at its source"
+        } else {
+            "could not be kept for this snapshot"
+        };
         Error::Lost {
             message: format!(
-                "block {block} (byte {}) could not be kept for this snapshot; the rest of it is \
-                 right",
+                "block {block} (byte {}) {why}; the rest of it is right",
                 block * self.block_size
             ),
             blocks: ExtentSet::from_extent(Extent::single(block)),

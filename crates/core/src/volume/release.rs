@@ -1,7 +1,7 @@
 //! Letting go: deleting and narrowing snapshots, bookmarks, and what changed between instants. The
 //! space goes back in `freeing`.
 
-use super::{Committer, State, Volume};
+use super::{Committer, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -30,6 +30,8 @@ pub struct EpochInfo {
     pub lost: ExtentSet,
     /// Blocks whose content is there and is known to fail its checksum.
     pub damaged: ExtentSet,
+    /// Those of them that the origin could not give.
+    pub lost_at_source: ExtentSet,
 }
 
 fn unknown(epoch: u32, what: &str) -> Error {
@@ -60,9 +62,12 @@ impl Volume {
             while parts.next_window(&mut walk, &mut entries)? {
                 for_each_copy(&entries, |entry, previous| usage.add(entry, previous));
             }
-            let mut lost: BTreeMap<u32, ExtentSet> = BTreeMap::new();
+            let mut lost: BTreeMap<u32, (ExtentSet, ExtentSet)> = BTreeMap::new();
             for (epoch, selection) in epochs.snapshots() {
-                lost.insert(epoch, parts.lost_since(epoch, end)?.intersection(selection));
+                let all = parts.lost_since(epoch, end)?.intersection(selection);
+                let at_source = parts.lost_at_source_since(epoch, Extent::new(0, end))?;
+                let at_source = at_source.intersection(&all);
+                lost.insert(epoch, (all, at_source));
             }
             Ok((usage.counts(), lost))
         })?;
@@ -70,12 +75,14 @@ impl Volume {
             let (preserved_blocks, exclusive_blocks) =
                 preserved.get(&epoch).copied().unwrap_or_default();
             let selected = state.tracked().next().map_or(0, |set| set.block_count());
+            let (lost, lost_at_source) = lost.get(&epoch).cloned().unwrap_or_default();
             EpochInfo {
                 epoch,
                 selected_blocks: selected,
                 preserved_blocks,
                 exclusive_blocks,
-                lost: lost.get(&epoch).cloned().unwrap_or_default(),
+                lost,
+                lost_at_source,
                 damaged: damaged.get(&epoch).cloned().unwrap_or_default(),
                 state,
             }
@@ -246,6 +253,15 @@ impl Volume {
         }
     }
 
+    pub(super) fn allocated(&self, committer: &Committer) -> Result<u64> {
+        let mut total = self.index_bytes()?;
+        for &segment in committer.segments.keys() {
+            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
+            total += file.allocated_bytes().map_err(Error::store("log segment"))?;
+        }
+        Ok(total)
+    }
+
     /// Blocks whose content since an instant is lost.
     pub(crate) fn lost_since(&self, epoch: u32) -> Result<ExtentSet> {
         let end = self.block_count(self.size_bytes());
@@ -363,33 +379,38 @@ impl Volume {
         if new == old {
             return Ok(new);
         }
+        self.close_gate_without_slots(&mut committer, old / self.block_size)?;
         let epoch = committer.epoch;
-        committer.journal.append(&Entry::Resized { epoch, bytes: new })?;
-        let blocks = self.block_count(new);
-        let mut state = self.lock_without_slots(&mut committer, old / self.block_size)?;
-        state.size_bytes = new;
-        state.unsettled.grow(blocks);
-        state.pending.grow(blocks);
-        if let Some(restoring) = &mut state.restoring {
-            restoring.blocks.grow(blocks);
+        let recorded = committer.journal.append(&Entry::Resized { epoch, bytes: new });
+        let mut state = self.state.lock();
+        if recorded.is_ok() {
+            let blocks = self.block_count(new);
+            state.size_bytes = new;
+            state.unsettled.grow(blocks);
+            state.pending.grow(blocks);
+            if let Some(restoring) = &mut state.restoring {
+                restoring.blocks.grow(blocks);
+            }
         }
+        state.is_gate_closed = false;
+        drop(state);
+        self.gate_opened.notify_all();
+        recorded?;
         Ok(new)
     }
 
-    /// The state while no slot holds `block`. A slot of the last block ends with the disk: were it
-    /// brought home after the disk grew, its last sector would go over what the origin has there
-    /// now (P1).
-    fn lock_without_slots(
-        &self,
-        committer: &mut Committer,
-        block: u64,
-    ) -> Result<MutexGuard<'_, State>> {
+    /// Admit no write while no slot holds `block`. A slot of the last block ends with the disk:
+    /// were it brought home, or replayed, once the disk is known to be larger, its last sector
+    /// would go over what the origin has there now (P1).
+    fn close_gate_without_slots(&self, committer: &mut Committer, block: u64) -> Result<()> {
         loop {
-            let state = self.state.lock();
-            if !state.buffer.has(block) {
-                return Ok(state);
+            {
+                let mut state = self.state.lock();
+                if !state.buffer.has(block) {
+                    state.is_gate_closed = true;
+                    return Ok(());
+                }
             }
-            drop(state);
             self.commit_slots_of(committer, Extent::single(block))?;
         }
     }

@@ -8,6 +8,7 @@
 
 use super::commit::runs_of;
 use super::past::Patience;
+use super::room::Claim;
 use super::{Committer, SnapshotRequest, Volume};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -32,6 +33,8 @@ pub struct RestoreRequest {
     pub request: ExtentSet,
     /// What the safety snapshot selects, beside everything the restore writes.
     pub safety_selection: ExtentSet,
+    /// What of it matters less.
+    pub safety_low: ExtentSet,
     /// The safety snapshot's opaque bytes.
     pub meta: Vec<u8>,
     /// As for any snapshot.
@@ -72,6 +75,7 @@ impl Volume {
         let prepared = PreparedRestore { source_epoch: request.source_epoch, request: writes };
         let safety = SnapshotRequest {
             selection: request.safety_selection.union(&prepared.request),
+            low: request.safety_low,
             meta: request.meta,
             pause_limit: request.pause_limit,
         };
@@ -148,9 +152,9 @@ impl Volume {
                 if state.is_closed {
                     return Err(Error::Closed);
                 }
-                if !state.store_failure.is_empty() || !state.origin_failure.is_empty() {
-                    let why = format!("{}{}", state.store_failure, state.origin_failure);
-                    return Err(Error::origin("restore stopped")(std::io::Error::other(why)));
+                if !state.origin_failure.is_empty() {
+                    let why = std::io::Error::other(state.origin_failure.clone());
+                    return Err(Error::origin("restore stopped")(why));
                 }
                 if Clock::now() >= deadline {
                     return Ok(false);
@@ -254,22 +258,58 @@ impl Volume {
         (readable, content)
     }
 
+    /// A restore that waits for room says so to whoever waits for it.
+    pub(super) fn note_waiting(&self, error: &Error) {
+        if let (Error::StoreFull(why), Some(restoring)) = (error, &mut self.state.lock().restoring)
+        {
+            restoring.failure.clone_from(why);
+        }
+    }
+
     fn copy_back(&self, committer: &mut Committer, blocks: &[u64], size: u64) -> Result<()> {
         let (blocks, content) = &self.read_back(blocks);
-        let (pending, changed) = {
+        let (mut pending, changed): (Vec<Extent>, Vec<u64>) = {
             let state = self.state.lock();
             let of = |wanted: &dyn Fn(u64) -> bool| -> Vec<u64> {
                 blocks.iter().copied().filter(|&b| wanted(b)).collect()
             };
             let pending = of(&|b| state.pending.get(b));
-            (pending, of(&|b| state.unsettled.get(b) && !state.pending.get(b)))
+            (
+                runs_of(pending.into_iter()).collect(),
+                of(&|b| state.unsettled.get(b) && !state.pending.get(b)),
+            )
         };
+        let pending_blocks = pending.iter().map(|e| e.len()).sum();
+        let mut lost = Vec::new();
+        match self.claim(committer, to_u64(blocks.len()), pending_blocks)? {
+            Claim::Keep => {}
+            Claim::Wait => {
+                return Err(Error::StoreFull(
+                    "the store is full: the restore waits and goes on by itself; delete a \
+                     snapshot, give the store room or raise --store-limit"
+                        .into(),
+                ));
+            }
+            Claim::Lose => {
+                let choice = self.choose(committer, pending, to_u64(blocks.len()));
+                (pending, lost) = (choice.kept, choice.lost);
+            }
+        }
         committer.batch.begin(committer.epoch, blocks.len());
-        self.keep_old_content(committer, runs_of(pending.into_iter()), size);
+        self.keep_old_content(committer, pending.into_iter(), size);
+        for extent in lost {
+            committer.batch.note(Kind::Lost, extent);
+        }
         for block in changed {
             committer.batch.note(Kind::Changed, Extent::single(block));
         }
         self.record(committer)?;
+        self.top_up(committer);
+        if let Some(restoring) = &mut self.state.lock().restoring
+            && restoring.unreadable.is_empty()
+        {
+            restoring.failure.clear();
+        }
         self.settle(runs_of(blocks.iter().copied()));
         let mut rest = content.as_slice();
         for run in runs_of(blocks.iter().copied()) {

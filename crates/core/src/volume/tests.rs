@@ -1,8 +1,11 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
+mod full;
+mod resizing;
+
 use super::host::Through;
 use super::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
-use super::{RestoreRequest, SnapshotRequest, Volume};
+use super::{RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 use crate::error::{Error, Result};
 use crate::export::STATE_ZERO;
 use crate::extent::{Extent, ExtentSet};
@@ -12,6 +15,7 @@ use parking_lot::Mutex;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 const BLOCK: usize = 4096;
@@ -21,9 +25,9 @@ const BLOCKS: u64 = 512;
 /// operation gives.
 type Hook = Arc<dyn Fn(&str, &str) -> io::Result<()> + Send + Sync>;
 
-/// The hook in force; none at first.
+/// The hook in force, none at first; and what the filesystem says to have free, if not 0.
 #[derive(Clone, Default)]
-struct Faults(Arc<Mutex<Option<Hook>>>);
+struct Faults(Arc<Mutex<Option<Hook>>>, Arc<AtomicU64>);
 
 impl Faults {
     fn set(&self, hook: impl Fn(&str, &str) -> io::Result<()> + Send + Sync + 'static) {
@@ -90,6 +94,9 @@ impl Storage for FaultyStorage {
         self.2.meet(&self.1, "allocate")?;
         self.0.allocate(offset, length)
     }
+    fn release_ahead(&self, offset: u64, length: u64) {
+        self.0.release_ahead(offset, length);
+    }
     fn sync(&self) -> io::Result<()> {
         self.2.meet(&self.1, "sync")?;
         self.0.sync()
@@ -143,6 +150,12 @@ impl Directory for FaultyDirectory {
         self.1.meet("directory", "sync")?;
         self.0.sync()
     }
+    fn free_bytes(&self) -> io::Result<u64> {
+        match self.1.1.load(Ordering::Relaxed) {
+            0 => self.0.free_bytes(),
+            free => Ok(free),
+        }
+    }
 }
 
 /// A volume on a disk in which every block holds its number plus one.
@@ -163,6 +176,7 @@ impl Scene {
             origin: dir.path().join("disk.img"),
             block_size: 4096,
             meta: Vec::new(),
+            policy: StorePolicy::default(),
         })
         .expect("create");
         Self { dir, faults: Faults::default() }
@@ -207,7 +221,12 @@ fn everything() -> ExtentSet {
 }
 
 fn snapshot_request(selection: ExtentSet) -> SnapshotRequest {
-    SnapshotRequest { selection, meta: Vec::new(), pause_limit: Duration::from_secs(2) }
+    SnapshotRequest {
+        selection,
+        low: ExtentSet::new(),
+        meta: Vec::new(),
+        pause_limit: Duration::from_secs(2),
+    }
 }
 
 fn snapshot(volume: &Volume, selection: ExtentSet) -> u32 {
@@ -557,6 +576,7 @@ fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
         source_epoch: epoch,
         request: everything(),
         safety_selection: everything(),
+        safety_low: ExtentSet::new(),
         meta: Vec::new(),
         pause_limit: Duration::from_secs(2),
     };
@@ -613,6 +633,7 @@ fn a_full_store_never_fails_a_write() {
     assert_eq!(get_old(&volume, epoch, 0).expect("kept before"), 1);
     assert!(matches!(get_old(&volume, epoch, 9), Err(Error::Lost { .. })));
     assert_eq!(get(&volume, 9), 0xA2);
+    assert_eq!(get_old(&volume, epoch, 16_383).expect("far from what changed"), 134);
 }
 
 /// A segment that is gone took its records with it, and its blocks were read from the origin.
@@ -692,6 +713,7 @@ fn a_snapshot_that_cannot_drain_in_time_is_not_taken_and_writes_go_on() {
 
     let taken = volume.snapshot(SnapshotRequest {
         selection: ExtentSet::from_extent(Extent::new(0, BLOCKS)),
+        low: ExtentSet::new(),
         meta: Vec::new(),
         pause_limit: Duration::from_millis(20),
     });

@@ -4,6 +4,8 @@
 //! they are settled and have no slot; into *slots* if not; or, if large and covering whole blocks,
 //! *past the buffer*: preserve, sync, submit.
 
+use super::past::Patience;
+use super::room::Claim;
 use super::{COMMIT_BYTES, Committer, Counters, PIECE_BYTES, State, Volume};
 use crate::buffer::SECTOR;
 use crate::error::{Error, Result};
@@ -40,8 +42,21 @@ enum Way {
 #[derive(Clone, Copy)]
 enum Content<'a> {
     Data(&'a [u8]),
-    Zeroes { may_punch: bool },
-    Discard,
+    /// Up to a byte: the disk may grow meanwhile, and what it gets then is not meant.
+    Zeroes {
+        may_punch: bool,
+        upto: u64,
+    },
+    Discard {
+        upto: u64,
+    },
+}
+
+/// Old content that is to be kept, by what it is.
+#[derive(Default)]
+struct Divided {
+    data: Vec<Extent>,
+    holes: Vec<Extent>,
 }
 
 impl State {
@@ -72,24 +87,36 @@ impl State {
 impl Volume {
     /// Write `data` at `offset`; with `fua` it is on stable storage when this returns.
     pub fn write(&self, offset: u64, data: &[u8], fua: bool) -> Result<()> {
-        self.told(self.write_pieces(offset, data, fua))
+        self.told(
+            self.write_with(offset, data, Patience::Wait).and_then(|_| {
+                if fua { self.make_durable(offset, to_u64(data.len())) } else { Ok(()) }
+            }),
+        )
     }
 
-    fn write_pieces(&self, offset: u64, data: &[u8], fua: bool) -> Result<()> {
+    /// As [`Volume::write`] unless a full store holds the write; false if it does, and then it has
+    /// to be done again, whole.
+    pub fn try_write(&self, offset: u64, data: &[u8]) -> Result<bool> {
+        self.told(self.write_with(offset, data, Patience::Try))
+    }
+
+    fn write_with(&self, offset: u64, data: &[u8], patience: Patience) -> Result<bool> {
         Self::check_range(&self.state.lock(), offset, to_u64(data.len()))?;
         let (mut at, mut rest) = (offset, data);
         while !rest.is_empty() {
             // Pieces end at multiples of their size, so that large ones cover whole blocks.
             let room = PIECE_BYTES - at % PIECE_BYTES;
             let (piece, later) = rest.split_at(to_usize(room.min(to_u64(rest.len()))));
-            self.write_piece(at, piece)?;
+            if !self.write_piece(at, piece, patience)? {
+                return Ok(false);
+            }
             at += to_u64(piece.len());
             rest = later;
         }
-        if fua { self.make_durable(offset, to_u64(data.len())) } else { Ok(()) }
+        Ok(true)
     }
 
-    fn write_piece(&self, offset: u64, data: &[u8]) -> Result<()> {
+    fn write_piece(&self, offset: u64, data: &[u8], patience: Patience) -> Result<bool> {
         let (mut at, mut rest) = (offset, data);
         while !rest.is_empty() {
             let mut state = self.admit()?;
@@ -113,18 +140,22 @@ impl Volume {
                     if is_whole && run_bytes >= BYPASS_BYTES_MIN {
                         drop(state);
                         Counters::add(&self.counters.bypass_writes, 1);
-                        self.change_past_buffer(inner, Content::Data(run))?;
+                        if !self.change_past_buffer(inner, Content::Data(run), patience)? {
+                            return Ok(false);
+                        }
                         run_bytes
                     } else {
-                        Self::check_store(&state)?;
-                        self.put_slots(state, at, run)?
+                        match self.put_slots(state, at, run, patience)? {
+                            Some(taken) => taken,
+                            None => return Ok(false),
+                        }
                     }
                 }
             };
             at += done;
             rest = &rest[to_usize(done)..];
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The state, once the gate is open and writes are accepted.
@@ -140,16 +171,6 @@ impl Volume {
         Ok(state)
     }
 
-    fn check_store(state: &State) -> Result<()> {
-        if state.store_failure.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Store {
-            what: "first changes cannot be recorded".into(),
-            source: std::io::Error::other(state.store_failure.clone()),
-        })
-    }
-
     fn land_straight(&self) {
         let mut state = self.state.lock();
         state.straight_in_flight -= 1;
@@ -159,17 +180,28 @@ impl Volume {
     }
 
     /// Put the front of `data` into slots; tells how much of it. 0 if there was no room and the
-    /// caller, having waited, must look again how the blocks are treated.
-    fn put_slots(&self, mut state: MutexGuard<'_, State>, at: u64, data: &[u8]) -> Result<u64> {
+    /// caller, having waited, must look again how the blocks are treated; nothing if a full store
+    /// holds the write and the caller will not wait for that.
+    fn put_slots(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        at: u64,
+        data: &[u8],
+        patience: Patience,
+    ) -> Result<Option<u64>> {
         let wanted = self.extent_of(at, to_u64(data.len())).len().min(SLOTS_AT_ONCE);
         let admitted = state.admitted_slots.saturating_sub(state.buffer.used());
         let room = to_u64(admitted.min(state.buffer.free_count()));
         if room == 0 {
             Counters::add(&self.counters.buffer_waits, 1);
-            return self.wait_for_room(state).map(|()| 0);
+            return self.wait_for_room(state).map(|()| Some(0));
+        }
+        if !self.may_take_slot(&state, at / self.block_size) {
+            let has_waited = self.wait_for_log_space(state, patience)?;
+            return Ok(has_waited.then_some(0));
         }
         if let Some(block) = self.first_unaligned(at, data, state.size_bytes) {
-            return self.put_patched(state, block, at, data);
+            return self.put_patched(state, block, at, data).map(Some);
         }
         let was_empty = state.buffer.is_empty();
         let enough = to_usize(COMMIT_BYTES / self.block_size);
@@ -184,7 +216,10 @@ impl Volume {
             position += length;
             rest = later;
             // The next block may have a partial sector and need its own way in.
-            if self.first_unaligned(position, rest, state.size_bytes).is_some() {
+            if rest.is_empty()
+                || self.first_unaligned(position, rest, state.size_bytes).is_some()
+                || !self.may_take_slot(&state, position / self.block_size)
+            {
                 break;
             }
         }
@@ -197,7 +232,7 @@ impl Volume {
         if self.is_write_through {
             self.commit_now(sequence)?;
         }
-        Ok(position - at)
+        Ok(Some(position - at))
     }
 
     fn wait_for_room(&self, mut state: MutexGuard<'_, State>) -> Result<()> {
@@ -251,7 +286,7 @@ impl Volume {
         patched[skip..skip + length].copy_from_slice(&data[..length]);
         let mut state = self.admit()?;
         let now = (state.buffer.newest_sequence(block), state.version());
-        let has_room = state.buffer.free_count() > 0;
+        let has_room = state.buffer.free_count() > 0 && self.may_take_slot(&state, block);
         if now != seen || state.way(block) != Way::Slots || !has_room {
             return Ok(0);
         }
@@ -278,10 +313,16 @@ impl Volume {
 
     /// Change whole blocks without slots: older slots first, then preserve, sync, submit. Slots
     /// that come while this runs belong to writes that overlap it in time; they follow.
-    fn change_past_buffer(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
+    /// False if a full store holds them and the caller will not wait for that.
+    fn change_past_buffer(
+        &self,
+        blocks: Extent,
+        content: Content<'_>,
+        patience: Patience,
+    ) -> Result<bool> {
         let pieces = match content {
             Content::Data(_) => to_u64(BATCH_BLOCKS_MAX),
-            Content::Zeroes { .. } | Content::Discard => HOLE_BLOCKS_MAX,
+            Content::Zeroes { .. } | Content::Discard { .. } => HOLE_BLOCKS_MAX,
         };
         let mut start = blocks.start;
         while start < blocks.end {
@@ -290,10 +331,9 @@ impl Volume {
             let size_bytes = {
                 let state = self.state.lock();
                 Self::check_writable(&state)?;
-                Self::check_store(&state)?;
                 state.size_bytes
             };
-            if matches!(content, Content::Discard) {
+            if matches!(content, Content::Discard { .. }) {
                 // Asked again: an instant, a slot or a restore may have come before the role did.
                 let (run, is_needed) = self.state.lock().trim_run(piece);
                 if is_needed {
@@ -304,7 +344,16 @@ impl Volume {
             }
             let skip = (start - blocks.start) * self.block_size;
             self.commit_slots_of(&mut committer, piece)?;
-            piece = self.preserve_piece(&mut committer, piece, size_bytes, content)?;
+            let preserved = self.preserve_piece(&mut committer, piece, size_bytes, content)?;
+            let Some(preserved) = preserved else {
+                drop(committer);
+                if patience == Patience::Try {
+                    return Ok(false);
+                }
+                self.wait_held()?;
+                continue;
+            };
+            piece = preserved;
             let restoring: ExtentSet = {
                 let mut state = self.state.lock();
                 state.pending.assign(piece, false);
@@ -323,7 +372,7 @@ impl Volume {
             }
             start = piece.end;
         }
-        Ok(())
+        Ok(true)
     }
 
     pub(super) fn commit_slots_of(&self, committer: &mut Committer, blocks: Extent) -> Result<()> {
@@ -349,15 +398,15 @@ impl Volume {
     }
 
     /// Record the first changes in the front of `piece`, as much as one batch takes; tells how far
-    /// that is.
+    /// that is. Nothing if there is no room in the store and the change has to wait.
     fn preserve_piece(
         &self,
         committer: &mut Committer,
         piece: Extent,
         size_bytes: u64,
         content: Content<'_>,
-    ) -> Result<Extent> {
-        let (pending, changed): (Vec<Extent>, Vec<Extent>) = {
+    ) -> Result<Option<Extent>> {
+        let (mut pending, changed): (Vec<Extent>, Vec<Extent>) = {
             let state = self.state.lock();
             let pending: ExtentSet = state.pending.set_within(piece).collect();
             let unsettled: ExtentSet = state.unsettled.set_within(piece).collect();
@@ -368,11 +417,32 @@ impl Volume {
         let pending_blocks: u64 = pending.iter().map(|e| e.len()).sum();
         let kept_max = to_usize(pending_blocks).min(BATCH_BLOCKS_MAX);
         let descriptors_max = kept_max + changed.len().min(BATCH_BLOCKS_MAX);
-        committer.batch.begin(committer.epoch, descriptors_max);
         let mut end = piece.end;
-        if !matches!(content, Content::Discard) {
+        let mut lost = Vec::new();
+        let mut holes = Vec::new();
+        if matches!(content, Content::Discard { .. }) {
+            pending.clear();
+        } else {
             let looks_for_holes = matches!(content, Content::Zeroes { .. });
-            end = self.keep_extents(committer, &pending, end, size_bytes, looks_for_holes)?;
+            let runs = self.divide(&pending, &mut end, size_bytes, looks_for_holes)?;
+            let blocks = runs.data.iter().map(|e| e.len()).sum();
+            holes = runs.holes;
+            match self.claim(committer, to_u64(descriptors_max), blocks)? {
+                Claim::Keep => pending = runs.data,
+                Claim::Wait => return Ok(None),
+                Claim::Lose => {
+                    let choice = self.choose(committer, runs.data, to_u64(descriptors_max));
+                    (pending, lost) = (choice.kept, choice.lost);
+                }
+            }
+        }
+        committer.batch.begin(committer.epoch, descriptors_max);
+        for &hole in &holes {
+            committer.batch.note(Kind::PreserveZero, hole);
+        }
+        self.keep_old_content(committer, pending.iter().copied(), size_bytes);
+        for &extent in &lost {
+            committer.batch.note(Kind::Lost, extent);
         }
         let room = BATCH_BLOCKS_MAX;
         for (count, extent) in changed.iter().filter(|e| e.start < end).enumerate() {
@@ -384,7 +454,8 @@ impl Volume {
             committer.batch.note(Kind::Changed, noted);
         }
         self.record(committer)?;
-        Ok(Extent::new(piece.start, end))
+        self.top_up(committer);
+        Ok(Some(Extent::new(piece.start, end)))
     }
 
     /// The end of the hole of the origin that begins at block `at`; `at` if there is data.
@@ -396,41 +467,41 @@ impl Volume {
         Ok(if data >= limit { end } else { data / self.block_size })
     }
 
-    /// Keep the old content of pending extents up to what one batch takes; tells where it stopped.
-    /// Holes of the origin are known to be zero without reading them, which pays where whole ranges
-    /// are zeroed.
-    fn keep_extents(
+    /// Divide pending extents, up to what one batch takes, into holes of the origin, which are known
+    /// to be zero without reading them, and the rest, in runs that are read at once. `end` is where
+    /// that stopped. Looking for holes pays where whole ranges are zeroed.
+    fn divide(
         &self,
-        committer: &mut Committer,
         pending: &[Extent],
-        end: u64,
+        end: &mut u64,
         size_bytes: u64,
         looks_for_holes: bool,
-    ) -> Result<u64> {
+    ) -> Result<Divided> {
         // Copies and runs of zeroes take a descriptor each.
         let mut room = to_u64(BATCH_BLOCKS_MAX);
+        let mut divided = Divided::default();
         for &extent in pending {
             let mut at = extent.start;
             while at < extent.end {
                 if room == 0 {
-                    return Ok(at);
+                    *end = at;
+                    return Ok(divided);
                 }
                 let hole_end =
                     if looks_for_holes { self.hole_end(at, extent.end, size_bytes)? } else { at };
                 if hole_end > at {
-                    committer.batch.note(Kind::PreserveZero, Extent::new(at, hole_end));
+                    divided.holes.push(Extent::new(at, hole_end));
                     room -= 1;
                     at = hole_end;
                     continue;
                 }
                 let count = (extent.end - at).min(RUN_BLOCKS).min(room);
-                let run = Extent::new(at, at + count);
-                self.keep_old_content(committer, std::iter::once(run), size_bytes);
+                divided.data.push(Extent::new(at, at + count));
                 room -= count;
-                at = run.end;
+                at += count;
             }
         }
-        Ok(end)
+        Ok(divided)
     }
 
     fn submit(
@@ -448,8 +519,10 @@ impl Volume {
                 let to = (from + to_usize(length)).min(data.len());
                 self.origin.write_at(offset, &data[from..to])
             }
-            Content::Zeroes { may_punch } => self.origin.zero_at(offset, length, may_punch),
-            Content::Discard => self.origin.discard_at(offset, length),
+            Content::Zeroes { may_punch, upto } => {
+                self.origin.zero_at(offset, length.min(upto - offset), may_punch)
+            }
+            Content::Discard { upto } => self.origin.discard_at(offset, length.min(upto - offset)),
         }
     }
 
@@ -471,7 +544,8 @@ impl Volume {
             let (start, end) = (inner.start * self.block_size, inner.end * self.block_size);
             let head = vec![0; to_usize(start - offset)];
             self.write(offset, &head, false)?;
-            self.change_whole(inner, Content::Zeroes { may_punch })?;
+            let upto = offset + length;
+            self.change_whole(inner, Content::Zeroes { may_punch, upto })?;
             let tail = vec![0; to_usize((offset + length).saturating_sub(end))];
             self.write(end.min(offset + length), &tail, false)?;
         }
@@ -508,7 +582,8 @@ impl Volume {
                 }
                 Way::Slots => {
                     drop(state);
-                    self.change_past_buffer(Extent::new(start, run_end), content)?;
+                    let run = Extent::new(start, run_end);
+                    self.change_past_buffer(run, content, Patience::Wait)?;
                     start = run_end;
                 }
             }
@@ -534,7 +609,7 @@ impl Volume {
         while start < inner.end {
             let (run, is_needed) = self.admit()?.trim_run(Extent::new(start, inner.end));
             if !is_needed {
-                self.change_whole(run, Content::Discard)?;
+                self.change_whole(run, Content::Discard { upto: offset + length })?;
             }
             start = run.end;
         }

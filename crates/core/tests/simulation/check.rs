@@ -1,7 +1,7 @@
 //! After a stop: open the volume again, and hold it to its promises.
 
 use crate::dice::Dice;
-use crate::machine::{LOG, Machine, SimHost, Stop};
+use crate::machine::{LOG, Machine, STORE, SimHost, Stop};
 use crate::model::{CELL, Model, size};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use stillblock_core::extent::ExtentSet;
 use stillblock_core::index::run::run_number;
+use stillblock_core::journal::JOURNAL_NAME;
 use stillblock_core::log::scan::scan;
 use stillblock_core::log::writer::{Segments, segment_number};
 use stillblock_core::view::{ExcludedReads, View};
@@ -29,6 +30,8 @@ macro_rules! ensure {
 pub struct Way {
     pub is_write_through: bool,
     pub has_background: bool,
+    /// Disks fail and rot.
+    pub has_faults: bool,
 }
 
 /// Nobody is to fail because time passes.
@@ -140,24 +143,43 @@ pub fn check(
     let machine = if is_cut { stop.cut(dice.fork()) } else { stop.killed(dice.fork()) };
     machine.model().was_cut = is_cut;
     machine.tell(|| format!("STOP at depth {depth}, cut {is_cut}"));
-    let may_fail = stop.had_faults;
-    machine.faults_met.store(u64::from(may_fail), std::sync::atomic::Ordering::Relaxed);
+    machine.faults_met.store(u64::from(stop.had_faults), std::sync::atomic::Ordering::Relaxed);
     if stop.is_origin_failed {
-        return check_refused(&machine, way, stop.model.is_failure_told);
+        return check_refused(&machine, way, is_cut, stop.model.is_failure_told);
     }
-    let is_nested = depth == 0 && dice.chance(8);
+    let rotten = if way.has_faults && dice.chance(12) { machine.rot_a_segment(dice) } else { None };
+    let may_fail = stop.had_faults || rotten.is_some();
+    machine.faults_met.store(u64::from(may_fail), std::sync::atomic::Ordering::Relaxed);
+    let is_nested = depth == 0 && rotten.is_none() && dice.chance(8);
     if is_nested {
         machine.watch();
     }
     let found = machine.stop();
     // Only a failure is told: to look is to take steps, and the seed would run otherwise.
     let story = |why: String| format!("{why}\n{}", describe(&found.killed(Dice::new(0))));
-    let volume = open(&machine, way).map_err(story)?;
+    let volume = match open(&machine, way) {
+        // Killed while it restored from what is rotten now: it says so, and a person must decide.
+        Err(why) if rotten.is_some() && why.contains("could not be kept") => return Ok(None),
+        opened => opened.map_err(story)?,
+    };
     for again in machine.take_stops() {
         tally.nested += 1;
         if let Some((_, volume)) = check(&again, way, dice, depth + 1, tally)? {
             volume.abandon();
         }
+    }
+    if let Some((name, epoch)) = rotten {
+        // What it held is lost, and who needs it is told; people may still want to look at it.
+        let is_needed =
+            volume.epochs().expect("listed").first().is_some_and(|first| first.epoch <= epoch);
+        let is_there = machine.world().list(Path::new(LOG)).contains(&name);
+        ensure!(
+            is_there || !is_needed,
+            "P10: {name} cannot be read, and was removed with its records"
+        );
+        check_rotten(&volume, &machine.model().clone()).map_err(story)?;
+        volume.abandon();
+        return Ok(None);
     }
     verify(&machine, &volume, is_cut, may_fail).map_err(story)?;
     if dice.chance(25) {
@@ -173,6 +195,7 @@ pub fn check(
 fn check_refused(
     machine: &Arc<Machine>,
     way: Way,
+    is_cut: bool,
     was_told: bool,
 ) -> Result<Option<Opened>, String> {
     let host = Arc::new(SimHost(Arc::clone(machine)));
@@ -183,10 +206,25 @@ fn check_refused(
             Err(format!("P6: a failed sync is forgotten by a restart\n{}", describe(machine)))
         }
         Ok(volume) => {
+            // It was killed before anybody was told: nobody can have been told that all is well.
+            let looked = verify(machine, &volume, is_cut, true);
             volume.abandon();
-            Ok(None)
+            looked.map(|()| None)
         }
     }
+}
+
+/// Whatever is still given is right.
+fn check_rotten(volume: &Arc<Volume>, model: &Model) -> Result<(), String> {
+    for info in volume.epochs().map_err(|e| format!("listing: {e}"))? {
+        let known = model.snapshots.get(&info.epoch).filter(|s| s.is_certain());
+        if let (Some(selection), Some(snapshot)) = (&info.state.selection, known) {
+            let both = selection.intersection(&snapshot.selection);
+            let found = read_snapshot(volume, info.epoch, model, &both, true)?;
+            model.check_snapshot(info.epoch, &found)?;
+        }
+    }
+    Ok(())
 }
 
 fn verify(
@@ -327,25 +365,34 @@ pub fn check_changed(
     Ok(())
 }
 
-/// Nothing is orphaned, nothing kept twice.
+/// What the journal, all segments and index files take, what is allocated ahead included.
+fn allocated(machine: &Machine) -> u64 {
+    let world = machine.world();
+    let (store, log) = (Path::new(STORE), Path::new(LOG));
+    let is_kept = |name: &String| segment_number(name).is_some() || run_number(name).is_some();
+    let kept = world.list(log).into_iter().filter(is_kept);
+    let kept = kept.map(|name| world.find(log, &name).expect("listed"));
+    let files: Vec<u64> = kept.chain(world.find(store, JOURNAL_NAME)).collect();
+    files.into_iter().map(|id| machine.allocated(&world, id)).sum()
+}
+
+/// Nothing is orphaned. The committer may go on meanwhile, so the two are compared until they agree.
 fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(), String> {
+    const TRIES: usize = 20;
     // What goes on behind everything else is done, or files go while they are counted.
     let is_kept_up = volume.maintain(Effort::Due);
     ensure!(is_kept_up.is_ok() || may_fail, "P10: upkeep: {is_kept_up:?}");
-    let log = Path::new(LOG);
-    let world = machine.world();
-    let is_kept = |name: &String| segment_number(name).is_some() || run_number(name).is_some();
-    let files = world.list(log).into_iter().filter(is_kept);
-    let allocated: u64 = files
-        .map(|name| world.medium(world.find(log, &name).expect("listed")).now.allocated())
-        .sum();
-    drop(world);
-    let told = volume.store_bytes().map_err(|e| format!("P10: store: {e}"))?;
-    ensure!(
-        told == allocated || may_fail,
-        "P10: {allocated} bytes of log on the disk, {told} accounted for"
-    );
-    Ok(())
+    let mut seen = (0, 0);
+    for _ in 0..TRIES {
+        let on_disk = allocated(machine);
+        let usage = volume.store_usage().map_err(|e| format!("P10: store: {e}"))?;
+        let told = usage.used_bytes + usage.ahead_bytes;
+        if told == on_disk || may_fail {
+            return Ok(());
+        }
+        seen = (on_disk, told);
+    }
+    Err(format!("P10: {} bytes of the store on the disk, {} accounted for", seen.0, seen.1))
 }
 
 /// P3: of no block and epoch are there two copies.
@@ -381,7 +428,12 @@ fn go_on(
     machine.model().end_write(cells, false);
     let selection = machine.model().all_blocks();
     machine.model().begin_snapshot(selection.clone());
-    let taken = volume.snapshot(SnapshotRequest { selection, meta: Vec::new(), pause_limit: LONG });
+    let taken = volume.snapshot(SnapshotRequest {
+        selection,
+        low: ExtentSet::new(),
+        meta: Vec::new(),
+        pause_limit: LONG,
+    });
     match taken {
         Ok(taken) => {
             let snapshot = machine.model().taken().expect("begun");

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// What a device writes whole or not at all.
 pub const SECTOR: u64 = 512;
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 
 type Page = Arc<[u8; 4096]>;
 
@@ -26,6 +26,10 @@ pub struct Bytes {
 impl Bytes {
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    pub fn has_page(&self, page: u64) -> bool {
+        self.pages.contains_key(&page)
     }
 
     pub fn allocated(&self) -> u64 {
@@ -272,6 +276,17 @@ impl World {
         let names = self.names(directory);
         names.now.insert(name.into(), id);
         names.unsynced.push(NameChange::Add(name.into(), id));
+    }
+
+    /// Change one byte of a medium, behind everybody's back.
+    pub fn rot(&mut self, id: u64, offset: u64) {
+        let medium = self.change(id);
+        for bytes in [&mut medium.now, &mut medium.durable] {
+            let mut byte = [0];
+            if bytes.read(offset, &mut byte).is_ok() {
+                bytes.write(offset, &[byte[0] ^ 0x40]);
+            }
+        }
     }
 
     pub fn unlink(&mut self, directory: &Path, name: &str) -> io::Result<()> {

@@ -102,7 +102,12 @@ impl Run {
 
     fn snapshot(&self, selection: ExtentSet) -> Result<(), String> {
         self.machine.model().begin_snapshot(selection.clone());
-        let request = SnapshotRequest { selection, meta: Vec::new(), pause_limit: LONG };
+        let request = SnapshotRequest {
+            selection,
+            low: ExtentSet::new(),
+            meta: Vec::new(),
+            pause_limit: LONG,
+        };
         let taken = self.volume.snapshot(request).map_err(told("a snapshot"))?;
         let mut model = self.machine.model();
         let snapshot = model.taken().ok_or("begun")?;
@@ -151,6 +156,7 @@ impl Run {
             source_epoch: epoch,
             request: model.all_blocks(),
             safety_selection: model.all_blocks(),
+            safety_low: ExtentSet::new(),
             meta: Vec::new(),
             pause_limit: LONG,
         });
@@ -219,7 +225,7 @@ impl Run {
 pub fn run(program: &[Step]) -> Result<Tally, String> {
     let mut tally = Tally::default();
     let mut dice = Dice::new(program.iter().fold(1, |sum, &step| sum * 31 + step as u64));
-    let way = Way { is_write_through: false, has_background: false };
+    let way = Way { is_write_through: false, has_background: false, has_faults: false };
     let machine = new_machine(SIZE_BYTES, 6, dice.fork())?;
     let volume = open(&machine, way)?;
     let mut run = Run { machine, volume, way };

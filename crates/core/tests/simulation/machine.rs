@@ -2,9 +2,9 @@
 //! clients know.
 
 use crate::dice::Dice;
-use crate::disk::{Change, Medium, World};
+use crate::disk::{Change, Medium, PAGE, World};
 use crate::model::Model;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -43,11 +43,15 @@ pub enum Target {
     StoreWrite,
     StoreSync,
     StoreNames,
+    /// Of the journal alone: what is decided is rare among the steps.
+    JournalSync,
 }
 
 pub struct Machine {
     world: Mutex<World>,
     buffers: Mutex<BTreeMap<PathBuf, Buffer>>,
+    /// Pages of files that are allocated and not written.
+    reserved: Mutex<BTreeMap<u64, BTreeSet<u64>>>,
     boot: u8,
     slot_count: u32,
     /// What its clients did and were told.
@@ -100,6 +104,7 @@ impl Machine {
         Self {
             world: Mutex::new(world),
             buffers: Mutex::new(buffers),
+            reserved: Mutex::default(),
             boot,
             slot_count,
             model: Mutex::new(model),
@@ -199,8 +204,61 @@ impl Machine {
         }
     }
 
+    /// Spoil both headers of a segment that has records; tells which, and of what epoch it is.
+    pub fn rot_a_segment(&self, dice: &mut Dice) -> Option<(String, u32)> {
+        let mut world = self.world();
+        let log = Path::new(LOG);
+        let names = world.list(log);
+        let name = names.get(dice.below(names.len()))?.clone();
+        let id = world.find(log, &name)?;
+        let bytes = world.medium(id).now.clone();
+        let begins_with = |page: &u64, magic: &[u8]| {
+            let mut found = vec![0; magic.len()];
+            bytes.read(page * 4096, &mut found).is_ok() && found == magic
+        };
+        let pages = 0..bytes.length() / 4096;
+        if !pages.clone().any(|page| begins_with(&page, b"SBBH")) {
+            return None;
+        }
+        for page in pages.filter(|page| begins_with(page, b"SBLOGSEG")) {
+            world.rot(id, page * 4096 + 20);
+        }
+        let mut epoch = [0; 4];
+        bytes.read(32, &mut epoch).ok()?;
+        Some((name, u32::from_le_bytes(epoch)))
+    }
+
+    /// Now and then a device takes its time.
+    fn linger(&self) {
+        let steps = {
+            let mut dice = held(&self.dice);
+            if dice.chance(4) { dice.below(250) } else { 0 }
+        };
+        for _ in 0..steps {
+            breathe();
+        }
+    }
+
+    /// What a file takes.
+    pub fn allocated(&self, world: &World, id: u64) -> u64 {
+        let reserved = held(&self.reserved).get(&id).map_or(0, BTreeSet::len);
+        world.medium(id).now.allocated() + reserved as u64 * PAGE
+    }
+
+    fn unreserve(&self, id: u64, offset: u64, end: u64) {
+        if let Some(pages) = held(&self.reserved).get_mut(&id) {
+            pages.retain(|page| page * PAGE + PAGE <= offset || page * PAGE >= end);
+        }
+    }
+
     fn do_change(&self, id: u64, change: Change) {
+        self.linger();
         self.step();
+        match &change {
+            Change::Write(offset, data) => self.unreserve(id, *offset, offset + data.len() as u64),
+            Change::Zero(offset, length) => self.unreserve(id, *offset, offset + length),
+            Change::SetLength(length) => self.unreserve(id, *length, u64::MAX),
+        }
         let number = {
             let mut world = self.world();
             let number = world.number();
@@ -237,12 +295,19 @@ impl Stop {
 struct SimStorage {
     machine: Arc<Machine>,
     id: u64,
-    is_origin: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Origin,
+    Journal,
+    Log,
 }
 
 impl SimStorage {
     fn target(&self, origin: Target, store: Target) -> Target {
-        if self.is_origin { origin } else { store }
+        if self.kind == Kind::Origin { origin } else { store }
     }
 }
 
@@ -251,6 +316,7 @@ impl Storage for SimStorage {
         Ok(self.machine.world().medium(self.id).now.length())
     }
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.machine.linger();
         breathe();
         self.machine.meet(self.target(Target::OriginRead, Target::StoreRead))?;
         self.machine.world().medium(self.id).now.read(offset, buffer)
@@ -287,14 +353,25 @@ impl Storage for SimStorage {
         self.machine.do_change(self.id, Change::Zero(offset, length));
         Ok(())
     }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        let world = self.machine.world();
+        let now = &world.medium(self.id).now;
+        let pages = offset / PAGE..(offset + length).div_ceil(PAGE);
+        let free = pages.filter(|page| !now.has_page(*page));
+        held(&self.machine.reserved).entry(self.id).or_default().extend(free);
         Ok(())
+    }
+    fn release_ahead(&self, offset: u64, length: u64) {
+        self.machine.unreserve(self.id, offset, offset + length);
     }
     fn sync(&self) -> io::Result<()> {
         let numbers = self.machine.world().medium(self.id).completed();
         self.machine.step();
         self.machine.tell(|| format!("  sync {} of {numbers:?}", self.id));
-        let met = self.machine.meet(self.target(Target::OriginSync, Target::StoreSync));
+        let mut met = self.machine.meet(self.target(Target::OriginSync, Target::StoreSync));
+        if self.kind == Kind::Journal && met.is_ok() {
+            met = self.machine.meet(Target::JournalSync);
+        }
         let mut world = self.machine.world();
         if let Err(error) = met {
             world.change(self.id).fail_sync(&numbers, &mut held(&self.machine.dice));
@@ -311,7 +388,7 @@ impl Storage for SimStorage {
         Ok(self.machine.world().medium(self.id).now.next(offset, end, false))
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(self.machine.world().medium(self.id).now.allocated())
+        Ok(self.machine.allocated(&self.machine.world(), self.id))
     }
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.machine.meet(self.target(Target::OriginWrite, Target::StoreWrite))?;
@@ -326,16 +403,18 @@ struct SimDirectory {
 }
 
 impl SimDirectory {
-    fn storage(&self, id: u64) -> Arc<dyn Storage> {
+    fn storage(&self, name: &str, id: u64) -> Arc<dyn Storage> {
         let machine = Arc::clone(&self.machine);
-        Arc::new(SimStorage { machine, id, is_origin: false })
+        let is_journal = name == stillblock_core::journal::JOURNAL_NAME;
+        let kind = if is_journal { Kind::Journal } else { Kind::Log };
+        Arc::new(SimStorage { machine, id, kind })
     }
 }
 
 impl Directory for SimDirectory {
     fn open(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         let found = self.machine.world().find(&self.path, name);
-        Ok(self.storage(found.ok_or(io::ErrorKind::NotFound)?))
+        Ok(self.storage(name, found.ok_or(io::ErrorKind::NotFound)?))
     }
     fn create(&self, name: &str) -> io::Result<Arc<dyn Storage>> {
         self.machine.step();
@@ -343,13 +422,13 @@ impl Directory for SimDirectory {
         let known = self.machine.world().find(&self.path, name);
         if let Some(id) = known {
             self.machine.do_change(id, Change::SetLength(0));
-            return Ok(self.storage(id));
+            return Ok(self.storage(name, id));
         }
         let mut world = self.machine.world();
         let id = world.add(Medium::default());
         world.link(&self.path, name, id);
         drop(world);
-        Ok(self.storage(id))
+        Ok(self.storage(name, id))
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.machine.step();
@@ -413,7 +492,7 @@ impl Host for SimHost {
         let found = self.0.world().find(Path::new("/"), name.trim_start_matches('/'));
         let id = found.ok_or_else(|| Error::NotFound(name.into_owned()))?;
         let machine = Arc::clone(&self.0);
-        Ok(Arc::new(SimOrigin(SimStorage { machine, id, is_origin: true })))
+        Ok(Arc::new(SimOrigin(SimStorage { machine, id, kind: Kind::Origin })))
     }
     fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
         Ok(path.to_path_buf())

@@ -166,6 +166,6 @@ fn every_broken_rule_is_noticed() {
 
 /// A program that takes more steps hangs.
 fn steps_max() -> usize {
-    let steps = from_env("STILLBLOCK_STEPS").unwrap_or(200_000_000);
+    let steps = from_env("STILLBLOCK_STEPS").unwrap_or(30_000_000);
     usize::try_from(steps).unwrap_or(usize::MAX)
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use stillblock_core::error::{Error, Result as EngineResult};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::volume::open::{CreateRequest, create_on};
-use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, Volume};
+use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 
 /// Simulated time is cheap; nobody is to fail because of it.
 const LONG: Duration = Duration::from_secs(60);
@@ -208,7 +208,12 @@ fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
         selection
     };
     let meta = Vec::new();
-    let taken = session.volume.snapshot(SnapshotRequest { selection, meta, pause_limit: LONG });
+    let taken = session.volume.snapshot(SnapshotRequest {
+        selection,
+        low: ExtentSet::new(),
+        meta,
+        pause_limit: LONG,
+    });
     session.machine.tell(|| format!("snapshot: {taken:?}"));
     let done = session.must("a snapshot", taken);
     let Some(taken) = done? else {
@@ -370,6 +375,7 @@ fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
         source_epoch: epoch,
         request: wanted,
         safety_selection: safety,
+        safety_low: ExtentSet::new(),
         meta: Vec::new(),
         pause_limit: LONG,
     });
@@ -516,12 +522,17 @@ impl Program {
 
 fn pick_faults(dice: &mut Dice) -> FaultPlan {
     use Target::{
-        OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite,
+        JournalSync, OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync,
+        StoreWrite,
     };
     let targets =
         [OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite];
     let mut fault = || (targets[dice.below(targets.len())], 1 + dice.below(30) as u64);
-    FaultPlan { faults: (0..2).map(|_| fault()).collect() }
+    let mut faults = vec![fault(), fault()];
+    if dice.chance(35) {
+        faults = vec![(JournalSync, 1 + dice.below(8) as u64)];
+    }
+    FaultPlan { faults }
 }
 
 /// A machine with a fresh volume, its disk full of ones.
@@ -533,6 +544,7 @@ pub fn new_machine(size_bytes: u64, slot_count: u32, dice: Dice) -> Result<Arc<M
     let made = create_on(
         &SimHost(Arc::clone(&machine)),
         &CreateRequest {
+            policy: StorePolicy::default(),
             store: STORE.into(),
             origin: ORIGIN.into(),
             block_size: 4096,
@@ -550,7 +562,11 @@ pub fn run(seed: u64, with_faults: bool, stops_max: usize) -> Result<Tally, Stri
     let tail = [0, 0, 512, 1280, 768, 4000][dice.below(6)] / 256 * 256;
     let size_bytes = blocks * 4096 + tail;
     let slot_count = [5, 12, 40][dice.below(3)];
-    let way = Way { is_write_through: dice.chance(15), has_background: dice.chance(65) };
+    let way = Way {
+        is_write_through: dice.chance(15),
+        has_background: dice.chance(65),
+        has_faults: with_faults,
+    };
     let machine = new_machine(size_bytes, slot_count, dice.fork())?;
     let mut program =
         Program { machine, way, dice, has_faults: with_faults, stops_max, tally: Tally::default() };

@@ -16,6 +16,7 @@ use crate::log::format::BATCH_BLOCKS_MAX;
 use crate::log::scan::Scan;
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
+use crate::sabotage::{Rule, is_broken};
 use crate::storage::FileDirectory;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, RwLock, spawn, unix_ns};
 use std::collections::{BTreeMap, BTreeSet};
@@ -223,7 +224,7 @@ impl Parts {
         let (recover, is_failed) = (self.request.recover, !self.decided.origin_failure.is_empty());
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
-        let has_unfinished = !self.scan.unfinished.is_empty();
+        let has_unfinished = !self.scan.unfinished.is_empty() || is_broken(Rule::UnknownLogKept);
         let end = self.decided.closed.is_none().then_some(self.scan.end);
         let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
@@ -363,8 +364,10 @@ impl Parts {
         let epoch = live.copied().max().unwrap_or(0).max(known.max().unwrap_or(0));
         // Kept until the instants they may belong to are gone.
         let last = epochs.0.keys().next_back().copied().unwrap_or(0);
-        in_segments.extend(scan.unreadable.iter().copied());
-        in_segments.extend(scan.headerless.iter().map(|&segment| (segment, last)));
+        if !is_broken(Rule::UnknownLogKept) {
+            in_segments.extend(scan.unreadable.iter().copied());
+            in_segments.extend(scan.headerless.iter().map(|&segment| (segment, last)));
+        }
         let epoch_max = in_segments.values().copied().max().unwrap_or(0);
         let epoch_max = epoch_max.max(decided.epoch_max).max(last);
         let damaged = epochs_with_losses(&scan, &epochs);

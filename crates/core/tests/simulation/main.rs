@@ -94,12 +94,12 @@ fn run_seeds(seeds: impl Iterator<Item = u64>, with_faults: bool) -> Tally {
 
 #[test]
 fn without_faults_every_promise_holds_after_a_stop_at_every_step() {
-    run_seeds(seeds(100), false);
+    run_seeds(seeds(60), false);
 }
 
 #[test]
 fn with_faults_nothing_is_wrong_that_does_not_say_so() {
-    run_seeds(seeds(100), true);
+    run_seeds(seeds(60), true);
 }
 
 /// All short programs that begin with one of these; at least `stops_min` stops.

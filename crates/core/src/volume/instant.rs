@@ -109,6 +109,7 @@ impl Volume {
                 // If it stays it is an empty file without a header: a scan knows it for what it is,
                 // and removes it.
                 let _ = committer.log.discard_epoch();
+                committer.log.forget_prepared();
                 return Err(error);
             }
         };

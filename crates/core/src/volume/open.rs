@@ -17,6 +17,7 @@ use crate::log::format::BATCH_BLOCKS_MAX;
 use crate::log::scan::{Scan, scan_headers};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
+use crate::sabotage::{Rule, is_broken};
 use crate::storage::FileDirectory;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, RwLock, spawn, unix_ns};
 use std::collections::{BTreeMap, BTreeSet};
@@ -237,7 +238,7 @@ impl Parts {
         let generation = self.decided.generation + 1;
         let owes_space = self.decided.owes_space;
         let leftovers = Leftovers {
-            has_unfinished: !self.scan.unfinished.is_empty(),
+            has_unfinished: !self.scan.unfinished.is_empty() || is_broken(Rule::UnknownLogKept),
             superseded: std::mem::take(&mut self.scan.superseded),
             runs: std::mem::take(&mut self.loaded.useless),
             merged: std::mem::take(&mut self.loaded.unfinished),
@@ -386,8 +387,10 @@ impl Parts {
         let epoch = live.copied().max().unwrap_or(0).max(known.max().unwrap_or(0));
         // Kept until the instants they may belong to are gone.
         let last = epochs.0.keys().next_back().copied().unwrap_or(0);
-        in_segments.extend(scan.unreadable.iter().copied());
-        in_segments.extend(scan.headerless.iter().map(|&segment| (segment, last)));
+        if !is_broken(Rule::UnknownLogKept) {
+            in_segments.extend(scan.unreadable.iter().copied());
+            in_segments.extend(scan.headerless.iter().map(|&segment| (segment, last)));
+        }
         let epoch_max = in_segments.values().copied().max().unwrap_or(0);
         let epoch_max = epoch_max.max(decided.epoch_max).max(last);
         // Since the last time that nothing was owed something was decided, or not.

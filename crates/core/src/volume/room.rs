@@ -351,12 +351,14 @@ impl Volume {
 
     /// Look how much the store takes.
     pub(super) fn count_used(&self, committer: &mut Committer) -> io::Result<()> {
-        let mut total = committer.journal.allocated_bytes()?;
-        for &segment in committer.segments.keys() {
-            total += self.segments.get(segment)?.allocated_bytes()?;
-        }
-        committer.used_bytes = total;
+        committer.used_bytes = committer.journal.allocated_bytes()? + self.log_bytes(committer)?;
         Ok(())
+    }
+
+    /// Bytes the log takes, what is allocated ahead included.
+    pub(super) fn log_bytes(&self, committer: &Committer) -> io::Result<u64> {
+        let numbers = committer.segments.keys();
+        numbers.map(|&segment| self.segments.get(segment)?.allocated_bytes()).sum()
     }
 
     /// Tell requests how much room there is, and why there is not more. Not while an instant is

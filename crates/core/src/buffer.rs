@@ -251,6 +251,11 @@ impl Arena {
 const ALIVE_SLACK_NS: u64 = 3_000_000_000;
 
 impl LeftBuffer {
+    /// True if it is of this opening of the volume.
+    pub fn is_of(&self, uuid: [u8; 16], generation: u64) -> bool {
+        self.identity.uuid == uuid && self.identity.generation == generation
+    }
+
     /// True if the origin is another one now, or was written after the process died.
     pub fn is_origin_touched(&self, now: &OriginIdentity) -> bool {
         let alive_until = self.alive_unix_ns.saturating_add(ALIVE_SLACK_NS);

@@ -421,8 +421,7 @@ impl Journal {
     /// Make the journal of a new store; `first` is durable when this returns.
     pub fn create(directory: &dyn Directory, first: &Entry) -> Result<Self, JournalError> {
         let file = directory.create(JOURNAL_NAME)?;
-        let mut journal =
-            Self { file, end: 0, last_start: 0, next_sequence: 1, allocated: 0, left_behind: 0 };
+        let mut journal = Self::at(file, 0, 0, 1);
         journal.append(first)?;
         directory.sync()?;
         Ok(journal)
@@ -447,15 +446,11 @@ impl Journal {
             }
             probe += UNIT;
         }
-        let journal = Self {
-            file,
-            end: at,
-            last_start,
-            next_sequence: sequence,
-            allocated: at,
-            left_behind: 0,
-        };
-        Ok((journal, entries))
+        Ok((Self::at(file, last_start, at, sequence), entries))
+    }
+
+    fn at(file: Arc<dyn Storage>, last_start: u64, end: u64, next_sequence: u64) -> Self {
+        Self { file, end, last_start, next_sequence, allocated: end, left_behind: 0 }
     }
 
     /// How coarse marks should be, in bytes of the disk: the less is left of the reserve, the more each
@@ -495,10 +490,17 @@ impl Journal {
 
     /// Have the reserve allocated, as far as there is room.
     pub fn reserve(&mut self) {
-        if self.end + RESERVE_BYTES / 2 > self.allocated
-            && self.file.allocate(self.end, RESERVE_BYTES).is_ok()
+        self.reserve_behind(0);
+    }
+
+    /// The same behind a record that is still to be written.
+    fn reserve_behind(&mut self, record_bytes: u64) {
+        let end = self.end + record_bytes;
+        // A full store may refuse; the reserve from before is there for exactly that.
+        if end + RESERVE_BYTES / 2 > self.allocated
+            && self.file.allocate(self.end, record_bytes + RESERVE_BYTES).is_ok()
         {
-            self.allocated = self.end + RESERVE_BYTES;
+            self.allocated = end + RESERVE_BYTES;
         }
     }
 
@@ -525,12 +527,7 @@ impl Journal {
         }
         let record = encode_record(self.next_sequence, kind, &payload);
         let end = self.end + to_u64(record.len());
-        if end + RESERVE_BYTES / 2 > self.allocated {
-            // A full store may refuse; the reserve from before is there for exactly that.
-            if self.file.allocate(self.end, to_u64(record.len()) + RESERVE_BYTES).is_ok() {
-                self.allocated = end + RESERVE_BYTES;
-            }
-        }
+        self.reserve_behind(to_u64(record.len()));
         let synced = || if is_broken(Rule::JournalSync) { Ok(()) } else { self.file.sync() };
         let written = self.file.write_at(self.end, &record).and_then(|()| synced());
         if let Err(error) = written {

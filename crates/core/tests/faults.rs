@@ -13,7 +13,7 @@ use stillblock_core::error::{Error, Result};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::view::{ExcludedReads, View};
-use stillblock_core::volume::host::Through;
+use stillblock_core::volume::host::System;
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
 use stillblock_core::volume::{OnFull, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 
@@ -286,13 +286,13 @@ impl Run {
 
     fn try_open(&self, recover: Recover) -> Result<Arc<Volume>> {
         let (world, more) = (self.world.clone(), self.world.clone());
-        let host = Through {
-            origin: Box::new(move |inner| {
+        let host = System::through(
+            Box::new(move |inner| {
                 let (world, unsynced) = (world.clone(), Mutex::default());
                 Arc::new(Faulty { inner, device: Device::Origin, world, unsynced })
             }),
-            directory: Box::new(move |_, inner| Arc::new(FaultyDirectory(inner, more.clone()))),
-        };
+            Box::new(move |_, inner| Arc::new(FaultyDirectory(inner, more.clone()))),
+        );
         let request = OpenRequest {
             store: self.dir.join("store"),
             origin: None,

@@ -2,6 +2,11 @@
 //!
 //! A seed that fails is printed; run it alone with `STILLBLOCK_SEED=n cargo test --test model`.
 
+#[path = "simulation/dice.rs"]
+#[allow(dead_code)] // not every test rolls all of it
+mod dice;
+
+use dice::Dice;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -22,26 +27,6 @@ macro_rules! trace {
             eprintln!($($what)*);
         }
     };
-}
-
-/// A small, fast, seeded generator (xorshift64*); good enough to choose operations.
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() >> 11).expect("53 bits") % limit.max(1)
-    }
-
-    fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
 }
 
 struct Snapshot {
@@ -387,7 +372,7 @@ impl Run<'_> {
 fn run(seed: u64) {
     let base = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
     let dir = tempfile::tempdir_in(base).expect("temporary directory");
-    let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut dice = Dice::new(seed);
     let block = [4096, 4096, 4096, 8192, 16_384, 65_536][dice.below(6)];
     let odd = if dice.chance(50) { dice.below(block) } else { 0 };
     let size = (100 + dice.below(300)) * 4096 / block * block + odd;
@@ -415,9 +400,9 @@ fn run(seed: u64) {
         run.step();
         if is_traced() {
             // Checking must not change what the seed does.
-            let saved = run.dice.0;
+            let saved = run.dice.clone();
             run.check();
-            run.dice.0 = saved;
+            run.dice = saved;
         }
     }
     run.check();

@@ -6,6 +6,11 @@
 //!
 //! A seed that fails is printed; run it alone with `STILLBLOCK_SEED=n cargo test --test power`.
 
+#[path = "simulation/dice.rs"]
+#[allow(dead_code)] // not every test rolls all of it
+mod dice;
+
+use dice::Dice;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,7 +21,7 @@ use stillblock_core::error::{Error, Result};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::view::{ExcludedReads, View};
-use stillblock_core::volume::host::Through;
+use stillblock_core::volume::host::System;
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
 use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 
@@ -24,25 +29,6 @@ const SECTOR: usize = 512;
 const BLOCK: usize = 4096;
 const SECTORS_A_BLOCK: usize = BLOCK / SECTOR;
 const BLOCKS: usize = 24;
-
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() >> 11).expect("53 bits") % limit.max(1)
-    }
-
-    fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-}
 
 enum Change {
     Write(usize, Vec<u8>),
@@ -351,16 +337,16 @@ fn open_at(
     };
     let (for_origin, for_store) = (Arc::clone(world), Arc::clone(world));
     let path = dir.join("disk.img");
-    let host = Through {
-        origin: Box::new(move |file| {
+    let host = System::through(
+        Box::new(move |file| {
             for_origin.know(&path);
             Arc::new(Forgetful { file, path: path.clone(), world: Arc::clone(&for_origin) })
         }),
-        directory: Box::new(move |path, directory| {
+        Box::new(move |path, directory| {
             let (path, world) = (path.to_path_buf(), Arc::clone(&for_store));
             Arc::new(ForgetfulDirectory { directory, path, world })
         }),
-    };
+    );
     open_on(Arc::new(host), request)
 }
 
@@ -524,7 +510,7 @@ impl Run<'_> {
         }
         let during = During {
             volume: Arc::clone(&self.volume),
-            dice: Dice(self.dice.next() | 1),
+            dice: self.dice.fork(),
             next: self.written,
             before: self.volume.current_epoch(),
             written: Vec::new(),
@@ -685,7 +671,7 @@ impl Run<'_> {
 fn run(seed: u64) -> usize {
     let base = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
     let dir = tempfile::tempdir_in(base).expect("temporary directory");
-    let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut dice = Dice::new(seed);
     let live = vec![1; BLOCKS * SECTORS_A_BLOCK];
     std::fs::write(dir.path().join("disk.img"), bytes_of(&live)).expect("origin");
     create(&CreateRequest {

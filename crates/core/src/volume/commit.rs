@@ -182,7 +182,6 @@ impl Volume {
         size_bytes: u64,
         frozen: Option<&FrozenClasses>,
     ) -> Result<()> {
-        committer.batch.begin(committer.epoch, works.len());
         let forgotten = is_broken(Rule::LastBlockWhole).then_some(size_bytes / self.block_size);
         let pending = works.iter().filter(|w| w.class.pending).map(|w| w.block);
         let pending = pending.filter(move |block| Some(*block) != forgotten);

@@ -1,6 +1,6 @@
 //! What the engine asks of the machine: disks, locks, the boot, and memory that outlives the process.
 //!
-//! [`System`] is the operating system. [`Through`] puts something between the engine and its devices;
+//! [`System`] is the operating system, if need be with something between the engine and its devices;
 //! the simulation is a machine of its own.
 
 use crate::buffer::{Arena, BufferIdentity, LeftBuffer, note_replaying, read_left};
@@ -69,30 +69,49 @@ pub trait Host: Send + Sync {
     fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()>;
 }
 
-/// The operating system.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct System;
+/// Puts a device between the engine and one of its own.
+pub type ThroughStorage = Box<dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage> + Send + Sync>;
+/// Puts a directory between the engine and the one at a path.
+pub type ThroughDirectory =
+    Box<dyn Fn(&Path, Arc<dyn Directory>) -> Arc<dyn Directory> + Send + Sync>;
 
-struct SystemOrigin(Arc<FileStorage>);
+/// The operating system.
+#[derive(Default)]
+pub struct System {
+    between: Option<(ThroughStorage, ThroughDirectory)>,
+}
+
+impl System {
+    /// With something before the origin and the store's directories: tests put faults there.
+    pub fn through(origin: ThroughStorage, directory: ThroughDirectory) -> Self {
+        Self { between: Some((origin, directory)) }
+    }
+}
+
+struct SystemOrigin {
+    file: Arc<FileStorage>,
+    /// As the engine reads and writes it.
+    storage: Arc<dyn Storage>,
+}
 
 impl OriginDevice for SystemOrigin {
     fn storage(&self) -> Arc<dyn Storage> {
-        Arc::clone(&self.0) as Arc<dyn Storage>
+        Arc::clone(&self.storage)
     }
 
     fn identify(&self) -> io::Result<OriginIdentity> {
-        identify(self.0.file())
+        identify(self.file.file())
     }
 
     fn needs_beside(&self, store: &Path) -> io::Result<u64> {
         use std::os::unix::fs::MetadataExt;
-        let meta = self.0.file().metadata()?;
+        let meta = self.file.file().metadata()?;
         let is_beside = meta.is_file() && meta.dev() == std::fs::metadata(store)?.dev();
         Ok(if is_beside { meta.len().saturating_sub(meta.blocks() * 512) } else { 0 })
     }
 
     fn release(&self) {
-        lock_whole(self.0.file(), libc::F_UNLCK);
+        lock_whole(self.file.file(), libc::F_UNLCK);
     }
 }
 
@@ -127,7 +146,11 @@ impl Host for System {
     }
 
     fn directory(&self, path: &Path) -> Arc<dyn Directory> {
-        Arc::new(FileDirectory::new(path))
+        let directory: Arc<dyn Directory> = Arc::new(FileDirectory::new(path));
+        match &self.between {
+            Some((_, through)) => through(path, directory),
+            None => directory,
+        }
     }
 
     fn make_directory(&self, path: &Path) -> io::Result<()> {
@@ -149,9 +172,15 @@ impl Host for System {
 
     fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>> {
         let opened = FileStorage::open(path, OpenOptions { direct, read_only: false });
-        let storage = opened.map_err(Error::origin(format!("opening {}", path.display())))?;
-        lock_origin(storage.file(), path)?;
-        Ok(Arc::new(SystemOrigin(Arc::new(storage))))
+        let file = opened.map_err(Error::origin(format!("opening {}", path.display())))?;
+        lock_origin(file.file(), path)?;
+        let file = Arc::new(file);
+        let plain: Arc<dyn Storage> = Arc::clone(&file) as Arc<dyn Storage>;
+        let storage = match &self.between {
+            Some((through, _)) => through(plain),
+            None => plain,
+        };
+        Ok(Arc::new(SystemOrigin { file, storage }))
     }
 
     fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
@@ -180,94 +209,6 @@ impl Host for System {
 
     fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()> {
         note_replaying(path, unix_ns)
-    }
-}
-
-/// Puts a device between the engine and one of its own.
-pub type ThroughStorage = Box<dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage> + Send + Sync>;
-/// Puts a directory between the engine and the one at a path.
-pub type ThroughDirectory =
-    Box<dyn Fn(&Path, Arc<dyn Directory>) -> Arc<dyn Directory> + Send + Sync>;
-
-/// The operating system, with something between the engine and its devices: tests put faults there.
-pub struct Through {
-    /// Before the origin.
-    pub origin: ThroughStorage,
-    /// Before the store's directories.
-    pub directory: ThroughDirectory,
-}
-
-struct ThroughOrigin(Arc<dyn OriginDevice>, Arc<dyn Storage>);
-
-impl OriginDevice for ThroughOrigin {
-    fn storage(&self) -> Arc<dyn Storage> {
-        Arc::clone(&self.1)
-    }
-
-    fn identify(&self) -> io::Result<OriginIdentity> {
-        self.0.identify()
-    }
-
-    fn needs_beside(&self, store: &Path) -> io::Result<u64> {
-        self.0.needs_beside(store)
-    }
-
-    fn release(&self) {
-        self.0.release();
-    }
-}
-
-impl Host for Through {
-    fn boot_id(&self) -> Result<[u8; 16]> {
-        System.boot_id()
-    }
-
-    fn random(&self) -> Result<[u8; 16]> {
-        System.random()
-    }
-
-    fn directory(&self, path: &Path) -> Arc<dyn Directory> {
-        (self.directory)(path, System.directory(path))
-    }
-
-    fn make_directory(&self, path: &Path) -> io::Result<()> {
-        System.make_directory(path)
-    }
-
-    fn lock_store(&self, store: &Path) -> Result<Held> {
-        System.lock_store(store)
-    }
-
-    fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>> {
-        let device = System.open_origin(path, direct)?;
-        let storage = (self.origin)(device.storage());
-        Ok(Arc::new(ThroughOrigin(device, storage)))
-    }
-
-    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
-        System.canonical(path)
-    }
-
-    fn default_buffer_dir(&self) -> Option<PathBuf> {
-        System.default_buffer_dir()
-    }
-
-    fn new_buffer(
-        &self,
-        path: &Path,
-        slot_count: u32,
-        block_size: u64,
-        identity: &BufferIdentity,
-    ) -> io::Result<Arc<Arena>> {
-        System.new_buffer(path, slot_count, block_size, identity)
-    }
-
-    fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>> {
-        System.left_buffer(path)
-    }
-
-    fn note_replaying(&self, path: &Path, unix_ns: u64) -> io::Result<()> {
-        System.note_replaying(path, unix_ns)
     }
 }
 

@@ -3,12 +3,12 @@
 
 use super::decided::Decided;
 use super::host::{Host, System, identify, path_of};
-use super::open::LOG_DIRECTORY;
-use crate::buffer::{LeftBuffer, SECTOR, read_left, sector_runs};
+use super::open::{LOG_DIRECTORY, lock_existing, read_decisions};
+use crate::buffer::{LeftBuffer, overlay_sectors, read_left};
 use crate::epochs::Epoch;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::journal::{Journal, OriginIdentity};
+use crate::journal::OriginIdentity;
 use crate::log::scan::Scan;
 use crate::log::writer::Segments;
 use crate::number::to_usize;
@@ -88,16 +88,8 @@ pub struct Inspection {
 
 /// Look at a store that nobody has open, and at its origin: `origin`, or where it was last.
 pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
-    let _lock = match System.lock_store(store) {
-        Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::NotFound(format!("no store at {}", store.display())));
-        }
-        other => other?,
-    };
-    let opened = Journal::open(&FileDirectory::new(store)).map_err(Error::from);
-    let (_, entries) = opened.map_err(|error| super::open::not_a_store(store, error))?;
-    let decided = Decided::from(entries)
-        .ok_or_else(|| Error::Damaged(format!("{} has no first record", store.display())))?;
+    let _lock = lock_existing(&System::default(), store)?;
+    let (_, decided) = read_decisions(&FileDirectory::new(store), store)?;
     let log = FileDirectory::new(&store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(Arc::new(log)));
     let scan = decided.scan(&segments)?;
@@ -136,17 +128,17 @@ pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
 
 /// Fail if somebody has the store open, whatever is in it.
 pub fn check_unused(store: &Path) -> Result<()> {
-    System.lock_store(store).map(drop)
+    System::default().lock_store(store).map(drop)
 }
 
 fn is_after_boot(found: &OriginIdentity) -> bool {
-    System.booted_unix_ns().is_some_and(|booted| found.modified_unix_ns > booted)
+    System::default().booted_unix_ns().is_some_and(|booted| found.modified_unix_ns > booted)
 }
 
 fn left_as(decided: &Decided) -> Result<LeftAs> {
     Ok(match &decided.opened {
         Some((boot, _)) if decided.closed.is_none() => {
-            if *boot == System.boot_id()? {
+            if *boot == System::default().boot_id()? {
                 LeftAs::Killed
             } else {
                 LeftAs::Interrupted
@@ -168,15 +160,12 @@ impl Inspection {
             return Ok(());
         };
         let left = read_left(&path_of(buffer)).map_err(Error::store("reading the write buffer"))?;
-        let is_ours = |left: &LeftBuffer| {
-            left.identity.uuid == decided.uuid && left.identity.generation == decided.generation
-        };
         let left = match left {
             Some(Err(_)) => {
                 self.left_in = LeftIn::Newer;
                 return Ok(());
             }
-            Some(Ok(left)) if is_ours(&left) => left,
+            Some(Ok(left)) if left.is_of(decided.uuid, decided.generation) => left,
             _ => {
                 self.left_in = LeftIn::Lost;
                 return Ok(());
@@ -208,10 +197,7 @@ fn compared(left: &LeftBuffer, disk: Option<&FileStorage>, block_size: u64) -> R
         }
         let mut then = now.clone();
         for slot in slots {
-            for (start, end) in sector_runs(slot.mask) {
-                let range = to_usize(start * SECTOR)..to_usize(end * SECTOR);
-                then[range.clone()].copy_from_slice(&slot.data[range]);
-            }
+            overlay_sectors(&slot.data, slot.mask, 0, &mut then);
         }
         if then[..valid] != now[..valid] || valid == 0 {
             differing.push(Extent::single(block));

@@ -8,7 +8,7 @@ use super::recover::{Leftovers, Past};
 use super::room::Room;
 use super::{Committer, Counters, State, Upkeep, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, WriteBuffer};
+use crate::buffer::{Arena, BufferIdentity, WriteBuffer};
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::{Entry, Journal, OriginIdentity, StorePolicy};
@@ -18,7 +18,7 @@ use crate::log::scan::{Scan, scan_headers};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
 use crate::sabotage::{Rule, is_broken};
-use crate::storage::FileDirectory;
+use crate::storage::{Directory, FileDirectory};
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, RwLock, spawn, unix_ns};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -101,7 +101,7 @@ pub struct StoreInfo {
 
 /// Make a store for an origin; tells the volume's identity.
 pub fn create(request: &CreateRequest) -> Result<[u8; 16]> {
-    create_on(&System, request)
+    create_on(&System::default(), request)
 }
 
 /// As [`create`], on any machine.
@@ -113,6 +113,7 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
             request.block_size
         )));
     }
+    super::room::check_policy(request.policy)?;
     let origin = host.open_origin(&request.origin, false)?;
     let identity = origin.identify().map_err(Error::origin("identifying it"))?;
     if identity.bytes == 0 {
@@ -143,7 +144,6 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
     };
     let mut journal = Journal::create(&*directory, &first)?;
     if request.policy != StorePolicy::default() {
-        super::room::check_policy(request.policy)?;
         journal.append(&Entry::Policy(request.policy))?;
     }
     if let Some(parent) = store.parent().filter(|p| !p.as_os_str().is_empty()) {
@@ -154,10 +154,7 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
 
 /// What a store says of itself; it may be in use.
 pub fn peek(store: &Path) -> Result<StoreInfo> {
-    let (_, entries) = Journal::open(&FileDirectory::new(store))
-        .map_err(|error| not_a_store(store, error.into()))?;
-    let decided = Decided::from(entries)
-        .ok_or_else(|| Error::Damaged(format!("{} has no first record", store.display())))?;
+    let (_, decided) = read_decisions(&FileDirectory::new(store), store)?;
     Ok(StoreInfo {
         uuid: decided.uuid,
         origin: path_of(&decided.origin),
@@ -166,10 +163,28 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
     })
 }
 
-pub(super) fn not_a_store(store: &Path, error: Error) -> Error {
-    match error {
-        Error::Store { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            Error::NotFound(format!("{} is not a store: it has no journal", store.display()))
+/// The journal in the directory of a store, and what its records come to.
+pub(super) fn read_decisions(
+    directory: &dyn Directory,
+    store: &Path,
+) -> Result<(Journal, Decided)> {
+    let (journal, entries) = match Journal::open(directory).map_err(Error::from) {
+        Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            let what = format!("{} is not a store: it has no journal", store.display());
+            return Err(Error::NotFound(what));
+        }
+        other => other?,
+    };
+    let decided = Decided::from(entries);
+    let empty = || Error::Damaged(format!("{} has no first record", store.display()));
+    Ok((journal, decided.ok_or_else(empty)?))
+}
+
+/// Keep others out of a store that must be there.
+pub(super) fn lock_existing(host: &dyn Host, store: &Path) -> Result<Held> {
+    match host.lock_store(store) {
+        Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::NotFound(format!("no store at {}", store.display())))
         }
         other => other,
     }
@@ -191,23 +206,13 @@ struct Parts {
 
 /// Open a volume: it belongs to this process until it is closed or dropped.
 pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
-    open_on(Arc::new(System), request)
+    open_on(Arc::new(System::default()), request)
 }
 
 /// As [`open`], on any machine.
 pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>> {
-    let store_lock = match host.lock_store(&request.store) {
-        Err(Error::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::NotFound(format!("no store at {}", request.store.display())));
-        }
-        other => other?,
-    };
-    let directory = host.directory(&request.store);
-    let opened = Journal::open(&*directory).map_err(Error::from);
-    let (journal, entries) = opened.map_err(|error| not_a_store(&request.store, error))?;
-    let decided = Decided::from(entries).ok_or_else(|| {
-        Error::Damaged(format!("{} has no first record", request.store.display()))
-    })?;
+    let store_lock = lock_existing(&*host, &request.store)?;
+    let (journal, decided) = read_decisions(&*host.directory(&request.store), &request.store)?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
@@ -339,12 +344,9 @@ impl Parts {
             )));
         }
         let left = left.and_then(std::result::Result::ok);
-        let is_ours = |left: &LeftBuffer| {
-            left.identity.uuid == self.decided.uuid
-                && left.identity.generation == self.decided.generation
-        };
         let recover = self.request.recover;
-        let Some(left) = left.filter(is_ours) else {
+        let Some(left) = left.filter(|left| left.is_of(self.decided.uuid, self.decided.generation))
+        else {
             if recover == Recover::Discard {
                 return Ok(Past::default());
             }

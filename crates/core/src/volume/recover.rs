@@ -10,7 +10,6 @@ use crate::journal::Entry;
 use crate::log::writer::LogEnd;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::unix_ns;
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// What an earlier process left behind.
@@ -61,15 +60,6 @@ impl Volume {
         if let Some(end) = end {
             let rewritten = committer.log.rewrite_end(&end);
             rewritten.map_err(Error::store("making the end of the log durable"))?;
-        }
-        // A merged segment has a high number, and need not be the last.
-        let newest = committer.segments.values().copied().max().unwrap_or(epoch);
-        let last = committer.segments.keys().next_back().copied();
-        let current = committer.segments.iter().filter(|(_, of)| **of == epoch || **of == newest);
-        let unsynced: BTreeSet<u32> = current.map(|(&segment, _)| segment).chain(last).collect();
-        for segment in unsynced {
-            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
-            file.sync().map_err(Error::store("log segment"))?;
         }
         self.origin.sync().map_err(Error::origin("sync at opening"))?;
         // Before anything is recorded: a first change made from here on must not be taken for the

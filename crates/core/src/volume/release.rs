@@ -254,12 +254,7 @@ impl Volume {
     }
 
     pub(super) fn allocated(&self, committer: &Committer) -> Result<u64> {
-        let mut total = self.index_bytes()?;
-        for &segment in committer.segments.keys() {
-            let file = self.segments.get(segment).map_err(Error::store("log segment"))?;
-            total += file.allocated_bytes().map_err(Error::store("log segment"))?;
-        }
-        Ok(total)
+        self.log_bytes(committer).map_err(Error::store("log segment"))
     }
 
     /// Blocks whose content since an instant is lost.

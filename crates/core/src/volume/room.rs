@@ -14,6 +14,7 @@ use crate::log::writer::{LogWriter, MARK_PAGES};
 use crate::number::to_u64;
 use crate::sync::MutexGuard;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Log space that is allocated ahead at most: a quarter of a segment, so that segments end well
@@ -351,16 +352,17 @@ impl Volume {
 
     /// Look how much the store takes.
     pub(super) fn count_used(&self, committer: &mut Committer) -> io::Result<()> {
-        let mut total = committer.journal.allocated_bytes()?;
-        for &segment in committer.segments.keys() {
-            total += self.segments.get(segment)?.allocated_bytes()?;
-        }
-        let files = self.index.read().layers().clone();
-        for layer in files.iter() {
-            total += layer.run.allocated_bytes()?;
-        }
-        committer.used_bytes = total;
+        committer.used_bytes = committer.journal.allocated_bytes()? + self.log_bytes(committer)?;
         Ok(())
+    }
+
+    /// Bytes the log and its index files take, what is allocated ahead included.
+    pub(super) fn log_bytes(&self, committer: &Committer) -> io::Result<u64> {
+        let numbers = committer.segments.keys();
+        let segments = numbers.map(|&segment| self.segments.get(segment)?.allocated_bytes());
+        let layers = Arc::clone(self.index.read().layers());
+        let files = layers.iter().map(|layer| layer.run.allocated_bytes());
+        Ok(segments.sum::<io::Result<u64>>()? + files.sum::<io::Result<u64>>()?)
     }
 
     /// Tell requests how much room there is, and why there is not more. Not while an instant is

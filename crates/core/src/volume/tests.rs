@@ -3,7 +3,7 @@
 mod full;
 mod resizing;
 
-use super::host::Through;
+use super::host::System;
 use super::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
 use super::{RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 use crate::error::{Error, Result};
@@ -197,12 +197,12 @@ impl Scene {
 
     fn open_as(&self, request: OpenRequest) -> Result<Arc<Volume>> {
         let (faults, more) = (self.faults.clone(), self.faults.clone());
-        let host = Through {
-            origin: Box::new(move |origin| {
+        let host = System::through(
+            Box::new(move |origin| {
                 Arc::new(FaultyStorage(origin, "origin".into(), faults.clone()))
             }),
-            directory: Box::new(move |_, inner| Arc::new(FaultyDirectory(inner, more.clone()))),
-        };
+            Box::new(move |_, inner| Arc::new(FaultyDirectory(inner, more.clone()))),
+        );
         open_on(Arc::new(host), request)
     }
 

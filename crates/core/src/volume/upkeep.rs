@@ -223,15 +223,4 @@ impl Volume {
         }
         Ok(())
     }
-
-    /// Bytes the index files take.
-    pub(super) fn index_bytes(&self) -> Result<u64> {
-        let layers = Arc::clone(self.index.read().layers());
-        let mut total = 0;
-        for layer in layers.iter() {
-            let bytes = layer.run.allocated_bytes();
-            total += bytes.map_err(Error::store("index file"))?;
-        }
-        Ok(total)
-    }
 }

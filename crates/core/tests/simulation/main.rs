@@ -16,6 +16,7 @@ mod model;
 mod program;
 
 use check::Tally;
+use program::Faults;
 use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -88,18 +89,18 @@ fn run_all<P: std::fmt::Debug + Clone>(
     all
 }
 
-fn run_seeds(seeds: impl Iterator<Item = u64>, with_faults: bool) -> Tally {
-    run_all(seeds, |seed| scheduled(seed, move || program::run(seed, with_faults, usize::MAX)))
+fn run_seeds(seeds: impl Iterator<Item = u64>, faults: Faults) -> Tally {
+    run_all(seeds, |seed| scheduled(seed, move || program::run(seed, faults, usize::MAX)))
 }
 
 #[test]
 fn without_faults_every_promise_holds_after_a_stop_at_every_step() {
-    run_seeds(seeds(60), false);
+    run_seeds(seeds(60), Faults::None);
 }
 
 #[test]
 fn with_faults_nothing_is_wrong_that_does_not_say_so() {
-    run_seeds(seeds(60), true);
+    run_seeds(seeds(60), Faults::Any);
 }
 
 /// All short programs that begin with one of these; at least `stops_min` stops.
@@ -130,8 +131,8 @@ fn soak() {
     let mut seed = first;
     while seed < first + count {
         let end = (seed + ROUND).min(first + count);
-        all.add(&run_seeds(seed..end, false));
-        all.add(&run_seeds(seed..end, true));
+        all.add(&run_seeds(seed..end, Faults::None));
+        all.add(&run_seeds(seed..end, Faults::Any));
         println!("seeds {first} to {end}: {all:?}");
         seed = end;
     }
@@ -140,9 +141,13 @@ fn soak() {
 /// Seeds within which each broken rule must be noticed.
 const SABOTAGE_SEEDS_MAX: u64 = 2000;
 
-/// Rules that matter only when something fails.
-fn needs_faults(rule: Rule) -> bool {
-    matches!(rule, Rule::FailedDecisionsUndone | Rule::FailedSyncLatches | Rule::UnknownLogKept)
+/// What must fail for a rule to matter.
+fn faults_for(rule: Rule) -> Faults {
+    match rule {
+        Rule::FailedDecisionsUndone => Faults::Decisions,
+        Rule::FailedSyncLatches | Rule::UnknownLogKept => Faults::Any,
+        _ => Faults::None,
+    }
 }
 
 fn notice(rules: impl Iterator<Item = Rule>) {
@@ -153,7 +158,7 @@ fn notice(rules: impl Iterator<Item = Rule>) {
         std::panic::set_hook(Box::new(|_| {}));
         break_rule(Some(rule));
         let caught = (1..=limit).find_map(|seed| {
-            let ran = scheduled(seed, move || program::run(seed, needs_faults(rule), 40));
+            let ran = scheduled(seed, move || program::run(seed, faults_for(rule), 40));
             ran.err().map(|why| (seed, why))
         });
         break_rule(None);

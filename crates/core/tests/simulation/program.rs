@@ -21,12 +21,22 @@ use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, StorePoli
 /// Simulated time is cheap; nobody is to fail because of it.
 const LONG: Duration = Duration::from_secs(60);
 
+/// What fails beside the power and the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    None,
+    /// Anything, and headers rot.
+    Any,
+    /// Records of the journal.
+    Decisions,
+}
+
 /// One program.
 struct Program {
     machine: Arc<Machine>,
     way: Way,
     dice: Dice,
-    has_faults: bool,
+    faults: Faults,
     /// Stops of a session that are looked at.
     stops_max: usize,
     tally: Tally,
@@ -420,7 +430,7 @@ impl Program {
             machine: Arc::clone(&self.machine),
             volume: Arc::clone(volume),
             gate: RwLock::new(()),
-            has_faults: self.has_faults,
+            has_faults: self.faults != Faults::None,
             problem: std::sync::Mutex::default(),
         });
         let mut threads = Vec::new();
@@ -458,8 +468,9 @@ impl Program {
         let mut volume = open(&self.machine, self.way)?;
         let sessions = 2 + self.dice.below(2);
         for _ in 0..sessions {
-            if self.has_faults {
-                self.machine.plan(pick_faults(&mut self.dice));
+            if self.faults != Faults::None {
+                let only_decisions = self.faults == Faults::Decisions;
+                self.machine.plan(pick_faults(&mut self.dice, only_decisions));
             }
             self.session(&volume)?;
             self.machine.plan(FaultPlan::default());
@@ -520,7 +531,7 @@ impl Program {
     }
 }
 
-fn pick_faults(dice: &mut Dice) -> FaultPlan {
+fn pick_faults(dice: &mut Dice, only_decisions: bool) -> FaultPlan {
     use Target::{
         JournalSync, OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync,
         StoreWrite,
@@ -529,7 +540,7 @@ fn pick_faults(dice: &mut Dice) -> FaultPlan {
         [OriginRead, OriginSync, OriginWrite, StoreNames, StoreRead, StoreSync, StoreWrite];
     let mut fault = || (targets[dice.below(targets.len())], 1 + dice.below(30) as u64);
     let mut faults = vec![fault(), fault()];
-    if dice.chance(35) {
+    if only_decisions || dice.chance(35) {
         faults = vec![(JournalSync, 1 + dice.below(8) as u64)];
     }
     FaultPlan { faults }
@@ -556,7 +567,7 @@ pub fn new_machine(size_bytes: u64, slot_count: u32, dice: Dice) -> Result<Arc<M
 }
 
 /// Run the program of a seed.
-pub fn run(seed: u64, with_faults: bool, stops_max: usize) -> Result<Tally, String> {
+pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String> {
     let mut dice = Dice::new(seed);
     let blocks = 3 + dice.below(8) as u64;
     let tail = [0, 0, 512, 1280, 768, 4000][dice.below(6)] / 256 * 256;
@@ -565,11 +576,10 @@ pub fn run(seed: u64, with_faults: bool, stops_max: usize) -> Result<Tally, Stri
     let way = Way {
         is_write_through: dice.chance(15),
         has_background: dice.chance(65),
-        has_faults: with_faults,
+        has_faults: faults != Faults::None,
     };
     let machine = new_machine(size_bytes, slot_count, dice.fork())?;
-    let mut program =
-        Program { machine, way, dice, has_faults: with_faults, stops_max, tally: Tally::default() };
+    let mut program = Program { machine, way, dice, faults, stops_max, tally: Tally::default() };
     program.run()?;
     Ok(program.tally)
 }

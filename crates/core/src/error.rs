@@ -111,7 +111,7 @@ impl Error {
     pub fn store(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| {
-            if source.kind() == io::ErrorKind::StorageFull {
+            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
                 return Self::StoreFull(format!(
                     "the store is full: {what}: {source}; delete a snapshot, give it room or raise \
                      --store-limit"

@@ -70,6 +70,10 @@ pub enum Rule {
     LeftReplayed,
     /// The store says that all is well before the writes of a killed process are replayed.
     ReplayBeforeClosed,
+    /// Old segments go before the name of the merged one is durable.
+    MergedNameDurable,
+    /// Pages of an index file are believed without a look at their checksums.
+    IndexPagesVerified,
 }
 
 impl Rule {
@@ -107,6 +111,8 @@ impl Rule {
         Self::ChangedSeesSlots,
         Self::LeftReplayed,
         Self::ReplayBeforeClosed,
+        Self::MergedNameDurable,
+        Self::IndexPagesVerified,
     ];
 }
 

@@ -84,7 +84,7 @@ impl View {
         self.check(offset, to_u64(buffer.len()))?;
         loop {
             let selection = self.selection()?;
-            let read = self.read_selected(&selection, offset, buffer);
+            let read = self.volume.with_patience(|| self.read_selected(&selection, offset, buffer));
             // The snapshot may have been narrowed or deleted meanwhile: what it let go of was then
             // looked for on the origin, where it need not be (P2).
             if Arc::ptr_eq(&selection, &self.selection()?) {
@@ -174,6 +174,15 @@ impl View {
         extents_max: usize,
     ) -> Result<Vec<StatusExtent>> {
         self.check(offset, length)?;
+        self.volume.with_patience(|| self.find_allocation(offset, length, extents_max))
+    }
+
+    fn find_allocation(
+        &self,
+        offset: u64,
+        length: u64,
+        extents_max: usize,
+    ) -> Result<Vec<StatusExtent>> {
         let mut found = Vec::new();
         let selected = self.selected(offset, length, usize::MAX)?;
         for part in selected {
@@ -195,7 +204,8 @@ impl View {
     /// Selected blocks whose content could not be kept.
     pub fn lost(&self) -> Result<ExtentSet> {
         let selection = self.selection()?;
-        Ok(self.volume.lost_since(self.epoch)?.intersection(&selection))
+        let lost = self.volume.with_patience(|| self.volume.lost_since(self.epoch))?;
+        Ok(lost.intersection(&selection))
     }
 
     /// Which parts the snapshot selects: flags 1 selected, 0 not.

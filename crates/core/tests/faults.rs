@@ -366,7 +366,7 @@ impl Run {
     }
 
     fn restore(&mut self, source: u32) {
-        let started = self.volume().restore(RestoreRequest {
+        let started = self.volume().restore(&RestoreRequest {
             source_epoch: source,
             request: everything(),
             safety_selection: everything(),

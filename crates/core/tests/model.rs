@@ -252,7 +252,7 @@ impl Run<'_> {
         let wanted = self.selection();
         trace!("restore {source} {wanted:?}");
         let everything = ExtentSet::from_extent(Extent::new(0, self.blocks()));
-        let status = self.volume.restore(RestoreRequest {
+        let status = self.volume.restore(&RestoreRequest {
             source_epoch: source,
             request: wanted.clone(),
             safety_selection: everything.clone(),

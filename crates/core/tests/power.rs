@@ -450,7 +450,7 @@ impl Run<'_> {
                 let wanted = self.selection();
                 let all = ExtentSet::from_extent(Extent::new(0, BLOCKS as u64));
                 *doing = Doing::Restore(source, wanted.clone());
-                let status = self.volume.restore(RestoreRequest {
+                let status = self.volume.restore(&RestoreRequest {
                     source_epoch: source,
                     request: wanted.clone(),
                     safety_selection: all.clone(),

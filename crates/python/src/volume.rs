@@ -338,7 +338,7 @@ impl Volume {
             meta,
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
-        detached(py, || self.0.restore(request)).map(RestoreStatus::from)
+        detached(py, || self.0.restore(&request)).map(RestoreStatus::from)
     }
 
     #[pyo3(signature = (*, epoch, request))]

@@ -2,11 +2,13 @@
 
 use super::batch::{BatchBuilder, DESCRIPTORS_MAX};
 use super::format::{
-    BATCH_BLOCKS_MAX, Kind, LOST_AT_SOURCE, MergedHeader, PAGE, Position, SegmentHeader,
+    BATCH_BLOCKS_MAX, BATCH_HEADER_BYTES, DESCRIPTOR_BYTES, Kind, LOST_AT_SOURCE, MergedHeader,
+    PAGE, Position, SegmentHeader,
 };
 use super::writer::{Segments, segment_name};
 use crate::index::entry::Entry;
 use crate::number::to_u64;
+use crate::sabotage::{Rule, is_broken};
 use std::io;
 
 /// The name of a merged segment until all of it is durable.
@@ -31,6 +33,30 @@ pub struct Plan<'a> {
     pub entries: &'a [Entry],
 }
 
+/// Extents too long for one descriptor take two.
+fn descriptors_max(part: &[Entry]) -> usize {
+    (2 * part.len()).min(DESCRIPTORS_MAX)
+}
+
+impl Plan<'_> {
+    /// Bytes the segment takes at most.
+    pub fn bytes_max(&self) -> u64 {
+        let kept = self.entries.iter().filter(|entry| entry.kind == Kind::Preserve).count();
+        let head_pages = |part: &[Entry]| {
+            let head = BATCH_HEADER_BYTES + descriptors_max(part) * DESCRIPTOR_BYTES;
+            to_u64(head).div_ceil(PAGE)
+        };
+        let heads: u64 = self.parts().map(head_pages).sum();
+        (self.header.data_start_page() + 2 * heads) * PAGE + to_u64(kept) * self.block_size
+    }
+
+    /// What each batch records. One without records is last: nobody takes the payload of the one
+    /// before for a torn one.
+    fn parts(&self) -> impl Iterator<Item = &[Entry]> {
+        self.entries.chunks(BATCH_BLOCKS_MAX).chain(std::iter::once(&[][..]))
+    }
+}
+
 /// Write a merged segment; when this returns it is complete and durable, and stands for those it was
 /// made from. Tells its entries, with the new positions. `read` gives old content, checked.
 pub fn write_merged(
@@ -45,10 +71,8 @@ pub fn write_merged(
     let mut batch = BatchBuilder::new(header.uuid, plan.block_size);
     let mut page = header.data_start_page();
     let mut written = Vec::with_capacity(plan.entries.len());
-    // A batch without records is last: nobody takes the payload of the one before for a torn one.
-    let parts = plan.entries.chunks(BATCH_BLOCKS_MAX).chain(std::iter::once(&[][..]));
-    for (sequence, part) in (header.first_batch..).zip(parts) {
-        batch.begin(epoch, (2 * part.len()).min(DESCRIPTORS_MAX));
+    for (sequence, part) in (header.first_batch..).zip(plan.parts()) {
+        batch.begin(epoch, descriptors_max(part));
         for entry in part {
             if entry.kind == Kind::Preserve {
                 read(entry, batch.room(1))?;
@@ -85,6 +109,8 @@ pub fn write_merged(
     // The name says that all of it is there: it comes after the sync.
     file.sync()?;
     segments.directory().rename(&name, &segment_name(number))?;
-    segments.directory().sync()?;
+    if !is_broken(Rule::MergedNameDurable) {
+        segments.directory().sync()?;
+    }
     Ok(written)
 }

@@ -54,6 +54,10 @@ impl Volume {
 
     /// Copies known to be rotten that some snapshot still reads, by the epoch they were made in.
     pub fn damaged(&self) -> Result<Vec<(u32, ExtentSet)>> {
+        self.with_patience(|| self.list_damaged())
+    }
+
+    fn list_damaged(&self) -> Result<Vec<(u32, ExtentSet)>> {
         let rotten = self.rotten.lock().clone();
         let mut found: BTreeMap<u32, Vec<Extent>> = BTreeMap::new();
         for (block, preserved_in) in rotten {
@@ -109,7 +113,7 @@ impl Volume {
     /// Go over every copy that a snapshot reads.
     fn over_copies<T: Default>(&self, add: impl Fn(&mut T, Record)) -> Result<T> {
         let end = self.block_count(self.size_bytes());
-        self.with_index(|| {
+        let over = || {
             let selections = self.epochs.read().selections();
             let parts = self.index.read().parts();
             let (mut walk, mut entries, mut all) = (Windows::new(0, end), Vec::new(), T::default());
@@ -121,7 +125,8 @@ impl Volume {
                 });
             }
             Ok(all)
-        })
+        };
+        self.with_patience(|| self.with_index(over))
     }
 
     fn copies_in(&self, segments: &BTreeSet<u32>, share: u64, seed: u64) -> Result<Vec<Record>> {
@@ -199,7 +204,7 @@ impl Volume {
             let mut strays = 0;
             for (record, _) in missing {
                 // Released or moved meanwhile, or gone with a batch that was told already.
-                strays += u64::from(self.is_read(record)?);
+                strays += u64::from(self.with_patience(|| self.is_read(record))?);
             }
             if strays > 0 {
                 let message = format!(
@@ -274,7 +279,8 @@ impl ContentCheck {
             }
             let count = to_usize(left.min(PIECE_BYTES / size).max(1));
             let upto = (self.at + count).min(self.records.len());
-            self.piece(self.at, upto)?;
+            let volume = Arc::clone(&self.volume);
+            volume.with_patience(|| self.piece(self.at, upto))?;
             left -= to_u64(upto - self.at).min(left);
             self.at = upto;
         }

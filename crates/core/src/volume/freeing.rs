@@ -59,14 +59,18 @@ impl Owed {
 impl Volume {
     /// Give back everything that is owed; tells how many bytes that was.
     pub(super) fn free_space(&self) -> Result<u64> {
-        let mut upkeep = self.upkeep.lock();
         let mut freed = 0;
+        self.mending(&mut self.upkeep.lock(), |upkeep| self.free_owed(upkeep, &mut freed))?;
+        Ok(freed)
+    }
+
+    fn free_owed(&self, upkeep: &mut Upkeep, freed: &mut u64) -> Result<()> {
         loop {
-            let Some(owed) = self.begin_freeing(&mut upkeep)? else { return Ok(freed) };
+            let Some(owed) = self.begin_freeing(upkeep)? else { return Ok(()) };
             // Whoever found a copy before the decision has read it once this lock was had.
             drop(self.punching.write());
-            freed += self.remove_segments(&owed.unneeded)?;
-            freed += self.punch_unneeded(&owed)?;
+            *freed += self.remove_segments(&owed.unneeded)?;
+            *freed += self.punch_unneeded(&owed)?;
             upkeep.settled = owed.now;
             upkeep.decisions = owed.decisions;
             upkeep.resume_at = 0;
@@ -75,7 +79,7 @@ impl Volume {
             if committer.decisions == owed.decisions {
                 committer.journal.append(&Entry::Freed)?;
                 self.recount(&mut committer);
-                return Ok(freed);
+                return Ok(());
             }
         }
     }

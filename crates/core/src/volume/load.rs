@@ -1,7 +1,7 @@
 //! The index at opening: from index files where they fit the log, else from the log itself.
 
 use super::decided::{Decided, epochs_with_losses, memory_of};
-use super::upkeep::write_run;
+use super::upkeep::{NewRun, write_run};
 use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::index::entry::EpochSet;
@@ -10,6 +10,7 @@ use crate::index::run::{Run, run_number};
 use crate::log::merged::is_unfinished;
 use crate::log::scan::Scan;
 use crate::log::writer::Segments;
+use crate::storage::Directory;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -28,10 +29,13 @@ pub(super) struct Loaded {
 }
 
 /// Read what no index file has, and always the last epoch, whose end is the end of the log.
+///
+/// `others_bytes` of its filesystem the store leaves to others: it is what a sparse origin needs.
 pub(super) fn load_index(
     segments: &Segments,
     scan: &mut Scan,
     decided: &Decided,
+    others_bytes: u64,
 ) -> Result<Loaded> {
     let by_epoch = scan.epochs();
     let mut loaded = layers_of(segments, scan, decided, &by_epoch)?;
@@ -42,6 +46,7 @@ pub(super) fn load_index(
     }
     let filed: BTreeSet<u32> =
         loaded.index.layers().iter().flat_map(|layer| layer.epochs.iter()).collect();
+    let mut has_room = true;
     for (&epoch, numbers) in by_epoch.iter().filter(|(epoch, _)| !filed.contains(epoch)) {
         let damage = scan.damaged.len();
         let batches = scan.read_epoch(segments, decided.uuid, numbers)?;
@@ -56,8 +61,8 @@ pub(super) fn load_index(
             break;
         }
         loaded.index.adopt(epoch, memory_of(&batches, decided.block_size), false);
-        if loaded.index.unfiled_weight().0 >= HELD_ENTRIES {
-            spill(segments, decided, &by_epoch, &mut loaded)?;
+        if has_room && loaded.index.unfiled_weight().0 >= HELD_ENTRIES {
+            has_room = spill(segments, decided, others_bytes, &by_epoch, &mut loaded)?;
         }
     }
     decided.expect(scan);
@@ -123,12 +128,16 @@ fn layers_of(
     Ok(Loaded { index, next_run, useless, unfinished })
 }
 
+/// Bring what is held to an index file; false if the store has no room for it, and it stays held.
 fn spill(
     segments: &Segments,
     decided: &Decided,
+    others_bytes: u64,
     by_epoch: &BTreeMap<u32, Vec<u32>>,
     loaded: &mut Loaded,
-) -> Result<()> {
+) -> Result<bool> {
+    let left = growth_left(segments.directory(), decided, others_bytes);
+    let left = left.map_err(Error::store("looking for room"))?;
     let unfiled = loaded.index.unfiled();
     let covers = unfiled
         .iter()
@@ -139,8 +148,28 @@ fn spill(
     let parts = crate::index::Parts::of_memories(memories);
     let number = loaded.next_run;
     loaded.next_run += 1;
-    let layer =
-        write_run(segments.directory(), decided.uuid, number, &parts, covers, end, &|| false)?;
-    loaded.index.file(Some(&layer), &BTreeSet::new());
-    Ok(())
+    let new = NewRun { uuid: decided.uuid, number, parts: &parts, covers, end };
+    let layer = write_run(segments.directory(), new, &|all| Ok(2 * all <= left))?;
+    if let Some(layer) = &layer {
+        loaded.index.file(Some(layer), &BTreeSet::new());
+    }
+    Ok(layer.is_some())
+}
+
+/// Bytes that the store may grow by before it is open.
+fn growth_left(
+    directory: &dyn Directory,
+    decided: &Decided,
+    others_bytes: u64,
+) -> std::io::Result<u64> {
+    let left = directory.free_bytes()?.saturating_sub(others_bytes);
+    let limit = decided.policy.limit_bytes;
+    if limit == 0 {
+        return Ok(left);
+    }
+    let mut used = 0;
+    for name in directory.list()? {
+        used += directory.open(&name)?.allocated_bytes()?;
+    }
+    Ok(left.min(limit.saturating_sub(used)))
 }

@@ -38,6 +38,15 @@ const NEIGHBOURS_MIN: usize = 8;
 /// Neighbouring epochs, each with the bytes it takes, among which only the first may be live.
 type Neighbours = Vec<(u32, u64)>;
 
+/// What came of merging epochs.
+enum Merged {
+    Done,
+    /// They cannot be read, and stay as they are.
+    Unreadable,
+    /// The store has no room for it now.
+    NoRoom,
+}
+
 /// The neighbours to be merged next.
 fn choose(neighbours: &[(u32, u64)], effort: Effort) -> Option<&[(u32, u64)]> {
     let (least, sizes) = match effort {
@@ -123,8 +132,12 @@ impl Volume {
                 let chosen = intact.find_map(|neighbours| choose(neighbours, effort));
                 let Some(chosen) = chosen else { continue };
                 let epochs: Vec<u32> = chosen.iter().map(|n| n.0).collect();
-                if !self.merge(&epochs, &selections)? {
-                    upkeep.unmergeable.extend(epochs);
+                let merged = self.merge(&epochs, &selections);
+                self.end_taking_for_upkeep();
+                match merged? {
+                    Merged::Done => {}
+                    Merged::Unreadable => upkeep.unmergeable.extend(epochs),
+                    Merged::NoRoom => return Ok(()),
                 }
                 is_done = false;
             }
@@ -172,28 +185,30 @@ impl Volume {
         all.into_iter().map(|epochs| epochs.into_iter().map(sized).collect()).collect()
     }
 
-    /// Merge these epochs; false if they cannot be read, and stay as they are.
-    fn merge(&self, epochs: &[u32], selections: &Selections) -> Result<bool> {
+    /// Merge these epochs.
+    fn merge(&self, epochs: &[u32], selections: &Selections) -> Result<Merged> {
         let mut scan = scan_headers(&self.segments, self.uuid, &BTreeSet::new())?;
-        let Some(memories) = self.read_group(&mut scan, epochs)? else { return Ok(false) };
+        let Some(memories) = self.read_group(&mut scan, epochs)? else {
+            return Ok(Merged::Unreadable);
+        };
         let by_epoch = scan.epochs();
         let old: Vec<u32> =
             epochs.iter().filter_map(|e| by_epoch.get(e)).flatten().copied().collect();
         let headers: Vec<&FoundSegment> = old.iter().filter_map(|&n| scan.segment(n)).collect();
-        let Some(first) = headers.first() else { return Ok(false) };
+        let Some(first) = headers.first() else { return Ok(Merged::Unreadable) };
         let Some(epoch_header) = first.epoch_header.as_ref().map(EpochHeader::encode) else {
-            return Ok(false);
+            return Ok(Merged::Unreadable);
         };
         let mut entries = first_records(&memories);
         if !self.forget_unneeded(&mut entries, selections)? {
-            return Ok(false);
+            return Ok(Merged::Unreadable);
         }
         let number = self.role()?.log.reserve_segment();
         let places = || headers.iter().map(|segment| segment.header.places());
         let from = places().map(|of| *of.start()).min().unwrap_or(0);
         let upto = places().map(|of| *of.end()).max().unwrap_or(0);
         if !self.has_only(&scan, &old, from..=upto)? {
-            return Ok(false);
+            return Ok(Merged::Unreadable);
         }
         let header = SegmentHeader {
             segment: number,
@@ -210,21 +225,30 @@ impl Volume {
             block_size: self.block_size,
             entries: &entries,
         };
+        if !self.take_for_upkeep(plan.bytes_max())? {
+            return Ok(Merged::NoRoom);
+        }
         let written = write_merged(&self.segments, &plan, |entry, content| {
             self.segments.read(entry.position, content)?;
             let crc = payload_checksum(entry.blocks.start, entry.epoch, content);
             if crc == entry.checksum { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
         });
         match written {
-            Ok(written) => self.replace(epochs, &old, number, &written).map(|()| true),
+            Ok(written) => {
+                self.replace(epochs, &old, number, &written)?;
+                Ok(Merged::Done)
+            }
             Err(error) => {
                 let name = crate::log::merged::unfinished_name(number);
                 // What is left of it is removed at the next opening.
                 let _ = self.segments.directory().remove(&name);
                 if error.kind() == io::ErrorKind::InvalidData {
-                    return Ok(false);
+                    return Ok(Merged::Unreadable);
                 }
-                Err(Error::store("merging log segments")(error))
+                match Error::store("merging log segments")(error) {
+                    Error::StoreFull(_) => Ok(Merged::NoRoom),
+                    error => Err(error),
+                }
             }
         }
     }
@@ -291,6 +315,7 @@ impl Volume {
 
     /// The merged segment tells its epochs from now on; the old ones go.
     fn replace(&self, epochs: &[u32], old: &[u32], number: u32, written: &[Entry]) -> Result<()> {
+        let removing = || Error::store("removing a log segment");
         let label = epochs[0];
         let kept = written.iter().filter(|entry| entry.kind == Kind::Preserve);
         let mut memory = Memory::from_records(kept.map(Record::of).collect());
@@ -307,6 +332,13 @@ impl Volume {
         }
         {
             let mut committer = self.role()?;
+            let mut bytes = 0;
+            for &segment in old {
+                let file = self.segments.get(segment).map_err(removing())?;
+                bytes += file.allocated_bytes().map_err(removing())?;
+            }
+            // Until they are gone the old ones are what upkeep takes: a store limit means them too.
+            committer.upkeep_bytes = bytes;
             for segment in old {
                 committer.segments.remove(segment);
             }
@@ -321,8 +353,7 @@ impl Volume {
         // Whoever found a copy in the old segments has read it once this lock was had.
         drop(self.punching.write());
         for &segment in old {
-            let removed = self.segments.remove(segment);
-            removed.map_err(Error::store("removing a log segment"))?;
+            self.segments.remove(segment).map_err(removing())?;
         }
         self.segments.directory().sync().map_err(Error::store("store directory"))?;
         self.remove_runs(&useless)

@@ -148,6 +148,8 @@ struct Committer {
     drain_bytes_per_second: u64,
     /// Bytes the store takes, what is allocated ahead included; an estimate between two counts.
     used_bytes: u64,
+    /// Those that are taken for what upkeep writes.
+    upkeep_bytes: u64,
     /// An instant that failed and could be neither removed nor denied: nothing may be recorded
     /// before that is done.
     to_undo: Option<u32>,

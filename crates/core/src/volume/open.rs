@@ -199,6 +199,7 @@ struct Parts {
     loaded: Loaded,
     host: Arc<dyn Host>,
     origin: Arc<dyn OriginDevice>,
+    origin_share: Option<u64>,
     origin_path: PathBuf,
     segments: Arc<Segments>,
     store_lock: Held,
@@ -217,7 +218,12 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
     let mut scan = scan_headers(&segments, decided.uuid, &decided.aborted)?;
-    let loaded = load_index(&segments, &mut scan, &decided)?;
+    let looking = || Error::store("looking for room");
+    let need = origin.needs_beside(&request.store).map_err(looking())?;
+    let free = segments.directory().free_bytes().map_err(looking())?;
+    let origin_share = (need > free).then_some(free / 2);
+    let others_bytes = origin_share.unwrap_or(need);
+    let loaded = load_index(&segments, &mut scan, &decided, others_bytes)?;
     let parts = Parts {
         request,
         decided,
@@ -226,6 +232,7 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
         loaded,
         host,
         origin,
+        origin_share,
         origin_path,
         segments,
         store_lock,
@@ -376,7 +383,7 @@ impl Parts {
 
     fn build(self, is_write_through: bool) -> Result<Arc<Volume>> {
         let Self { request, decided, journal, scan, loaded, host, origin, .. } = self;
-        let Self { origin_path, segments, store_lock, .. } = self;
+        let Self { origin_share, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
         let size_bytes = decided.size_bytes;
         let block_count = size_bytes.div_ceil(decided.block_size);
@@ -399,10 +406,6 @@ impl Parts {
         let decisions = u64::from(decided.owes_space);
         let settled = decided.selections_when_freed(&scan);
         let upkeep = Upkeep::new(settled, loaded.next_run, decided.freed_until());
-        let looking = || Error::store("looking for room");
-        let need = origin.needs_beside(&request.store).map_err(looking())?;
-        let free = segments.directory().free_bytes().map_err(looking())?;
-        let origin_share = (need > free).then_some(free / 2);
         let log = LogWriter::new(decided.uuid, Arc::clone(&segments), scan.end)
             .map_err(Error::store("opening the log"))?;
         let committer = Committer {
@@ -415,6 +418,7 @@ impl Parts {
             decisions,
             drain_bytes_per_second: 0,
             used_bytes: 0,
+            upkeep_bytes: 0,
             to_undo: None,
             is_failure_noted: false,
         };

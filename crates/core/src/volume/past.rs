@@ -1,6 +1,6 @@
 //! What blocks were at an instant: preserved content, else the origin, looked at twice.
 
-use super::Volume;
+use super::{Upkeep, Volume};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::run::Wait;
@@ -9,6 +9,8 @@ use crate::log::format::{PAGE, payload_checksum};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::Storage;
+use crate::sync::MutexGuard;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Whether a reader may wait for a device.
@@ -102,12 +104,48 @@ impl Volume {
                     self.want_upkeep();
                     return Err(index_error(error));
                 };
-                self.read_damaged_anew(&mut upkeep)?;
+                self.read_damaged_anew(&mut upkeep, Patience::Try)?;
                 drop(upkeep);
                 ask().map_err(index_error)
             }
             answer => answer.map_err(index_error),
         }
+    }
+
+    /// Do what asks the index, for a caller who has no lock. If a file of it was found damaged while
+    /// upkeep was busy, wait for that, have what the file had read from the log, and do it again.
+    pub(crate) fn with_patience<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+        match work() {
+            Err(Error::Damaged(_)) => {
+                if self.is_index_damaged() {
+                    self.read_damaged_anew(&mut self.upkeep.lock(), Patience::Wait)?;
+                }
+                // It may have been done meanwhile. What else is damaged is so again.
+                work()
+            }
+            done => done,
+        }
+    }
+
+    /// As [`Self::with_patience`], for whoever does upkeep.
+    pub(super) fn mending<T>(
+        &self,
+        upkeep: &mut MutexGuard<'_, Upkeep>,
+        mut work: impl FnMut(&mut MutexGuard<'_, Upkeep>) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            match work(upkeep) {
+                Err(Error::Damaged(_)) if self.is_index_damaged() => {
+                    self.read_damaged_anew(upkeep, Patience::Wait)?;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn is_index_damaged(&self) -> bool {
+        let layers = Arc::clone(self.index.read().layers());
+        layers.iter().any(|layer| layer.run.is_damaged())
     }
 
     fn read_unchanged(

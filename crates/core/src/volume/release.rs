@@ -49,6 +49,10 @@ fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
 impl Volume {
     /// Every live instant, ascending.
     pub fn epochs(&self) -> Result<Vec<EpochInfo>> {
+        self.with_patience(|| self.list_epochs())
+    }
+
+    fn list_epochs(&self) -> Result<Vec<EpochInfo>> {
         let epochs = self.epochs.read().clone();
         let mut damaged: BTreeMap<u32, ExtentSet> = BTreeMap::new();
         for (epoch, selection) in epochs.snapshots() {
@@ -305,6 +309,10 @@ impl Volume {
     /// now it is advisory: it includes writes that are still on their way, and what a restore is
     /// still to copy.
     pub fn changed(&self, since: u32, until: Option<u32>) -> Result<ExtentSet> {
+        self.with_patience(|| self.find_changed(since, until))
+    }
+
+    fn find_changed(&self, since: u32, until: Option<u32>) -> Result<ExtentSet> {
         let (tracked, from_bytes, to_bytes) = {
             let epochs = self.epochs.read();
             let from = epochs.0.get(&since).filter(|e| e.is_live());

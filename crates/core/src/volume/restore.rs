@@ -63,11 +63,11 @@ pub(super) struct PreparedRestore {
 impl Volume {
     /// Start a restore; when this returns the live disk reads as restored, and will after any
     /// crash.
-    pub fn restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
-        self.told(self.start_restore(request))
+    pub fn restore(&self, request: &RestoreRequest) -> Result<RestoreStatus> {
+        self.told(self.with_patience(|| self.start_restore(request)))
     }
 
-    fn start_restore(&self, request: RestoreRequest) -> Result<RestoreStatus> {
+    fn start_restore(&self, request: &RestoreRequest) -> Result<RestoreStatus> {
         let mut committer = self.role()?;
         self.finish_restore_first(&mut committer)?;
         let source = self.restorable(request.source_epoch)?;
@@ -75,8 +75,8 @@ impl Volume {
         let prepared = PreparedRestore { source_epoch: request.source_epoch, request: writes };
         let safety = SnapshotRequest {
             selection: request.safety_selection.union(&prepared.request),
-            low: request.safety_low,
-            meta: request.meta,
+            low: request.safety_low.clone(),
+            meta: request.meta.clone(),
             pause_limit: request.pause_limit,
         };
         let instant = self.take_instant(&mut committer, safety, Some(&prepared))?;
@@ -110,7 +110,7 @@ impl Volume {
     pub fn restore_plan(&self, epoch: u32, request: &ExtentSet) -> Result<ExtentSet> {
         let source = self.restorable(epoch)?;
         let changed = self.changed(epoch, None)?;
-        let lost = self.lost_since(epoch)?;
+        let lost = self.with_patience(|| self.lost_since(epoch))?;
         Ok(changed.intersection(&source).intersection(request).difference(&lost))
     }
 

@@ -352,8 +352,31 @@ impl Volume {
 
     /// Look how much the store takes.
     pub(super) fn count_used(&self, committer: &mut Committer) -> io::Result<()> {
-        committer.used_bytes = committer.journal.allocated_bytes()? + self.log_bytes(committer)?;
+        let kept = committer.journal.allocated_bytes()? + self.log_bytes(committer)?;
+        committer.used_bytes = kept + committer.upkeep_bytes;
         Ok(())
+    }
+
+    /// Take room for what upkeep writes, of so many bytes in all; false if the store has too little.
+    /// Upkeep takes no more than it leaves: nobody is to lose anything because of it.
+    pub(super) fn take_for_upkeep(&self, bytes: u64) -> Result<bool> {
+        let mut committer = self.role()?;
+        let more = bytes.saturating_sub(committer.upkeep_bytes);
+        let is_there = more == 0 || self.allow_growth(&mut committer, 2 * more).is_ok();
+        if is_there {
+            committer.upkeep_bytes += more;
+            committer.used_bytes += more;
+        }
+        Ok(is_there)
+    }
+
+    /// What upkeep wrote is counted like all else from now on, or is gone.
+    pub(super) fn end_taking_for_upkeep(&self) {
+        // A volume that is closed counts nothing any more.
+        if let Ok(mut committer) = self.role() {
+            committer.upkeep_bytes = 0;
+            self.recount(&mut committer);
+        }
     }
 
     /// Bytes the log and its index files take, what is allocated ahead included.

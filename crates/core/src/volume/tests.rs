@@ -2,6 +2,7 @@
 
 mod full;
 mod resizing;
+mod upkeep;
 
 use super::host::System;
 use super::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
@@ -123,7 +124,11 @@ struct FaultyDirectory(Arc<dyn Directory>, Faults);
 
 impl FaultyDirectory {
     fn wrap(&self, name: &str, file: Arc<dyn Storage>) -> Arc<dyn Storage> {
-        let kind = if name == "journal" { name } else { "segment" };
+        let kind = match name {
+            "journal" => name,
+            _ if crate::index::run::run_number(name).is_some() => "index",
+            _ => "segment",
+        };
         Arc::new(FaultyStorage(file, kind.into(), self.1.clone()))
     }
 }
@@ -580,7 +585,7 @@ fn a_block_that_cannot_be_restored_does_not_stop_writes_to_others() {
         meta: Vec::new(),
         pause_limit: Duration::from_secs(2),
     };
-    volume.restore(request).expect("restore");
+    volume.restore(&request).expect("restore");
     scene.faults.set(|name, operation| match (name, operation) {
         ("segment", "read") => Err(broken()),
         _ => Ok(()),

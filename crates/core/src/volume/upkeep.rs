@@ -6,14 +6,15 @@
 
 use super::decided::memory_of;
 use super::load::HELD_ENTRIES;
-use super::past::index_error;
+use super::past::{Patience, index_error};
 use super::{Upkeep, Volume};
 use crate::epochs::Selections;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::entry::EpochSet;
 use crate::index::parts::{Layer, Parts, Walk};
-use crate::index::run::RunWriter;
+use crate::index::run::{Run, RunWriter, run_name};
+use crate::log::format::PAGE;
 use crate::log::scan::scan_headers;
 use crate::storage::Directory;
 use crate::sync::MutexGuard;
@@ -43,35 +44,62 @@ impl Upkeep {
     }
 }
 
-/// Write an index file of everything in `parts` up to the block `end`; complete and durable when
-/// this returns.
+/// An index file to be: everything in `parts` up to the block `end`.
+pub(super) struct NewRun<'a> {
+    pub(super) uuid: [u8; 16],
+    pub(super) number: u32,
+    pub(super) parts: &'a Parts,
+    /// Epochs, each with its segments, ascending.
+    pub(super) covers: Vec<(u32, u32)>,
+    pub(super) end: u64,
+}
+
+/// True if the store may take so many bytes in all for what is being written.
+pub(super) type MayTake<'a> = &'a dyn Fn(u64) -> Result<bool>;
+
+/// Write an index file; complete and durable when this returns. `None` if there is no room: nobody
+/// needs it so much that anything else should go without.
 pub(super) fn write_run(
     directory: &dyn Directory,
-    uuid: [u8; 16],
-    number: u32,
-    parts: &Parts,
-    covers: Vec<(u32, u32)>,
-    end: u64,
-    is_stopping: &dyn Fn() -> bool,
-) -> Result<Layer> {
-    let writing = || Error::store("writing an index file");
+    new: NewRun<'_>,
+    may_take: MayTake<'_>,
+) -> Result<Option<Layer>> {
     let mut epochs = EpochSet::default();
-    for group in covers.chunk_by(|a, b| a.0 == b.0) {
+    for group in new.covers.chunk_by(|a, b| a.0 == b.0) {
         epochs.push(group[0].0);
     }
-    let mut writer = RunWriter::create(directory, uuid, number).map_err(writing())?;
-    let mut walk = Walk::new(0, end);
-    let mut entries = Vec::new();
-    while parts.next_sorted(&mut walk, &mut entries).map_err(index_error)? {
-        if is_stopping() {
-            return Err(Error::Closed);
-        }
-        for entry in &entries {
-            writer.push(entry).map_err(writing())?;
-        }
+    if !may_take(PAGE)? {
+        return Ok(None);
     }
-    let run = writer.finish(covers).map_err(writing())?;
-    Ok(Layer { run: Arc::new(run), epochs })
+    let name = run_name(new.number);
+    let written = fill_run(directory, new, may_take);
+    if !matches!(written, Ok(Some(_))) {
+        // What cannot be removed now is removed at the next opening.
+        let _ = directory.remove(&name);
+    }
+    match written {
+        Err(Error::StoreFull(_)) => Ok(None),
+        written => Ok(written?.map(|run| Layer { run: Arc::new(run), epochs })),
+    }
+}
+
+fn fill_run(
+    directory: &dyn Directory,
+    new: NewRun<'_>,
+    may_take: MayTake<'_>,
+) -> Result<Option<Run>> {
+    let writing = || Error::store("writing an index file");
+    let mut writer = RunWriter::create(directory, new.uuid, new.number).map_err(writing())?;
+    let mut walk = Walk::new(0, new.end);
+    let mut entries = Vec::new();
+    while new.parts.next_sorted(&mut walk, &mut entries).map_err(index_error)? {
+        if !may_take(writer.bytes_max(entries.len(), new.covers.len()))? {
+            return Ok(None);
+        }
+        let pushed = entries.iter().try_for_each(|entry| writer.push(entry));
+        pushed.map_err(writing())?;
+    }
+    writer.finish(new.covers).map(Some).map_err(writing())
 }
 
 impl Volume {
@@ -80,10 +108,12 @@ impl Volume {
     pub fn maintain(&self, effort: Effort) -> Result<()> {
         self.free_space()?;
         let mut upkeep = self.upkeep.lock();
-        self.read_damaged_anew(&mut upkeep)?;
-        self.merge_epochs(&mut upkeep, effort)?;
-        self.file_closed(&mut upkeep, effort)?;
-        self.merge_layers(&mut upkeep, effort)
+        self.read_damaged_anew(&mut upkeep, Patience::Wait)?;
+        self.mending(&mut upkeep, |upkeep| {
+            self.merge_epochs(upkeep, effort)?;
+            self.file_closed(upkeep, effort)?;
+            self.merge_layers(upkeep, effort)
+        })
     }
 
     /// Wake the thread that does it.
@@ -119,19 +149,24 @@ impl Volume {
         number
     }
 
+    /// Write an index file and believe it; false if there is no room for it.
     fn write_layer(
         &self,
         upkeep: &mut MutexGuard<'_, Upkeep>,
         parts: &Parts,
         covers: Vec<(u32, u32)>,
-    ) -> Result<()> {
-        let number = Self::next_run(upkeep);
+    ) -> Result<bool> {
+        let (uuid, number) = (self.uuid, Self::next_run(upkeep));
         let end = self.block_count(self.size_bytes());
-        let directory = self.segments.directory();
-        let is_stopping = || self.state.lock().is_closed;
-        let layer = write_run(directory, self.uuid, number, parts, covers, end, &is_stopping)?;
-        let useless = self.index.write().file(Some(&layer), &BTreeSet::new());
-        self.remove_runs(&useless)
+        let new = NewRun { uuid, number, parts, covers, end };
+        let written = write_run(self.segments.directory(), new, &|all| self.take_for_upkeep(all));
+        let done = written.and_then(|layer| {
+            let Some(layer) = layer else { return Ok(false) };
+            let useless = self.index.write().file(Some(&layer), &BTreeSet::new());
+            self.remove_runs(&useless).map(|()| true)
+        });
+        self.end_taking_for_upkeep();
+        done
     }
 
     /// Bring closed epochs to an index file.
@@ -152,7 +187,8 @@ impl Volume {
         };
         covers.sort_unstable();
         let memories = unfiled.into_iter().map(|(_, memory)| memory).collect();
-        self.write_layer(upkeep, &Parts::of_memories(memories), covers)
+        self.write_layer(upkeep, &Parts::of_memories(memories), covers)?;
+        Ok(())
     }
 
     /// Merge index files so that few are left: each record is moved O(log n) times.
@@ -179,12 +215,18 @@ impl Volume {
             .copied()
             .collect();
         covers.sort_unstable();
-        self.write_layer(upkeep, &Parts::of_layers(merged.to_vec()), covers)
+        self.write_layer(upkeep, &Parts::of_layers(merged.to_vec()), covers)?;
+        Ok(())
     }
 
     /// What a damaged index file had is read from the log again; what is too much to be held goes
-    /// to another file.
-    pub(super) fn read_damaged_anew(&self, upkeep: &mut MutexGuard<'_, Upkeep>) -> Result<()> {
+    /// to another file, if there is room. Without patience nobody is waited for, and all of it is
+    /// held: whoever asks may have the role.
+    pub(super) fn read_damaged_anew(
+        &self,
+        upkeep: &mut MutexGuard<'_, Upkeep>,
+        patience: Patience,
+    ) -> Result<()> {
         let layers = Arc::clone(self.index.read().layers());
         for layer in layers.iter().filter(|layer| layer.run.is_damaged()) {
             let mut scan = scan_headers(&self.segments, self.uuid, &BTreeSet::new())?;
@@ -206,10 +248,17 @@ impl Volume {
                 weight += memory.weight();
                 covers.extend(numbers.iter().map(|&segment| (epoch, segment)));
                 held.push((epoch, memory));
-                if weight >= HELD_ENTRIES {
-                    let memories = held.drain(..).map(|(_, memory)| memory).collect();
+                if weight >= HELD_ENTRIES && patience == Patience::Wait {
+                    let memories = held.iter().map(|(_, memory)| Arc::clone(memory)).collect();
+                    let parts = Parts::of_memories(memories);
                     let covers = std::mem::take(&mut covers);
-                    self.write_layer(upkeep, &Parts::of_memories(memories), covers)?;
+                    if !self.write_layer(upkeep, &parts, covers)? {
+                        let mut index = self.index.write();
+                        for (epoch, memory) in &held {
+                            index.take_out(*epoch, memory);
+                        }
+                    }
+                    held.clear();
                     weight = 0;
                 }
             }

@@ -148,6 +148,10 @@ pub fn check(
         return check_refused(&machine, way, is_cut, stop.model.is_failure_told);
     }
     let rotten = if way.has_faults && dice.chance(12) { machine.rot_a_segment(dice) } else { None };
+    if machine.has_index_files() && dice.chance(20) {
+        // It decides nothing, so nobody may notice.
+        machine.rot_an_index_file(dice);
+    }
     let may_fail = stop.had_faults || rotten.is_some();
     machine.faults_met.store(u64::from(may_fail), std::sync::atomic::Ordering::Relaxed);
     let is_nested = depth == 0 && rotten.is_none() && dice.chance(8);

@@ -152,7 +152,7 @@ impl Run {
             model.restoring = Some(Restore { blocks, content: content.clone(), safety });
             content
         };
-        let started = self.volume.restore(RestoreRequest {
+        let started = self.volume.restore(&RestoreRequest {
             source_epoch: epoch,
             request: model.all_blocks(),
             safety_selection: model.all_blocks(),

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use stillblock_core::buffer::{Arena, BufferIdentity, LeftBuffer};
 use stillblock_core::error::{Error, Result};
+use stillblock_core::index::run::run_number;
 use stillblock_core::journal::OriginIdentity;
 use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::sync::breathe;
@@ -226,6 +227,32 @@ impl Machine {
         let mut epoch = [0; 4];
         bytes.read(32, &mut epoch).ok()?;
         Some((name, u32::from_le_bytes(epoch)))
+    }
+
+    fn index_files(&self) -> Vec<String> {
+        let mut names = self.world().list(Path::new(LOG));
+        names.retain(|name| run_number(name).is_some());
+        names
+    }
+
+    pub fn has_index_files(&self) -> bool {
+        !self.index_files().is_empty()
+    }
+
+    /// Spoil a byte of an index file that says something.
+    pub fn rot_an_index_file(&self, dice: &mut Dice) {
+        let names = self.index_files();
+        let name = &names[dice.below(names.len())];
+        let mut world = self.world();
+        let id = world.find(Path::new(LOG), name).expect("listed");
+        let bytes = world.medium(id).now.clone();
+        let mut content = vec![0; usize::try_from(bytes.length()).expect("small")];
+        bytes.read(0, &mut content).expect("all of it");
+        let full: Vec<usize> = (0..content.len()).filter(|&at| content[at] != 0).collect();
+        if let Some(&at) = full.get(dice.below(full.len())) {
+            self.tell(|| format!("{name} rots at {at}"));
+            world.rot(id, at as u64);
+        }
     }
 
     /// Now and then a device takes its time.

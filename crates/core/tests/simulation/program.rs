@@ -381,7 +381,7 @@ fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
         model.restoring = Some(Restore { blocks, content, safety: union });
         (wanted, safety)
     };
-    let started = session.volume.restore(RestoreRequest {
+    let started = session.volume.restore(&RestoreRequest {
         source_epoch: epoch,
         request: wanted,
         safety_selection: safety,

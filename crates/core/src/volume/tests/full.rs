@@ -363,7 +363,7 @@ fn a_restore_on_a_full_store_goes_on_when_there_is_room() {
             meta: Vec::new(),
             pause_limit: Duration::from_secs(2),
         };
-        let started = volume.restore(request).expect("restore");
+        let started = volume.restore(&request).expect("restore");
         if on_full != OnFull::Degrade {
             while volume.wait_restored(Duration::from_millis(10)).is_ok() {}
             assert!(volume.restore_status().is_some(), "it waits");

@@ -358,11 +358,11 @@ impl Volume {
     }
 
     /// Take room for what upkeep writes, of so many bytes in all; false if the store has too little.
-    /// Upkeep takes no more than it leaves: nobody is to lose anything because of it.
+    /// Upkeep takes in all no more than it leaves: nobody is to lose anything because of it.
     pub(super) fn take_for_upkeep(&self, bytes: u64) -> Result<bool> {
         let mut committer = self.role()?;
         let more = bytes.saturating_sub(committer.upkeep_bytes);
-        let is_there = more == 0 || self.allow_growth(&mut committer, 2 * more).is_ok();
+        let is_there = more == 0 || self.allow_growth(&mut committer, more + bytes).is_ok();
         if is_there {
             committer.upkeep_bytes += more;
             committer.used_bytes += more;

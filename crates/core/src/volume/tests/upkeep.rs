@@ -83,6 +83,29 @@ fn merging_keeps_within_the_store_limit_and_leaves_room_to_clients() {
     volume.close().expect("close");
 }
 
+/// Each piece was no more than what was left, and all of them together nearly everything.
+#[test]
+fn what_grows_piece_by_piece_takes_in_all_no_more_than_it_leaves() {
+    const PIECE: u64 = 64 << 10;
+    let scene = Scene::new(512 * BLOCK);
+    let volume = scene.open();
+    let policy = StorePolicy { on_full: OnFull::Fail, limit_bytes: LIMIT };
+    volume.set_store_policy(policy).expect("policy");
+    snapshot(&volume, everything());
+    let left = || {
+        let usage = volume.store_usage().expect("usage");
+        usage.capacity_bytes - usage.used_bytes - usage.ahead_bytes
+    };
+    let (before, mut taken) = (left(), 0);
+    while volume.take_for_upkeep(taken + PIECE).expect("counted") {
+        taken += PIECE;
+    }
+    assert!(taken > 0 && left() >= taken, "{taken} of {before} bytes, {} left", left());
+    volume.end_taking_for_upkeep();
+    assert!(left() + PIECE >= before, "given back: {} of {before}", left());
+    volume.close().expect("close");
+}
+
 /// Writing an index file on a full disk was an error that stayed, with half a file that nobody
 /// counted.
 #[test]

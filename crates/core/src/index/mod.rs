@@ -235,11 +235,12 @@ impl Index {
         ExtentSet::from_unsorted(extents)
     }
 
-    /// All blocks recorded in the open epoch or lost in it.
+    /// All blocks recorded in the open epoch or lost since it began: a later one may have been lost
+    /// with all its records.
     pub fn changed_in_open(&self, epoch: u32) -> ExtentSet {
         let mut extents = Vec::new();
         self.open.changed(epoch, epoch + 1, &mut extents);
-        self.stray.changed(epoch, epoch + 1, &mut extents);
+        self.stray.changed(epoch, u32::MAX, &mut extents);
         ExtentSet::from_unsorted(extents)
     }
 

@@ -71,10 +71,12 @@ impl Volume {
             drop(self.punching.write());
             *freed += self.remove_segments(&owed.unneeded)?;
             *freed += self.punch_unneeded(&owed)?;
-            upkeep.settled = owed.now;
+            let mut committer = self.role()?;
             upkeep.decisions = owed.decisions;
             upkeep.resume_at = 0;
-            let mut committer = self.role()?;
+            // Snapshots taken meanwhile stay as they are: nothing of theirs was looked at.
+            committer.settled.0.retain(|epoch, _| !owed.before.0.contains_key(epoch));
+            committer.settled.0.extend(owed.now.0);
             // What was decided meanwhile is still owed.
             if committer.decisions == owed.decisions {
                 committer.journal.append(&Entry::Freed)?;
@@ -104,10 +106,11 @@ impl Volume {
         committer.log.close_if(&unneeded);
         self.seal(&mut committer).map_err(Error::store("sealing the log"))?;
         let (decisions, sequence) = (committer.decisions, committer.journal.last_sequence());
+        let before = committer.settled.clone();
         drop(committer);
         self.remove_runs(&files)?;
         Ok(Some(Owed {
-            before: upkeep.settled.clone(),
+            before,
             now,
             decisions,
             sequence,

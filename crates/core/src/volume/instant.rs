@@ -268,6 +268,7 @@ impl Volume {
         let segment = committed.map_err(Error::store("writing the epoch header"))?;
 
         committer.segments.insert(segment, epoch);
+        committer.settled.0.insert(epoch, Arc::clone(selection));
         committer.epoch = epoch;
         self.index.write().close_epoch(before);
         let info = Epoch {

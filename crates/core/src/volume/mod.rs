@@ -145,6 +145,8 @@ struct Committer {
     segments: BTreeMap<u32, u32>,
     /// Deletions and the like so far: what has to be given back.
     decisions: u64,
+    /// What snapshots selected when nothing was owed; those taken since, at their instants.
+    settled: Selections,
     drain_bytes_per_second: u64,
     /// Bytes the store takes, what is allocated ahead included; an estimate between two counts.
     used_bytes: u64,
@@ -159,9 +161,7 @@ struct Committer {
 
 /// What only whoever does upkeep touches.
 struct Upkeep {
-    /// What snapshots selected when nothing was owed.
-    settled: Selections,
-    /// The decisions that this follows.
+    /// Decisions after which everything was given back.
     decisions: u64,
     /// Blocks before this one have been given back already.
     resume_at: u64,

@@ -405,7 +405,7 @@ impl Parts {
         // Since the last time that nothing was owed something was decided, or not.
         let decisions = u64::from(decided.owes_space);
         let settled = decided.selections_when_freed(&scan);
-        let upkeep = Upkeep::new(settled, loaded.next_run, decided.freed_until());
+        let upkeep = Upkeep::new(loaded.next_run, decided.freed_until());
         let log = LogWriter::new(decided.uuid, Arc::clone(&segments), scan.end)
             .map_err(Error::store("opening the log"))?;
         let committer = Committer {
@@ -416,6 +416,7 @@ impl Parts {
             epoch_max,
             segments: in_segments,
             decisions,
+            settled,
             drain_bytes_per_second: 0,
             used_bytes: 0,
             upkeep_bytes: 0,

@@ -8,7 +8,6 @@ use super::decided::memory_of;
 use super::load::HELD_ENTRIES;
 use super::past::{Patience, index_error};
 use super::{Upkeep, Volume};
-use crate::epochs::Selections;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::entry::EpochSet;
@@ -39,8 +38,8 @@ pub enum Effort {
 }
 
 impl Upkeep {
-    pub(super) fn new(settled: Selections, next_run: u32, resume_at: u64) -> Self {
-        Self { settled, next_run, decisions: 0, resume_at, unmergeable: BTreeSet::new() }
+    pub(super) fn new(next_run: u32, resume_at: u64) -> Self {
+        Self { next_run, decisions: 0, resume_at, unmergeable: BTreeSet::new() }
     }
 }
 

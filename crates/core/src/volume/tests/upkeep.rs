@@ -161,6 +161,35 @@ fn checks_and_readers_wait_for_upkeep_where_an_index_file_is_damaged() {
     volume.close().expect("close");
 }
 
+/// Only what was there when the volume was opened, or when something was given back last, counted as
+/// ever needed: copies of later snapshots were never punched.
+#[test]
+fn deletions_free_copies_of_snapshots_that_were_taken_since_the_volume_was_opened() {
+    const COPIES: u64 = 100 * 4096;
+    let scene = Scene::new(512 * BLOCK);
+    let volume = scene.open();
+    let first = snapshot(&volume, everything());
+    put_all(&volume, 0..100, 0xA0);
+    let second = snapshot(&volume, everything());
+    put_all(&volume, 0..100, 0xB0);
+    let third = snapshot(&volume, everything());
+    put_all(&volume, 0..100, 0xC0);
+    for epoch in [third, second] {
+        let before = volume.store_bytes().expect("counted");
+        let freed = volume.delete_snapshot(epoch, false).expect("deleted");
+        let after = volume.store_bytes().expect("counted");
+        assert_eq!(freed, COPIES, "snapshot {epoch}");
+        // A batch that seals the log may have been added.
+        assert!(before - after >= COPIES - 16 * 4096, "{before} to {after}");
+    }
+    check_all(&volume, first, original);
+    let next = snapshot(&volume, everything());
+    put_all(&volume, 0..50, 0xD0);
+    assert_eq!(volume.delete_snapshot(next, false).expect("deleted"), COPIES / 2);
+    check_all(&volume, first, original);
+    volume.close().expect("close");
+}
+
 /// The deletion had been decided, and said that it failed.
 #[test]
 fn a_deletion_goes_on_where_an_index_file_is_damaged() {

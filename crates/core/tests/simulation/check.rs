@@ -178,7 +178,7 @@ pub fn check(
             volume.epochs().expect("listed").first().is_some_and(|first| first.epoch <= epoch);
         let is_there = machine.world().list(Path::new(LOG)).contains(&name);
         ensure!(
-            is_there || !is_needed,
+            is_there || !is_needed || is_superseded(&found, &volume, &name),
             "P10: {name} cannot be read, and was removed with its records"
         );
         check_rotten(&volume, &machine.model().clone()).map_err(story)?;
@@ -192,6 +192,14 @@ pub fn check(
         return Ok(None);
     }
     Ok(Some((machine, volume)))
+}
+
+/// A merged segment, whole before it had its name, stands for this one.
+fn is_superseded(stop: &Stop, volume: &Volume, name: &str) -> bool {
+    let machine = stop.killed(Dice::new(0));
+    let segments = Segments::new(SimHost(machine).directory(Path::new(LOG)));
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    found.is_ok_and(|found| segment_number(name).is_some_and(|n| found.superseded.contains(&n)))
 }
 
 /// The origin lost something that it was given. Who was told so will not be told otherwise, until

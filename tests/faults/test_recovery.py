@@ -75,6 +75,16 @@ def test_a_decision_is_done_and_what_others_wrote_makes_snapshots_suspect(touche
     assert served.cli("volume", "check", "web", "--data").code == 0
 
 
+def test_what_was_left_can_be_seen_before_there_is_a_decision(touched):
+    served, _ = touched
+    state = {p: p.read_bytes() for p in (served.origin, served.store / "journal")}
+    plan = served.cli("volume", "recover", "web", "--dry-run", "--json").json
+    decided = served.cli("volume", "recover", "web", "--discard", "--dry-run", "--json").json
+    assert plan == decided | {"how": None}
+    assert "was killed" in served.cli("volume", "recover", "web", "--dry-run").out
+    assert {p: p.read_bytes() for p in state} == state
+
+
 def test_one_decision_at_a_time(touched):
     served, _ = touched
     assert served.try_cli("volume", "recover", "web").code == 2

@@ -126,10 +126,13 @@ def test_with_fail_a_client_is_told_that_no_space_is_left():
         status = served.try_cli("status", "--json").json["volumes"][0]["store"]
         assert (status["level"], status["on_full"]) == ("full", "fail")
         wait_for(served, "store_full")
+        checked = served.try_cli("volume", "check", "web")
+        assert (checked.code, "full" in checked.out + checked.err) == (3, True)
         served.cli("volume", "set", "web", "--store-limit", "64M")
         assert write_pieces(served, byte=8) == (DISK_BYTES // PIECE, "")
         assert served.read("a") == before
         assert served.cli("status").code == 0
+        assert served.cli("volume", "check", "web").code == 0
         assert served.stop().code == 0
 
 

@@ -64,8 +64,12 @@ def recover(
     note
         Why, with --accept-origin.
     """
-    if replay + discard + accept_origin != 1:
-        raise UsageError("say one of --replay, --discard and --accept-origin")
+    decisions = replay + discard + accept_origin
+    if decisions != 1 and not (decisions == 0 and change.dry_run):
+        raise UsageError(
+            "say one of --replay, --discard and --accept-origin",
+            hint="--dry-run alone shows what there is to decide about",
+        )
     output, config, name = Output(change), change.config(), volume_of(volume)
     if accept_origin:
         with open_session(config, name) as session:
@@ -73,8 +77,9 @@ def recover(
         return
     if find_server(config, name) is not None:
         raise InUseError(f"{name} is served: there is nothing to recover")
-    plan = recovery.plan_recover(config, name, how="replay" if replay else "discard")
-    if change.dry_run:
+    how: recovery.Decision | None = "replay" if replay else "discard" if discard else None
+    plan = recovery.plan_recover(config, name, how=how)
+    if how is None or change.dry_run:
         output.result("volume-recover-plan", plan, lambda out: _render_plan(out, plan))
         return
     if plan.left_in == "newer" and replay:
@@ -91,10 +96,10 @@ def recover(
         if not change.yes and not output.is_json:
             _render_plan(output, plan)
         output.confirm(change, _question(plan))
-    done = recovery.recover_volume(config, plan)
+    done = recovery.recover_volume(config, plan, how=how)
 
     def render(out: Output) -> None:
-        what = {"replay": "written to", "discard": "dropped for"}[plan.how]
+        what = {"replay": "written to", "discard": "dropped for"}[how]
         if plan.slots:
             out.line(f"{counted(plan.slots, 'buffered write')} {what} {plan.origin}")
         out.line(f"released {done.volume}: {done.origin} is complete, any tool can use it")

@@ -26,7 +26,8 @@ class RecoveryPlan:
 
     volume: str
     origin: str
-    how: Decision
+    how: Decision | None
+    """None: nobody decided yet."""
     left_as: str
     """`closed`: there is nothing to decide; `killed`; `interrupted`: as after a power cut."""
     left_in: str
@@ -62,7 +63,7 @@ class Accepted:
     """Those that need records which are gone from the log: no note brings them back."""
 
 
-def plan_recover(config: Config, name: str, *, how: Decision) -> RecoveryPlan:
+def plan_recover(config: Config, name: str, *, how: Decision | None) -> RecoveryPlan:
     """Look at what was left; change nothing. Raise `LockedError` if somebody has it open."""
     with open_catalog(config) as catalog:
         entry = catalog.volume(name)
@@ -85,13 +86,11 @@ def plan_recover(config: Config, name: str, *, how: Decision) -> RecoveryPlan:
     )
 
 
-def recover_volume(config: Config, plan: RecoveryPlan) -> Released:
+def recover_volume(config: Config, plan: RecoveryPlan, *, how: Decision) -> Released:
     """Do what was decided about the writes that a killed server left, then stop cleanly."""
-    with OpenVolume.open(config, plan.volume, EngineOptions(recover=plan.how)) as volume:
-        done = released(volume, recovered=plan.how)
-        volume.event(
-            "volume_recovered", how=plan.how, slots=plan.slots, write_bytes=plan.write_bytes
-        )
+    with OpenVolume.open(config, plan.volume, EngineOptions(recover=how)) as volume:
+        done = released(volume, recovered=how)
+        volume.event("volume_recovered", how=how, slots=plan.slots, write_bytes=plan.write_bytes)
     return done
 
 

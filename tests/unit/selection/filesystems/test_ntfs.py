@@ -14,6 +14,7 @@ from stillblock.selection.filesystems import (
     open_filesystem,
     walk,
 )
+from unit.selection.filesystems.damage_cases import check_damages
 from unit.selection.filesystems.fuse import (
     FileDisk,
     content_by_runs,
@@ -516,3 +517,24 @@ def restart_page(lsn: int, clients: int, flags: int) -> bytes:
     for end in range(510, 4096, 512):
         page[end : end + 2] = b"\x07\x00"
     return bytes(page)
+
+
+# Damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("ntfscluster")
+def test_no_damage_to_the_structures_makes_a_file_anothers(tmp_path: Path):
+    image = make(tmp_path / "small.img", size=4 * MIB)
+    with mount(image) as top:
+        (top / "directory").mkdir()
+        for number in range(40):
+            (top / "directory" / f"file {number}").write_bytes(os.urandom(900 * number))
+        os.link(top / "directory" / "file 9", top / "link")
+        grow_in_turns(top, count=2, pieces=20)
+        Path(f"{top / 'link'}:stream").write_bytes(os.urandom(9000))
+    places = [(0, 512)]
+    for name in ("$MFT", "$MFTMirr", "$Bitmap", ".", "directory"):
+        places += clusters_of(image, name)
+    content = image.read_bytes()
+    seen = check_damages(content, normalise(places), seed=20261123, count=1000)
+    assert seen > 100, "most of what is tried must not be refused at once, or nothing is tried"

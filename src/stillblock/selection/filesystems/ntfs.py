@@ -21,6 +21,7 @@ from stillblock.selection.filesystems.filesystem import (
     Run,
     UnresolvedError,
 )
+from stillblock.selection.filesystems.names import checked_name, text_of_utf16
 from stillblock.selection.filesystems.ntfs_files import File, MasterFileTable, first_piece
 from stillblock.selection.filesystems.ntfs_index import directory_names
 from stillblock.selection.filesystems.ntfs_records import (
@@ -111,7 +112,7 @@ class Ntfs:
 
     def _label(self) -> str:
         pieces = self._volume.pieces.get((VOLUME_NAME, b""))
-        return _text(pieces[0].value()) if pieces else ""
+        return text_of_utf16(pieces[0].value()) if pieces else ""
 
     # What must hold before anything is left out -------------------------------------------------
 
@@ -164,7 +165,7 @@ class Ntfs:
                     f"directory {directory.number} and MFT record {number} contradict: "
                     "it is damaged"
                 )
-            yield _name(name), self._node(file)
+            yield checked_name(text_of_utf16(name)), self._node(file)
 
     def _current(self, node: Node) -> File:
         file = self._table.file(node.number)
@@ -348,22 +349,6 @@ def _check_flags(flags: int) -> None:
         raise UnresolvedError("it is encrypted")
     if flags & ~SPARSE:
         raise UnresolvedError(f"it has unknown flags {flags:#x}")
-
-
-def _text(name: bytes) -> str:
-    """Return UTF-16 as text; lone surrogates as `os.fsdecode` shows what ntfs-3g makes of them."""
-    try:
-        return name.decode("utf-16-le")
-    except UnicodeDecodeError:
-        text = name.decode("utf-16-le", "surrogatepass")
-        return text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
-
-
-def _name(name: bytes) -> str:
-    text = _text(name)
-    if text in (".", "..") or "/" in text or "\0" in text:
-        raise UnresolvedError(f"a directory has the impossible name {text!r}: it is damaged")
-    return text
 
 
 def _link_target(tag: int, data: bytes) -> bytes:

@@ -97,7 +97,7 @@ def see(disk: DamagedDisk) -> Sight:
 def damages(content: bytes, places: Extents, chance: random.Random) -> Iterable[tuple[int, bytes]]:
     """Flip bits, put in numbers, and put one structure's bytes into another, without end."""
     offsets = [offset for start, end in places for offset in range(start, end)]
-    # Most of a structure is zeros, where most damage is harmless: half of it hits what says something.
+    # Most of a structure is zeros, where most damage is harmless: half hits what says something.
     telling = [offset for offset in offsets if content[offset]]
     while True:
         at = chance.choice(chance.choice((offsets, telling)))

@@ -54,8 +54,8 @@ class BootSector:
 def parse_boot_sector(sector: bytes) -> BootSector:
     """Return what it says; raise `UnresolvedError` for what cannot be or is not supported."""
 
-    def number(offset: int, length: int) -> int:
-        return int.from_bytes(sector[offset : offset + length], "little")
+    def number(at: int, width: int) -> int:
+        return int.from_bytes(sector[at : at + width], "little")
 
     sector_size, per_cluster, reserved = number(11, 2), sector[13], number(14, 2)
     table_count, root_entries = sector[16], number(17, 2)

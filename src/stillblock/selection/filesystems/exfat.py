@@ -224,7 +224,7 @@ class ExFat:
             extents: list[Extent] = []
             for begin, end in self._extents(data):
                 first = (begin - boot.heap_offset) // boot.cluster_size
-                claims.claim(first, (end - begin) // boot.cluster_size, who=who)
+                claims.claim(first, (end - begin) // boot.cluster_size, who)
                 extents.append((begin, end))
             return extents
 

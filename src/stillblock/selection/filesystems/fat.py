@@ -249,7 +249,7 @@ class Fat:
             extents = list(self._extents(cluster))
             for begin, end in extents:
                 first = (begin - boot.data_offset) // boot.cluster_size
-                claims.claim(first, (end - begin) // boot.cluster_size, who=who)
+                claims.claim(first, (end - begin) // boot.cluster_size, who)
             return extents
 
         pending = [(_ROOT_NUMBER, 0)]

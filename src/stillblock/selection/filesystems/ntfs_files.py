@@ -28,7 +28,7 @@ from stillblock.selection.filesystems.ntfs_records import (
 
 DOS_NAME: Final = 2
 """The namespace of an 8.3 name that stands beside a long one: no second path."""
-_FILES_KEPT: Final = 1024
+_FILES_KEPT: Final = 64
 _RECORDS_AT_ONCE: Final = 64
 _BLOCKS_KEPT: Final = 128
 """8 MiB of records of 1 KiB, the usual size."""
@@ -201,17 +201,17 @@ class MasterFileTable:
         """Return the file of a base record in use."""
         found = self._files.get(number)
         if found is None:
-            found = self.assemble(self.record(number))
+            record = self.record(number)
+            found = self.assemble(record, record.attributes())
             self._files[number] = found
             if len(self._files) > _FILES_KEPT:
                 del self._files[next(iter(self._files))]
         return found
 
-    def assemble(self, record: Record) -> File:
-        """Return the file that begins with this record."""
+    def assemble(self, record: Record, attributes: list[Attribute]) -> File:
+        """Return the file that begins with this record, which has these attributes."""
         if not record.is_in_use or record.base:
             raise UnresolvedError(f"MFT record {record.number} is not a file's: it is damaged")
-        attributes = record.attributes()
         for attribute in attributes:
             if attribute.kind == ATTRIBUTE_LIST:
                 attributes = self._collect(record, attribute, attributes)

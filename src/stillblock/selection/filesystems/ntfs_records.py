@@ -146,8 +146,8 @@ class Record(NamedTuple):
     attributes_offset: int
     used: int
 
-    def attributes(self, *, nonresident_only: bool = False) -> list[Attribute]:
-        """Return what is in this record, or only what has clusters of its own."""
+    def attributes(self) -> list[Attribute]:
+        """Return what is in this record."""
         found: list[Attribute] = []
         data, at, used = self.data, self.attributes_offset, self.used
         while at + 4 <= used:
@@ -160,12 +160,8 @@ class Record(NamedTuple):
             )
             if length < 24 or length & 7 or at + length > used or nonresident > 1:
                 break
-            if nonresident:
-                if length < 64:
-                    break
-            elif nonresident_only:
-                at += length
-                continue
+            if nonresident and length < 64:
+                break
             if name_length:
                 name_at += at
                 name = data[name_at : name_at + 2 * name_length]

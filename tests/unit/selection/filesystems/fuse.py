@@ -45,11 +45,28 @@ def run(*command: str | Path, **options) -> str:
 
 
 @contextmanager
-def mounted(image: Path, *, driver: str, options: str) -> Iterator[Path]:
+def looped(image: Path) -> Iterator[Path]:
+    """A loop device over an image, for drivers that take nothing else; skip without them."""
+    if os.geteuid():
+        pytest.skip("host: loop devices need root")
+    done = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"host: no loop device: {done.stderr.strip()}")
+    device = Path(done.stdout.strip())
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextmanager
+def mounted(image: Path, *, driver: str, options: str, point: Path | None = None) -> Iterator[Path]:
     """Mount an image with a FUSE driver; skip where the host has no FUSE."""
     if not os.access("/dev/fuse", os.W_OK):
         pytest.skip("host: no FUSE")
-    point = image.with_suffix(".mount")
+    point = point or image.with_suffix(".mount")
     point.mkdir()
     try:
         done = subprocess.run(

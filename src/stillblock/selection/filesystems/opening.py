@@ -1,4 +1,8 @@
-"""From bytes to the reader that understands them."""
+"""From bytes to the reader that understands them.
+
+Readers are imported when needed: a worker reads one filesystem and should start at once.
+"""
+# ruff: noqa: PLC0415
 
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.filesystem import Filesystem, UnresolvedError
@@ -19,7 +23,6 @@ def open_filesystem(disk: Disk) -> Filesystem:
 
 
 def _open(content: Content, disk: Disk) -> Filesystem:
-    # Imported when needed: a worker reads one filesystem and should start at once.
     match content:
         case Content.EXT:
             from stillblock.selection.filesystems.ext import open_ext

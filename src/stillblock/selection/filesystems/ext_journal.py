@@ -101,9 +101,7 @@ def apply_journal(disk: Disk, superblock: Superblock) -> Overlay:
     log = _Log(disk, superblock)
     if not needs_replay:
         if log.start:
-            raise UnresolvedError(
-                "its journal holds changes, and its superblock says there are none"
-            )
+            raise UnresolvedError("its journal is not empty, although its superblock says so")
         return Overlay(disk=disk, caveats=())
     copies = log.replay()
     if not copies:

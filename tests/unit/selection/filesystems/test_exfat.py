@@ -32,7 +32,10 @@ from unit.selection.filesystems.fuse import (
     without,
 )
 
-pytestmark = [pytest.mark.needs("mkfs.exfat", "mount.exfat-fuse", "fsck.exfat", "losetup")]
+pytestmark = [
+    pytest.mark.needs("mkfs.exfat", "mount.exfat-fuse", "fsck.exfat", "losetup"),
+    pytest.mark.slow,
+]
 
 MIB = 1 << 20
 SIZE = 32 * MIB

@@ -348,6 +348,7 @@ def test_small_letters_of_a_short_name_are_those_that_mtools_shows(small: Path, 
 # Damage -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_damage_to_the_structures_makes_a_file_anothers(kind: str, tmp_path: Path):
     image = make(tmp_path / "tree.img", kind)
     tree = tmp_path / "tree"

@@ -1,7 +1,7 @@
 """What lies on a stretch of disk, told by the signatures that each format documents.
 
-Magic numbers alone are believed only to name a thing; its reader checks the rest. Two that contradict
-each other make the stretch unknown, and what is unknown is kept whole.
+Magic numbers alone are believed only to name a thing; its reader checks the rest. Two that
+contradict each other make the stretch unknown, and what is unknown is kept whole.
 """
 
 from dataclasses import dataclass

@@ -41,8 +41,7 @@ class MappedDisk:
     def __init__(self, disk: Disk, pieces: tuple[Extent, ...]) -> None:
         self._disk = disk
         self._pieces = pieces
-        # Where each piece begins on the mapped disk, and the end of the last.
-        self._starts = list(accumulate((end - start for start, end in pieces), initial=0))
+        self._starts = _starts(pieces)
 
     @property
     def size(self) -> int:
@@ -53,20 +52,32 @@ class MappedDisk:
         """Read, piece by piece; the pieces lie on the disk below, so nothing is short."""
         return b"".join(
             read_exactly(self._disk, offset=start, length=end - start)
-            for start, end in self._located(offset, offset + length)
+            for start, end in _located(self._pieces, self._starts, offset, offset + length)
         )
 
-    def to_disk(self, extents: Extents) -> Extents:
-        """Return where extents of this disk lie on the disk below; what is past the end is cut."""
-        return normalise(piece for start, end in extents for piece in self._located(start, end))
 
-    def _located(self, start: int, end: int) -> Iterator[Extent]:
-        """Yield the pieces below, in the order of this disk."""
-        end = min(end, self.size)
-        index = max(0, bisect_right(self._starts, start) - 1)
-        while start < end:
-            base = self._pieces[index][0] - self._starts[index]
-            stop = min(end, self._starts[index + 1])
-            yield start + base, stop + base
-            start = stop
-            index += 1
+def to_disk(pieces: tuple[Extent, ...], extents: Extents) -> Extents:
+    """Return where extents of a mapped disk lie on the one below; what is past its end is cut."""
+    starts = _starts(pieces)
+    return normalise(
+        part for start, end in extents for part in _located(pieces, starts, start, end)
+    )
+
+
+def _starts(pieces: tuple[Extent, ...]) -> list[int]:
+    """Return where each piece begins on the mapped disk, and the end of the last."""
+    return list(accumulate((end - start for start, end in pieces), initial=0))
+
+
+def _located(
+    pieces: tuple[Extent, ...], starts: list[int], start: int, end: int
+) -> Iterator[Extent]:
+    """Yield where a range lies below, in the order of the mapped disk."""
+    end = min(end, starts[-1])
+    index = max(0, bisect_right(starts, start) - 1)
+    while start < end:
+        base = pieces[index][0] - starts[index]
+        stop = min(end, starts[index + 1])
+        yield start + base, stop + base
+        start = stop
+        index += 1

@@ -7,9 +7,9 @@ is opaque: it is kept whole, and a note says why.
 from dataclasses import dataclass, replace
 from typing import Final
 
-from stillblock.extents import normalise
+from stillblock.extents import normalise, total_bytes
 from stillblock.model import Extent, Extents
-from stillblock.selection.disk import Disk, MappedDisk
+from stillblock.selection.disk import Disk, MappedDisk, to_disk
 from stillblock.selection.filesystems.signatures import Content, identify
 from stillblock.selection.lvm import (
     PhysicalVolume,
@@ -62,9 +62,18 @@ class Place:
         kind, _, number = self.name.partition(":")
         return int(number) if kind == "part" else None
 
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return total_bytes(self.extents)
+
     def disk(self, disk: Disk) -> MappedDisk:
         """Return the place as a disk of its own."""
         return MappedDisk(disk, self.pieces)
+
+    def disk_extents(self, extents: Extents) -> Extents:
+        """Return where extents of the place lie on the disk."""
+        return to_disk(self.pieces, extents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,17 +34,16 @@ class Limits:
 
 # Numbers of the calls that a running interpreter needs: read write close fstat lseek mmap mprotect
 # munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap madvise getpid exit sigaltstack gettid
-# futex clock_gettime exit_group getrandom restart_syscall sched_yield rseq.
+# futex clock_gettime exit_group getrandom restart_syscall sched_yield.
 # From the kernel's tables: arch/x86/entry/syscalls/syscall_64.tbl and asm-generic/unistd.h.
 _ALLOWED: Final = {
     "x86_64": (
         0xC000003E,
-        "0 1 3 5 8 9 10 11 12 13 14 15 25 28 39 60 131 186 202 228 231 318 219 24 334",
+        "0 1 3 5 8 9 10 11 12 13 14 15 25 28 39 60 131 186 202 228 231 318 219 24",
     ),
     "aarch64": (
         0xC00000B7,
-        "63 64 57 80 62 222 226 215 214 134 135 139 216 233 172 93 132 178 98 113 94 278 128 124 "
-        "293",
+        "63 64 57 80 62 222 226 215 214 134 135 139 216 233 172 93 132 178 98 113 94 278 128 124",
     ),
 }
 

@@ -6,8 +6,8 @@
         resolution = resolve_frozen(resolution.pending, view)     # on the frozen view
     resolution.extents
 
-The language is described in docs/rules.md. Importing this package is cheap, for each worker does so:
-the rest is imported when it is used.
+The language is described in docs/rules.md. Importing this package is cheap, for each worker does
+so: the rest is imported when it is used.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stillblock.selection.frozen import resolve_frozen
     from stillblock.selection.partition_table import Partition, PartitionTable, PartitionTableError
     from stillblock.selection.partitions import read_partitions
+    from stillblock.selection.presets import Preset, Presets
     from stillblock.selection.resolution import (
         ExcludedExtent,
         Pending,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         TermResult,
         resolve,
     )
-    from stillblock.selection.rules import Rules, Term
+    from stillblock.selection.rules import Rules, Term, default_rules
     from stillblock.selection.workers import WorkerReaders
 
 __all__ = [
@@ -41,12 +42,15 @@ __all__ = [
     "PartitionTableError",
     "Pending",
     "Phase",
+    "Preset",
+    "Presets",
     "Resolution",
     "Rules",
     "Term",
     "TermResult",
     "Unresolved",
     "WorkerReaders",
+    "default_rules",
     "read_partitions",
     "resolve",
     "resolve_frozen",
@@ -60,7 +64,8 @@ _MODULES = {
     "partition_table": ("Partition", "PartitionTable", "PartitionTableError"),
     "partitions": ("read_partitions",),
     "resolution": ("ExcludedExtent", "Pending", "Resolution", "TermResult", "resolve"),
-    "rules": ("Rules", "Term"),
+    "presets": ("Preset", "Presets"),
+    "rules": ("Rules", "Term", "default_rules"),
     "workers": ("WorkerReaders",),
 }
 

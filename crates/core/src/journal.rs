@@ -99,6 +99,8 @@ pub enum Entry {
         epoch: u32,
         /// What it selects now.
         selection: ExtentSet,
+        /// Its opaque bytes from here on, if they change with it.
+        meta: Option<Vec<u8>>,
     },
     /// A snapshot is gone.
     Deleted {
@@ -234,9 +236,13 @@ impl Entry {
                 out.u32(*epoch).bytes(meta);
                 5
             }
-            Self::Narrowed { epoch, selection } => {
+            Self::Narrowed { epoch, selection, meta: None } => {
                 out.u32(*epoch).extents(selection);
                 6
+            }
+            Self::Narrowed { epoch, selection, meta: Some(meta) } => {
+                out.u32(*epoch).bytes(meta).packed_extents(selection);
+                22
             }
             Self::Deleted { epoch } => {
                 out.u32(*epoch);
@@ -320,7 +326,11 @@ impl Entry {
             3 => Self::Closed { identity: take_identity(&mut input)?, next_batch: input.u64()? },
             4 => Self::VolumeMeta(input.bytes()?.to_vec()),
             5 => Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
-            6 => Self::Narrowed { epoch: input.u32()?, selection: input.extents()? },
+            6 => Self::Narrowed { epoch: input.u32()?, selection: input.extents()?, meta: None },
+            22 => {
+                let (epoch, meta) = (input.u32()?, input.bytes()?.to_vec());
+                Self::Narrowed { epoch, selection: input.packed_extents()?, meta: Some(meta) }
+            }
             7 => Self::Deleted { epoch: input.u32()? },
             8 => Self::Freed,
             9 => Self::Bookmarked { epoch: input.u32()?, meta: input.bytes()?.to_vec() },

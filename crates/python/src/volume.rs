@@ -275,10 +275,16 @@ impl Volume {
         Ok(to_ranges(&set, self.0.block_size(), size_bytes))
     }
 
-    #[pyo3(signature = (*, epoch, selection))]
-    fn narrow(&self, py: Python<'_>, epoch: u32, selection: Ranges) -> PyResult<u64> {
+    #[pyo3(signature = (*, epoch, selection, meta=None))]
+    fn narrow(
+        &self,
+        py: Python<'_>,
+        epoch: u32,
+        selection: Ranges,
+        meta: Option<Vec<u8>>,
+    ) -> PyResult<u64> {
         let blocks = self.blocks(&selection)?;
-        detached(py, || self.0.narrow(epoch, &blocks))
+        detached(py, || self.0.narrow_with(epoch, &blocks, meta))
     }
 
     #[pyo3(signature = (*, epoch, force=false))]

@@ -208,8 +208,12 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
                 found.meta.clone_from(meta);
             }
         }
-        Entry::Narrowed { epoch, selection } => {
-            if let Some(found) = epochs.0.get_mut(epoch).filter(|e| e.damage.is_empty()) {
+        Entry::Narrowed { epoch, selection, meta } => {
+            let Some(found) = epochs.0.get_mut(epoch) else { return };
+            if let Some(meta) = meta {
+                found.meta.clone_from(meta);
+            }
+            if found.damage.is_empty() {
                 found.selection = Some(Arc::new(selection.clone()));
             }
         }

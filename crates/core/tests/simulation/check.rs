@@ -33,6 +33,11 @@ pub struct Way {
     pub has_faults: bool,
 }
 
+/// What is kept beside a snapshot that was narrowed to this.
+pub fn note_of(selection: &ExtentSet) -> Vec<u8> {
+    format!("{selection:?}").into_bytes()
+}
+
 /// Nobody is to fail because time passes.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -283,6 +288,12 @@ fn verify(
                     **selection == snapshot.selection || is_narrowed,
                     "P10: snapshot {epoch} selects {selection:?}, was told {:?}",
                     snapshot.selection
+                );
+                let note = &info.state.meta;
+                ensure!(
+                    *note == note_of(selection)
+                        || (note.is_empty() && **selection == snapshot.selection),
+                    "P10: snapshot {epoch} selects {selection:?}, and says it of something else"
                 );
                 snapshot.selection = (**selection).clone();
             }

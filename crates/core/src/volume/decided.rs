@@ -208,10 +208,11 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
                 found.meta.clone_from(meta);
             }
         }
-        Entry::Narrowed { epoch, selection, meta } => {
+        Entry::Narrowed { epoch, selection, settled } => {
             let Some(found) = epochs.0.get_mut(epoch) else { return };
-            if let Some(meta) = meta {
-                found.meta.clone_from(meta);
+            if let Some(settled) = settled {
+                found.meta.clone_from(&settled.meta);
+                found.low = Arc::new(settled.low.clone());
             }
             if found.damage.is_empty() {
                 found.selection = Some(Arc::new(selection.clone()));

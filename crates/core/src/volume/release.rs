@@ -9,7 +9,7 @@ use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
-use crate::journal::Entry;
+use crate::journal::{Entry, Settled};
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::MutexGuard;
 use std::collections::BTreeMap;
@@ -130,14 +130,14 @@ impl Volume {
         self.narrow_with(epoch, selection, None)
     }
 
-    /// Select less from now on and, in the same decision, have other opaque bytes; tells the bytes
-    /// freed. When this returns, no content of a block that nobody selects any more is in the store
-    /// or in the write buffer.
+    /// Select less from now on and, in the same decision, settle what else depends on it; tells the
+    /// bytes freed. When this returns, no content of a block that nobody selects any more is in the
+    /// store or in the write buffer.
     pub fn narrow_with(
         &self,
         epoch: u32,
         selection: &ExtentSet,
-        meta: Option<Vec<u8>>,
+        settled: Option<Settled>,
     ) -> Result<u64> {
         let mut committer = self.role()?;
         let old = {
@@ -147,12 +147,16 @@ impl Volume {
         };
         self.check_not_restoring_from(epoch)?;
         let narrowed = Arc::new(old.intersection(selection));
-        let entry = Entry::Narrowed { epoch, selection: (*narrowed).clone(), meta };
+        let low =
+            |settled: Settled| Settled { low: settled.low.intersection(&narrowed), ..settled };
+        let settled = settled.map(low);
+        let entry = Entry::Narrowed { epoch, selection: (*narrowed).clone(), settled };
         committer.journal.append(&entry)?;
         if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
             found.selection = Some(narrowed);
-            if let Entry::Narrowed { meta: Some(meta), .. } = entry {
-                found.meta = meta;
+            if let Entry::Narrowed { settled: Some(settled), .. } = entry {
+                found.meta = settled.meta;
+                found.low = Arc::new(settled.low);
             }
         }
         if is_broken(Rule::NarrowInRole) {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use stillblock_core::extent::ExtentSet;
-use stillblock_core::journal::JOURNAL_NAME;
+use stillblock_core::journal::{JOURNAL_NAME, Settled};
 use stillblock_core::log::scan::scan;
 use stillblock_core::log::writer::{Segments, segment_number};
 use stillblock_core::view::{ExcludedReads, View};
@@ -34,8 +34,13 @@ pub struct Way {
 }
 
 /// What is kept beside a snapshot that was narrowed to this.
-pub fn note_of(selection: &ExtentSet) -> Vec<u8> {
+fn note_of(selection: &ExtentSet) -> Vec<u8> {
     format!("{selection:?}").into_bytes()
+}
+
+/// The same with all that is settled with it.
+pub fn settled_as(selection: &ExtentSet) -> Settled {
+    Settled { meta: note_of(selection), low: ExtentSet::new() }
 }
 
 /// Nobody is to fail because time passes.

@@ -4,7 +4,7 @@
 //! (`CrashMonkey` and `Ace`, OSDI 2018).
 
 use crate::check::{
-    Tally, Way, bytes, cells, check, check_kept_once, note_of, open, read_snapshot,
+    Tally, Way, bytes, cells, check, check_kept_once, open, read_snapshot, settled_as,
 };
 use crate::dice::Dice;
 use crate::machine::Machine;
@@ -205,7 +205,7 @@ impl Run {
                 let narrowed = |s: &crate::model::Snapshot| s.selection.intersection(&part());
                 self.with(epoch, |s| s.narrowing = Some(narrowed(s)));
                 let mut note = None;
-                self.with(epoch, |s| note = s.narrowing.as_ref().map(note_of));
+                self.with(epoch, |s| note = s.narrowing.as_ref().map(settled_as));
                 self.volume.narrow_with(epoch, &part(), note).map_err(told("narrowing"))?;
                 self.with(epoch, |s| s.selection = s.narrowing.take().unwrap_or_default());
                 Ok(())

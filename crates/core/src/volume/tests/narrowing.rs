@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::codec::{Reader, Writer};
+use crate::journal::Settled;
 
 /// Blocks that the snapshot lets go of.
 const EXCLUDED: Extent = Extent { start: 100, end: 200 };
@@ -9,6 +10,10 @@ const MARKER: u8 = 0xEC;
 
 fn included() -> ExtentSet {
     everything().difference(&ExtentSet::from_extent(EXCLUDED))
+}
+
+fn settled() -> Settled {
+    Settled { meta: b"final".to_vec(), low: ExtentSet::from_extent(Extent::new(150, 250)) }
 }
 
 /// Files of the store and the write buffer that hold a sector full of a byte.
@@ -52,7 +57,7 @@ fn what_was_written_to_excluded_blocks_is_nowhere_after_narrowing() {
         volume.write(block * 4096, &[0xA2; 512], false).expect("write");
     }
     assert_eq!(holders(&scene, MARKER).len(), 2, "preserved in the log, and in the buffer");
-    volume.narrow_with(epoch, &included(), Some(b"final".to_vec())).expect("narrow");
+    volume.narrow_with(epoch, &included(), Some(settled())).expect("narrow");
     assert_eq!(holders(&scene, MARKER), Vec::<String>::new());
     for block in EXCLUDED.start..EXCLUDED.end {
         put(&volume, block, MARKER);
@@ -90,15 +95,16 @@ fn narrowing_and_its_record_are_one_decision_across_openings() {
         ("journal", "sync") => Err(broken()),
         _ => Ok(()),
     });
-    assert!(volume.narrow_with(epoch, &included(), Some(b"final".to_vec())).is_err());
+    assert!(volume.narrow_with(epoch, &included(), Some(settled())).is_err());
     scene.faults.clear();
     let told = &volume.epochs()[0];
     assert_eq!((told.selected_blocks, told.state.meta.len()), (BLOCKS, 0), "P10: nothing of it");
-    volume.narrow_with(epoch, &included(), Some(b"final".to_vec())).expect("narrow");
+    volume.narrow_with(epoch, &included(), Some(settled())).expect("narrow");
     volume.close().expect("close");
     let volume = scene.open();
     let told = &volume.epochs()[0];
     assert_eq!(told.state.meta, b"final");
+    assert_eq!(*told.state.low, ExtentSet::from_extent(Extent::new(200, 250)), "of what is left");
     assert_eq!(told.selected_blocks, BLOCKS - EXCLUDED.len());
     volume.close().expect("close");
 }

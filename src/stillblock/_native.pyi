@@ -8,6 +8,9 @@ from typing import Literal, Self, final
 
 Extents = list[tuple[int, int]]
 
+def crc32c(data: bytes, seed: int = 0) -> int:
+    """CRC-32C (Castagnoli) of `data`, going on from `seed`, the CRC of what comes before it."""
+
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",

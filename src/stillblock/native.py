@@ -19,6 +19,7 @@ Epoch = _native.Epoch
 RestoreStatus = _native.RestoreStatus
 Inspection = _native.Inspection
 StoreUsage = _native.StoreUsage
+crc32c = _native.crc32c
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]

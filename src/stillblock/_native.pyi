@@ -208,8 +208,10 @@ class Volume:
     def set_epoch_meta(self, *, epoch: int, meta: bytes) -> None: ...
     def selection(self, *, epoch: int) -> Extents:
         """What the snapshot selects, else its bookmark's baseline; clipped to the size at the instant."""
-    def narrow(self, *, epoch: int, selection: Sequence[tuple[int, int]]) -> int:
-        """Select less; return the bytes freed."""
+    def narrow(
+        self, *, epoch: int, selection: Sequence[tuple[int, int]], low: Sequence[tuple[int, int]] = ..., meta: bytes
+    ) -> int:
+        """Select less, and replace `low` and the opaque bytes, in one decision; return the bytes freed."""
     def delete_snapshot(self, *, epoch: int, force: bool = False) -> int:
         """Return the bytes freed."""
     def bookmark(self, *, epoch: int, meta: bytes) -> None: ...

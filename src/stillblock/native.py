@@ -238,6 +238,15 @@ class Volume:
         with _translated():
             return tuple(self.inner.selection(epoch=epoch))
 
+    def narrow(self, *, epoch: int, selection: Extents, low: Extents = (), meta: bytes) -> int:
+        """Select less, and replace `low` and what we keep about a snapshot, in one decision.
+
+        Return the bytes freed. Content that nobody selects any more is then neither in the store
+        nor in the write buffer.
+        """
+        with _translated():
+            return self.inner.narrow(epoch=epoch, selection=selection, low=low, meta=meta)
+
     def delete_snapshot(self, *, epoch: int, force: bool = False) -> int:
         """Delete; return the bytes freed."""
         with _translated():

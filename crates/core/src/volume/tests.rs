@@ -1,6 +1,7 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
 mod full;
+mod narrowing;
 mod resizing;
 mod upkeep;
 

@@ -80,10 +80,13 @@ class Claims:
         self._count = count
         self._bits = bytearray((count + 7) // 8)
 
-    def claim(self, first: int, count: int, *, who: str) -> None:
-        """Mark `count` clusters from `first`; raise `UnresolvedError` if any is marked already."""
+    def claim(self, first: int, count: int, who: object) -> None:
+        """Mark `count` clusters from `first`; raise `UnresolvedError` if any is marked already.
+
+        `who` is for the error: a name, a number.
+        """
         if first < 0 or count <= 0 or first + count > self._count:
-            raise UnresolvedError(f"{who} lies outside the filesystem: it is damaged")
+            raise UnresolvedError(f"data of {who} lies outside the filesystem: it is damaged")
         bits = self._bits
         begin, end = first, first + count
         low, high = begin >> 3, (end - 1) >> 3
@@ -102,7 +105,7 @@ class Claims:
                 taken = taken or bits.count(0, low + 1, high) != between
                 bits[low + 1 : high] = b"\xff" * between
         if taken:
-            raise UnresolvedError(f"{who} lies where another file lies: it is damaged")
+            raise UnresolvedError(f"data of {who} lies where another file lies: it is damaged")
 
     def check_allocated(self, pieces: Iterable[bytes]) -> None:
         """Raise `UnresolvedError` if a claimed cluster is free in the bitmap of these pieces."""

@@ -73,7 +73,7 @@ class Fat:
             raise UnresolvedError(
                 f"FAT says that it has {self._boot.size} bytes, and {disk.size} are there"
             )
-        self._table = Table(disk, self._boot)
+        self._table = Table(disk, self._boot.table)
         self._metadata = Verdict(self._find_metadata)
         serial = self._boot.serial
         self._identity = Identity(
@@ -121,7 +121,7 @@ class Fat:
 
     def _entry_of(self, node: Node) -> Entry:
         place = node.number
-        if place % _ENTRY_BYTES or not self._boot.table_offset < place < self._boot.size:
+        if place % _ENTRY_BYTES or not self._boot.table.offset < place < self._boot.size:
             raise UnresolvedError(f"there is no directory entry at {place}")
         raw = read_exactly(self._disk, offset=place, length=_ENTRY_BYTES)
         return self._parse(raw, place, "")
@@ -249,7 +249,7 @@ class Fat:
             extents = list(self._extents(cluster))
             for begin, end in extents:
                 first = (begin - boot.data_offset) // boot.cluster_size
-                claims.claim(first, (end - begin) // boot.cluster_size, who=who)
+                claims.claim(first, (end - begin) // boot.cluster_size, who)
             return extents
 
         pending = [(_ROOT_NUMBER, 0)]

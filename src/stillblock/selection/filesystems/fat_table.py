@@ -4,6 +4,7 @@ Source: Microsoft, "FAT: General Overview of On-Disk Format", 1.03.
 """
 
 import re
+import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,32 @@ from stillblock.selection.filesystems.filesystem import UnresolvedError
 FIRST_CLUSTER: Final = 2
 _CLUSTERS_MAX: Final = {12: 0xFF4, 16: 0xFFF4, 32: 0x0FFFFFF4}
 _FAT12_CLUSTERS_MAX: Final = 4084
-_BAD_FROM_END: Final = 9
-"""The value for a bad cluster is that many below the power of two: FF7, FFF7, 0FFFFFF7."""
+_ENTRY_MASKS: Final = {12: 0xFFF, 16: 0xFFFF, 32: 0x0FFFFFFF}
+"""The upper four bits of FAT32 are reserved and say nothing."""
 _ENTRIES_AT_ONCE: Final = 12 * 1024
 """Even, so that a piece of a FAT12 begins at a byte."""
 _PIECES_KEPT: Final = 128
-_CONTRADICTS: Final = 0xFFFFFFFF
+_CONTRADICTS: Final = 1 << 32
 """In place of an entry in which the copies of the table differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableShape:
+    """Where the table lies, and how to read it."""
+
+    bits: int
+    """Of an entry: 12, 16 or 32."""
+    mask: int
+    """The bits of them that count."""
+    end: int
+    """Values from here on end a chain."""
+    offset: int
+    """In bytes."""
+    size: int
+    """In bytes, of one copy."""
+    copies: int
+    cluster_count: int
+    """The clusters are numbered from 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +52,7 @@ class BootSector:
     bits: int
     cluster_size: int
     cluster_count: int
-    """The clusters are numbered from 2."""
-    table_offset: int
-    table_size: int
-    table_count: int
+    table: TableShape
     root_offset: int
     """FAT12 and FAT16: where the root directory is; it has no clusters."""
     root_size: int
@@ -89,9 +106,15 @@ def parse_boot_sector(sector: bytes) -> BootSector:
         bits=bits,
         cluster_size=per_cluster * sector_size,
         cluster_count=cluster_count,
-        table_offset=reserved * sector_size,
-        table_size=table_sectors * sector_size,
-        table_count=table_count,
+        table=TableShape(
+            bits=bits,
+            mask=_ENTRY_MASKS[bits],
+            end=_ENTRY_MASKS[bits] - 7,
+            offset=reserved * sector_size,
+            size=table_sectors * sector_size,
+            copies=table_count,
+            cluster_count=cluster_count,
+        ),
         root_offset=(first_data - root_sectors) * sector_size,
         root_size=root_entries * 32,
         root_cluster=number(44, 4) if is_fat32 else 0,
@@ -105,13 +128,11 @@ def parse_boot_sector(sector: bytes) -> BootSector:
 class Table:
     """The file allocation table: for each cluster the next one of its chain."""
 
-    def __init__(self, disk: Disk, boot: BootSector) -> None:
+    def __init__(self, disk: Disk, shape: TableShape) -> None:
         self._disk = disk
-        self._boot = boot
+        self._shape = shape
         self._pieces: dict[int, array[int]] = {}
-        self._end = FIRST_CLUSTER + boot.cluster_count
-        # Values from here on mean the end of a chain.
-        self._last = (1 << min(boot.bits, 28)) - _BAD_FROM_END + 1
+        self._end = FIRST_CLUSTER + shape.cluster_count
 
     def chain(self, first: int) -> Iterator[tuple[int, int]]:
         """Yield a chain as runs of consecutive clusters: the first one and how many.
@@ -120,7 +141,7 @@ class Table:
         copies of the table differ, and when it is longer than the filesystem: a loop.
         """
         begin, length = first, 0
-        left = self._boot.cluster_count
+        left = self._shape.cluster_count
         cluster = first
         while True:
             if not FIRST_CLUSTER <= cluster < self._end:
@@ -134,7 +155,7 @@ class Table:
                 yield begin, length
                 begin, length = cluster, 1
             following = self._entry(cluster)
-            if following >= self._last:
+            if following >= self._shape.end:
                 if following == _CONTRADICTS:
                     raise UnresolvedError(f"the copies of the FAT differ at cluster {cluster}")
                 yield begin, length
@@ -146,7 +167,7 @@ class Table:
         runs: list[tuple[int, int]] = []
         for first in range(0, self._end, _ENTRIES_AT_ONCE):
             piece = self._read_piece(first)
-            is_used = bytes([entry != 0 for entry in piece])
+            is_used = bytes([entry != 0 for entry in piece]) if any(piece) else bytes(len(piece))
             for span in re.finditer(rb"\x00+", is_used):
                 begin = max(first + span.start(), FIRST_CLUSTER)
                 end = first + span.end()
@@ -172,16 +193,19 @@ class Table:
 
     def _read_piece(self, first: int) -> "array[int]":
         """Return the entries from `first`, the same in all copies or `_CONTRADICTS`."""
-        boot = self._boot
+        shape = self._shape
         count = min(_ENTRIES_AT_ONCE, self._end - first)
         copies = [
             read_exactly(
                 self._disk,
-                offset=boot.table_offset + copy * boot.table_size + first * boot.bits // 8,
-                length=-(-count * boot.bits // 8),
+                offset=shape.offset + copy * shape.size + first * shape.bits // 8,
+                length=-(-count * shape.bits // 8),
             )
-            for copy in range(boot.table_count)
+            for copy in range(shape.copies)
         ]
+        if not any(copy.strip(b"\0") for copy in copies):
+            # Most of most tables: all free.
+            return array("Q", bytes(8 * count))
         entries = self._decode(copies[0], count)
         if any(copy != copies[0] for copy in copies[1:]):
             for copy in copies[1:]:
@@ -192,25 +216,21 @@ class Table:
         return entries
 
     def _decode(self, data: bytes, count: int) -> "array[int]":
-        match self._boot.bits:
+        match self._shape.bits:
             case 12:
                 data += bytes(-len(data) % 3)
-                return array(
-                    "L",
-                    [
-                        (
-                            data[index] | (data[index + 1] & 15) << 8
-                            if half == 0
-                            else data[index + 1] >> 4 | data[index + 2] << 4
-                        )
-                        for index in range(0, len(data), 3)
-                        for half in (0, 1)
-                    ][:count],
-                )
+                values = [
+                    (
+                        data[index] | (data[index + 1] & 15) << 8
+                        if half == 0
+                        else data[index + 1] >> 4 | data[index + 2] << 4
+                    )
+                    for index in range(0, len(data), 3)
+                    for half in (0, 1)
+                ][:count]
             case 16:
-                return array("L", memoryview(data).cast("H").tolist())
+                values = [value for (value,) in struct.iter_unpack("<H", data)]
             case _:
-                # The upper four bits are reserved and say nothing.
-                return array(
-                    "L", [entry & 0x0FFFFFFF for entry in memoryview(data).cast("I").tolist()]
-                )
+                mask = self._shape.mask
+                values = [value & mask for (value,) in struct.iter_unpack("<I", data)]
+        return array("Q", values)

@@ -6,13 +6,12 @@ every piece of a file is found. Nothing is left out of a volume where one of tha
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from stillblock.extents import normalise
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.allocation import Claims, clear_runs
-from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.damage import Verdict, damage_is_unresolved
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
@@ -56,6 +55,9 @@ CLUSTERS_MAX: Final = 1 << 31
 _METADATA_RUNS_MAX: Final = 1_000_000
 _EXTEND_FILES_MAX: Final = 100_000
 _BITMAP_PIECE: Final = 1 << 20
+_KEPT_MAX: Final = 200_000
+"""Files, two each, and runs that the scan of the MFT keeps for the walk after it: 60 MiB."""
+_SEEN_MAX: Final = 1024
 _HIBERNATION_HEAD: Final = 4096
 _MIRRORED: Final = 4
 
@@ -67,10 +69,22 @@ _TAGS_SPECIAL: Final = (0x80000023, 0x80000024, 0x80000025, 0x80000026)
 """Sockets, FIFOs and devices of the Windows Subsystem for Linux."""
 
 
+class Summary(NamedTuple):
+    """What is told of a file, and where it lies."""
+
+    reference: int
+    names: list[tuple[int, bytes]]
+    """The reference of the directory and the UTF-16 name."""
+    node: Node
+    runs: tuple[Run, ...]
+    reason: str
+    """Why its runs say nothing; empty if they do."""
+
+
 def open_ntfs(disk: Disk) -> "Ntfs":
     """Return the NTFS volume on a disk or partition."""
     with damage_is_unresolved("NTFS"):
-        return Ntfs(CachedDisk(disk))
+        return Ntfs(disk)
 
 
 class Ntfs:
@@ -89,6 +103,8 @@ class Ntfs:
         self._table = MasterFileTable(disk, self._geometry)
         self._check_settled = Verdict(self._find_unsettled)
         self._metadata = Verdict(self._find_metadata)
+        self._kept: dict[int, Summary] = {}
+        self._seen: dict[int, Summary] = {}
         self._volume = self._table.file(VOLUME)
         self._identity = Identity(
             kind="ntfs",
@@ -145,7 +161,7 @@ class Ntfs:
         """Return the top directory."""
         with damage_is_unresolved("NTFS"):
             self._check_settled()
-            return self._node(self._table.file(ROOT))
+            return self._summary(ROOT).node
 
     def children(self, directory: Node) -> Iterator[tuple[str, Node]]:
         """Yield the names in a directory, and what they lead to."""
@@ -159,13 +175,13 @@ class Ntfs:
             number = reference & REFERENCE_MASK
             if number < FIRST_USER:
                 continue
-            file = self._table.file(number)
-            if file.reference != reference or parent != own or (own, name) not in file.names:
+            summary = self._summary(number)
+            if summary.reference != reference or parent != own or (own, name) not in summary.names:
                 raise UnresolvedError(
                     f"directory {directory.number} and MFT record {number} contradict: "
                     "it is damaged"
                 )
-            yield checked_name(text_of_utf16(name)), self._node(file)
+            yield checked_name(text_of_utf16(name)), summary.node
 
     def _current(self, node: Node) -> File:
         file = self._table.file(node.number)
@@ -173,18 +189,41 @@ class Ntfs:
             raise UnresolvedError(f"MFT record {node.number} is another file's now")
         return file
 
-    def _node(self, file: File) -> Node:
-        kind = FileKind.DIRECTORY if file.is_directory else FileKind.REGULAR
+    # What a file comes to -----------------------------------------------------------------------
+
+    def _summary(self, number: int) -> Summary:
+        """Return what a file comes to: kept by the scan, seen lately, or read now."""
+        found = self._kept.get(number) or self._seen.get(number)
+        if found is None:
+            found = self._summarise(self._table.file(number))
+            self._seen[number] = found
+            if len(self._seen) > _SEEN_MAX:
+                del self._seen[next(iter(self._seen))]
+        return found
+
+    def _summarise(self, file: File) -> Summary:
+        kind, size = FileKind.REGULAR, 0
+        runs: tuple[Run, ...] = ()
+        reason = ""
         reparse = self._table.reparse_point(file)
-        size = 0 if file.is_directory else file.size
+        if file.is_directory:
+            kind = FileKind.DIRECTORY
+        else:
+            size = file.size
         if reparse is not None:
             tag, data = reparse
+            reason = f"its content is kept elsewhere or in another form (reparse tag {tag:#x})"
             if tag in (_TAG_SYMLINK, _TAG_MOUNT_POINT):
                 kind = FileKind.SYMLINK
                 size = len(_link_target(tag, data))
             elif tag & _TAG_IS_NAME or tag in _TAGS_SPECIAL:
                 kind = FileKind.OTHER
-        return Node(
+        elif kind is FileKind.REGULAR:
+            try:
+                runs = self._find_runs(file)
+            except UnresolvedError as error:
+                reason = error.message
+        node = Node(
             number=file.number,
             generation=file.sequence,
             kind=kind,
@@ -192,6 +231,23 @@ class Ntfs:
             links=len(file.names),
             modified_ns=file.modified_ns,
         )
+        return Summary(file.reference, file.names, node, runs, reason)
+
+    def _find_runs(self, file: File) -> tuple[Run, ...]:
+        """Return where the data lies: the unnamed stream, and the others past its allocation."""
+        found: list[Run] = []
+        base = 0
+        for _, pieces in (
+            sorted(file.streams.items()) if len(file.streams) > 1 else (file.streams.items())
+        ):
+            for piece in pieces:
+                if piece.flags:
+                    _check_flags(piece.flags)
+            if not pieces[0].is_resident:
+                layout = join_pieces(pieces, self._geometry)
+                self._add_runs(layout, base, found)
+                base += layout.allocated
+        return tuple(found)
 
     # Data ---------------------------------------------------------------------------------------
 
@@ -200,28 +256,12 @@ class Ntfs:
         with damage_is_unresolved("NTFS"):
             self._check_settled()
             self._metadata()
-            file = self._current(node)
-            self._check_plain(file)
-            found: list[Run] = []
-            base = 0
-            for _, pieces in sorted(file.streams.items()):
-                if not pieces[0].is_resident:
-                    layout = join_pieces(pieces, self._geometry)
-                    self._add_runs(layout, base, found)
-                    base += layout.allocated
-            return tuple(found)
-
-    def _check_plain(self, file: File) -> None:
-        """Raise `UnresolvedError` if what lies in the runs is not what the file holds."""
-        for pieces in file.streams.values():
-            for piece in pieces:
-                if piece.flags:
-                    _check_flags(piece.flags)
-        reparse = self._table.reparse_point(file)
-        if reparse is not None:
-            raise UnresolvedError(
-                f"its content is kept elsewhere or in another form (reparse tag {reparse[0]:#x})"
-            )
+            summary = self._summary(node.number)
+            if summary.node is not node and summary.node != node:
+                raise UnresolvedError(f"MFT record {node.number} is another file's now")
+            if summary.reason:
+                raise UnresolvedError(summary.reason)
+            return summary.runs
 
     def _add_runs(self, layout: Layout, base: int, found: list[Run]) -> None:
         cluster_size = self._geometry.cluster_size
@@ -258,7 +298,8 @@ class Ntfs:
             reparse = self._table.reparse_point(file)
             assert reparse is not None, "its tag made it a link"
             return _link_target(*reparse)[offset : offset + length]
-        self._check_plain(file)
+        if reason := self._summary(node.number).reason:
+            raise UnresolvedError(reason)
         pieces = file.streams.get(b"")
         if pieces is None:
             return b""
@@ -300,20 +341,28 @@ class Ntfs:
         claims = Claims(geometry.cluster_count)
         system = self._system_records()
         metadata: list[Extent] = []
+        room = _KEPT_MAX
         for record in self._table.records_in_use():
             owner = (record.base & REFERENCE_MASK) or record.number
-            is_data_kept = owner < FIRST_USER or owner in system or record.is_directory
-            for attribute in record.attributes(nonresident_only=True):
-                is_metadata = is_data_kept or attribute.kind != DATA
-                for run in attribute.runs(cluster_count=geometry.cluster_count):
-                    if run.lcn is None:
+            is_system = owner < FIRST_USER or owner in system
+            attributes = record.attributes()
+            for attribute in attributes:
+                if attribute.is_resident:
+                    continue
+                is_metadata = is_system or record.is_directory or attribute.kind != DATA
+                for _, count, lcn in attribute.runs(cluster_count=geometry.cluster_count):
+                    if lcn is None:
                         continue
-                    claims.claim(run.lcn, run.clusters, who=f"data of MFT record {owner}")
+                    claims.claim(lcn, count, owner)
                     if is_metadata:
-                        begin = run.lcn * geometry.cluster_size
-                        metadata.append((begin, begin + run.clusters * geometry.cluster_size))
+                        begin = lcn * geometry.cluster_size
+                        metadata.append((begin, begin + count * geometry.cluster_size))
             if len(metadata) > _METADATA_RUNS_MAX:
                 raise UnresolvedError("its metadata lies in too many pieces to tell")
+            if room > 0 and not record.base and not is_system:
+                summary = self._summarise(self._table.assemble(record, attributes))
+                self._kept[record.number] = summary
+                room -= 2 + len(summary.runs)
         claims.check_allocated(self._bitmap_pieces())
         return normalise([*metadata, *self._boot_sectors()])
 

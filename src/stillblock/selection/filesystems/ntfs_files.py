@@ -28,10 +28,12 @@ from stillblock.selection.filesystems.ntfs_records import (
 
 DOS_NAME: Final = 2
 """The namespace of an 8.3 name that stands beside a long one: no second path."""
-_FILES_KEPT: Final = 1024
+_FILES_KEPT: Final = 64
 _RECORDS_AT_ONCE: Final = 64
 _BLOCKS_KEPT: Final = 128
 """8 MiB of records of 1 KiB, the usual size."""
+_BITMAP_SPARE: Final = 1 << 20
+"""A bitmap may be allocated ahead of the records."""
 _READ_AHEAD: Final = 1 << 20
 _REPARSE_BYTES_MAX: Final = 16 * 1024
 """NTFS's own limit of a reparse point."""
@@ -142,6 +144,8 @@ class MasterFileTable:
                 runs += piece.runs(cluster_count=geometry.cluster_count)
                 self._blocks.clear()
                 self._stream = stream_of_what_is_known()
+        if any(run.lcn is None for run in runs):
+            raise UnresolvedError("the $MFT has holes: it is damaged")
         if (runs[-1].vcn + runs[-1].clusters) * cluster_size != allocated:
             raise UnresolvedError("a piece of the $MFT's runs is missing: it is damaged")
         return stream_of_what_is_known()
@@ -190,7 +194,7 @@ class MasterFileTable:
         pieces = self.file(MFT).pieces.get((INDEX_BITMAP, b""))
         if pieces is None:
             raise UnresolvedError("the $MFT has no bitmap: it is damaged")
-        bitmap = self.content(pieces, size_max=1 << 29)
+        bitmap = self.content(pieces, size_max=self.record_count // 8 + _BITMAP_SPARE)
         if len(bitmap) * 8 < self.record_count:
             raise UnresolvedError("the $MFT's bitmap is too short: it is damaged")
         return bitmap
@@ -201,17 +205,17 @@ class MasterFileTable:
         """Return the file of a base record in use."""
         found = self._files.get(number)
         if found is None:
-            found = self.assemble(self.record(number))
+            record = self.record(number)
+            found = self.assemble(record, record.attributes())
             self._files[number] = found
             if len(self._files) > _FILES_KEPT:
                 del self._files[next(iter(self._files))]
         return found
 
-    def assemble(self, record: Record) -> File:
-        """Return the file that begins with this record."""
+    def assemble(self, record: Record, attributes: list[Attribute]) -> File:
+        """Return the file that begins with this record, which has these attributes."""
         if not record.is_in_use or record.base:
             raise UnresolvedError(f"MFT record {record.number} is not a file's: it is damaged")
-        attributes = record.attributes()
         for attribute in attributes:
             if attribute.kind == ATTRIBUTE_LIST:
                 attributes = self._collect(record, attribute, attributes)

@@ -146,8 +146,8 @@ class Record(NamedTuple):
     attributes_offset: int
     used: int
 
-    def attributes(self, *, nonresident_only: bool = False) -> list[Attribute]:
-        """Return what is in this record, or only what has clusters of its own."""
+    def attributes(self) -> list[Attribute]:
+        """Return what is in this record."""
         found: list[Attribute] = []
         data, at, used = self.data, self.attributes_offset, self.used
         while at + 4 <= used:
@@ -160,12 +160,8 @@ class Record(NamedTuple):
             )
             if length < 24 or length & 7 or at + length > used or nonresident > 1:
                 break
-            if nonresident:
-                if length < 64:
-                    break
-            elif nonresident_only:
-                at += length
-                continue
+            if nonresident and length < 64:
+                break
             if name_length:
                 name_at += at
                 name = data[name_at : name_at + 2 * name_length]
@@ -211,6 +207,9 @@ def parse_record(raw: bytes, *, number: int) -> Record:
         or attributes_offset + 4 > used
     ):
         raise UnresolvedError(f"MFT record {number} is damaged")
+    # NTFS 3.1 keeps the number in the record, before the marks of the sectors.
+    if marks >= 48 and int.from_bytes(data[44:48], "little") != number & 0xFFFFFFFF:
+        raise UnresolvedError(f"MFT record {number} is another one: it is damaged")
     return Record(
         number, sequence, bool(flags & 1), bool(flags & 2), base, bytes(data),
         attributes_offset, used,
@@ -284,6 +283,7 @@ def parse_boot_sector(sector: bytes) -> Geometry:
         or any(sector[0x0E:0x15])
         or not 0 < mft_lcn < sector_count // per_cluster
         or not 0 < mirror_lcn < sector_count // per_cluster
+        or mft_lcn * cluster_size + record_size > sector_count * sector_size
     ):
         raise UnresolvedError("its NTFS boot sector is damaged or of an unknown kind")
     return Geometry(

@@ -1,12 +1,37 @@
-"""From bytes to the reader that understands them.
+"""From bytes to the reader that understands them."""
 
-Readers are imported when needed: a worker reads one filesystem and should start at once.
-"""
-# ruff: noqa: PLC0415
+from collections.abc import Callable
+from importlib import import_module
+from typing import Final, TypeAlias
 
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.filesystem import Filesystem, UnresolvedError
 from stillblock.selection.filesystems.signatures import Content, identify
+
+Reader: TypeAlias = Callable[[Disk], Filesystem]
+"""Opens the filesystem on a disk, or raises `UnresolvedError`."""
+
+READERS: Final = {
+    content: f"stillblock.selection.filesystems.{module}:open_{module}"
+    for content, module in {
+        Content.EXT: "ext",
+        Content.XFS: "xfs",
+        Content.BTRFS: "btrfs",
+        Content.NTFS: "ntfs",
+        Content.FAT: "fat",
+        Content.EXFAT: "exfat",
+    }.items()
+}
+"""Where the reader for a content is. Imported when needed: a worker reads one filesystem, starts at
+once, and can import nothing later.
+"""
+
+
+def load_reader(name: str) -> Reader:
+    """Import a reader by `module:function`."""
+    module, _, function = name.partition(":")
+    reader: Reader = getattr(import_module(module), function)
+    return reader
 
 
 def open_filesystem(disk: Disk) -> Filesystem:
@@ -19,34 +44,6 @@ def open_filesystem(disk: Disk) -> Filesystem:
         raise UnresolvedError("it looks like several things: " + ", ".join(signature.found))
     if signature.content is None:
         raise UnresolvedError("nothing known lies here")
-    return _open(signature.content, disk)
-
-
-def _open(content: Content, disk: Disk) -> Filesystem:
-    match content:
-        case Content.EXT:
-            from stillblock.selection.filesystems.ext import open_ext
-
-            return open_ext(disk)
-        case Content.XFS:
-            from stillblock.selection.filesystems.xfs import open_xfs
-
-            return open_xfs(disk)
-        case Content.BTRFS:
-            from stillblock.selection.filesystems.btrfs import open_btrfs
-
-            return open_btrfs(disk)
-        case Content.NTFS:
-            from stillblock.selection.filesystems.ntfs import open_ntfs
-
-            return open_ntfs(disk)
-        case Content.FAT:
-            from stillblock.selection.filesystems.fat import open_fat
-
-            return open_fat(disk)
-        case Content.EXFAT:
-            from stillblock.selection.filesystems.exfat import open_exfat
-
-            return open_exfat(disk)
-        case _:
-            raise UnresolvedError(f"it is {content}, which is opaque")
+    if signature.content not in READERS:
+        raise UnresolvedError(f"it is {signature.content}, which is opaque")
+    return load_reader(READERS[signature.content])(disk)

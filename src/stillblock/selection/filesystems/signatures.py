@@ -65,6 +65,16 @@ def identify(disk: Disk) -> Signature:
     return Signature(found=tuple(content for content, is_there in tests if is_there))
 
 
+def swap_page_bytes(head: bytes) -> int | None:
+    """Return the page size of the swap area or file that begins so; None if it is none.
+
+    `union swap_header` of Linux: the signature ends the first page, the version stands at 1024.
+    """
+    if head[1024:1028] not in (b"\1\0\0\0", b"\0\0\0\1"):
+        return None
+    return next((page for page in _PAGE_SIZES if head[page - 10 : page] == b"SWAPSPACE2"), None)
+
+
 def _is_fat(head: bytes) -> bool:
     """Whether sector 0 is a FAT boot sector: the type string is not proof, so the geometry counts.
 

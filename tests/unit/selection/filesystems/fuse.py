@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stillblock.extents import normalise
+from stillblock.extents import normalise, subtract
 from stillblock.model import Extents
 from stillblock.selection.filesystems import FileKind, Filesystem, Node, read_runs, walk
 
@@ -45,11 +45,28 @@ def run(*command: str | Path, **options) -> str:
 
 
 @contextmanager
-def mounted(image: Path, *, driver: str, options: str) -> Iterator[Path]:
+def looped(image: Path) -> Iterator[Path]:
+    """A loop device over an image, for drivers that take nothing else; skip without them."""
+    if os.geteuid():
+        pytest.skip("host: loop devices need root")
+    done = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"host: no loop device: {done.stderr.strip()}")
+    device = Path(done.stdout.strip())
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextmanager
+def mounted(image: Path, *, driver: str, options: str, point: Path | None = None) -> Iterator[Path]:
     """Mount an image with a FUSE driver; skip where the host has no FUSE."""
     if not os.access("/dev/fuse", os.W_OK):
         pytest.skip("host: no FUSE")
-    point = image.with_suffix(".mount")
+    point = point or image.with_suffix(".mount")
     point.mkdir()
     try:
         done = subprocess.run(
@@ -130,3 +147,24 @@ def patched(image: Path, changes: dict[int, bytes], *, name: str) -> Path:
             file.seek(offset)
             file.write(data)
     return copy
+
+
+def without(image: Path, extents: Extents, *, name: str) -> Path:
+    """A copy of an image with other bytes where nothing is kept: as if it had been overwritten."""
+    pattern = b"not kept"
+    return patched(
+        image,
+        {start: pattern * ((end - start) // len(pattern)) for start, end in extents},
+        name=name,
+    )
+
+
+def left_out_with(filesystem: Filesystem, paths: set[str]) -> Extents:
+    """What a snapshot without these files and without free space does not have."""
+    found = files(filesystem)
+    numbers = {found[path].number for path in paths}
+    extents = list(filesystem.free())
+    for node in found.values():
+        if node.number in numbers:
+            extents += data_extents(filesystem, node)
+    return subtract(normalise(extents), filesystem.fixed())

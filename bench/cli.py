@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import increments, instants, machine, memory, registry, report, rounds, scale
+from bench import increments, instants, machine, memory, registry, report, rounds, scale, words
 from bench.errors import BenchError, UsageError
 from bench.goals import Judge, judge
 from bench.results import Conditions, Results, Run, Session, load, merge, save
@@ -144,6 +144,14 @@ def _scale(given: argparse.Namespace) -> int:
     if min(plan.epoch_count, plan.zero_count, plan.payload_count) < 1:
         raise UsageError("--epochs, --zeros and --payloads must be at least 1")
     return EXIT_OK if scale.measure(plan, parent=given.dir) else EXIT_FAILED
+
+
+def _words(given: argparse.Namespace) -> int:
+    kinds = tuple(given.filesystems.split(","))
+    if unknown := sorted(set(kinds) - set(words.FILESYSTEMS)):
+        raise UsageError(f"{unknown[0]} is none of {', '.join(words.FILESYSTEMS)}")
+    plan = words.Plan(file_count=given.files, filesystems=kinds, round_count=given.rounds)
+    return EXIT_OK if words.measure(plan, parent=given.dir) else EXIT_FAILED
 
 
 def _print(
@@ -326,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     told.set_defaults(handle=_report)
     _add_memory_command(commands)
     _add_scale_command(commands)
+    _add_words_command(commands)
     return parser
 
 
@@ -385,3 +394,14 @@ def _add_scale_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     add("--payloads", type=int, default=1_000_000, help="originals with content (default: 1000000)")
     add("--dir", type=Path, help="scratch on a disk; needs 8 GiB at these counts")
     command.set_defaults(handle=_scale)
+
+
+def _add_words_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "what rules of files cost: time and memory to resolve them on a full filesystem"
+    command = commands.add_parser("words", help=summary, description=summary)
+    add = command.add_argument
+    add("--files", type=int, default=50_000, help="on each filesystem (default: 50000)")
+    add("--filesystems", default=",".join(words.FILESYSTEMS), help="comma-separated")
+    add("--rounds", type=int, default=3, help="the best counts (default: 3)")
+    add("--dir", type=Path, help="scratch with room for the image and its files")
+    command.set_defaults(handle=_words)

@@ -36,6 +36,7 @@ mod restore;
 mod room;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
@@ -44,6 +45,7 @@ pub(crate) use read::push_status;
 pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
 pub use room::{LIMIT_BYTES_MIN, StoreUsage};
+pub use watch::Moment;
 
 pub use crate::journal::{OnFull, StorePolicy};
 
@@ -104,6 +106,8 @@ struct State {
     store_failure: String,
     /// Log space for first changes that are still to be recorded.
     room: room::Room,
+    /// Somebody wants to know when the last write came.
+    watched_writes: Option<watch::WatchedWrites>,
     is_closed: bool,
     /// Somebody waits for the committer to run now.
     is_kicked: bool,
@@ -214,6 +218,8 @@ pub struct Volume {
     punching: RwLock<()>,
     /// Copies that were found to fail their checksum.
     rotten: Mutex<check::Rotten>,
+    /// Somebody wants to know whether reads come through here.
+    watched_reads: watch::WatchedReads,
     /// Held while the origin is synced.
     syncing: Mutex<()>,
     /// Syncs of the origin so far.

@@ -413,6 +413,7 @@ impl Parts {
             is_closed: false,
             is_kicked: false,
             is_stopping: false,
+            watched_writes: None,
         };
         let volume = Volume {
             uuid: decided.uuid,
@@ -431,6 +432,7 @@ impl Parts {
             index: RwLock::new(index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            watched_reads: super::watch::WatchedReads::default(),
             rotten: Mutex::default(),
             syncing: Mutex::new(()),
             syncs_begun: AtomicU64::new(0),

@@ -30,6 +30,7 @@ from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
+    Consistency,
     Receipt,
     Reference,
     SnapshotInfo,
@@ -57,6 +58,8 @@ def create(
     only_these: bool = False,
     pause_limit: Annotated[int, Parameter(name="--pause-limit")] = PAUSE_LIMIT_MS_DEFAULT,
     description: str = "",
+    consistency: Consistency | None = None,
+    or_barrier: bool | None = None,
     dry_run: bool = False,
     common: Common = _COMMON,
 ) -> None:
@@ -72,6 +75,11 @@ def create(
         Longest time in milliseconds that writes may be held; past it nothing is taken.
     description
         A remark to keep with it.
+    consistency
+        How consistent; default: as `volume set` says. barrier: as after a power cut; idle: at a
+        quiet moment; filesystem: with filesystems or the guest frozen; application: with hooks.
+    or_barrier
+        Where that cannot be reached, take a barrier snapshot that says so, instead of none.
     dry_run
         Print what it would hold, and take nothing.
     """
@@ -85,6 +93,8 @@ def create(
         only_these=only_these,
         pause_limit_ms=pause_limit,
         description=description,
+        consistency=consistency,
+        or_barrier=or_barrier,
     )
     with open_session(common.config(), reference.volume) as session:
         if dry_run:
@@ -95,6 +105,12 @@ def create(
             return
         receipt = session.create_snapshot(request)
     output.result("receipt", receipt, lambda out: _render_created(out, receipt))
+    found = receipt.quiescing
+    if found is not None and found.shortfall:
+        output.warn(
+            f"{receipt.snapshot.reference} is {found.reached}-consistent, "
+            f"not {found.asked}: {found.shortfall}"
+        )
 
 
 @app.command(name="list")
@@ -370,7 +386,7 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("snapshot", info.reference),
             ("id", info.id),
             ("instant", format_instant(info.created_unix_ns)),
-            ("consistency", found.consistency),
+            ("consistency", _consistency(found)),
             ("writers waited", "" if found.pause_ns is None else _pause(found)),
             ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
             ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
@@ -399,6 +415,21 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
         ]
         out.line()
         out.table(("", "TERM", ">MATCHED", ">DECIDED", "NOTE"), rows, empty="")
+    if found.quiescing is not None and found.quiescing.steps:
+        out.line()
+        out.table(
+            ("STEP", "OF", ">TOOK", "RESULT"),
+            [
+                (
+                    str(step.kind),
+                    step.what,
+                    format_duration(step.duration_ns),
+                    step.detail if step.is_ok else f"FAILED: {step.detail}",
+                )
+                for step in found.quiescing.steps
+            ],
+            empty="",
+        )
     if found.left_out:
         out.line()
         show_left_out(out, found.left_out)
@@ -428,6 +459,12 @@ def _render_lost(out: Output, info: SnapshotInfo) -> None:
     )
     if len(rows) > len(shown):
         out.line(f"and {len(rows) - len(shown)} more; --json lists all")
+
+
+def _consistency(found: Receipt) -> str:
+    if found.quiescing is None or not found.quiescing.shortfall:
+        return found.consistency
+    return f"{found.consistency}, not {found.quiescing.asked}: {found.quiescing.shortfall}"
 
 
 def _pause(found: Receipt) -> str:

@@ -146,6 +146,7 @@ class OpenVolume:
         self.verification: Verification | None = None
         """The latest one; it ends with the volume."""
         self._is_closed = False
+        self._buffer_dir: Path | None = None
 
     @classmethod
     def open(cls, config: Config, name: str, options: EngineOptions | None = None) -> Self:
@@ -163,6 +164,7 @@ class OpenVolume:
                 recover=chosen.recover,
             )
         volume = cls(config, entry, engine)
+        volume._buffer_dir = chosen.buffer_dir
         try:
             settings = volume.settings()
             if settings.name != name:  # imported under another name
@@ -194,6 +196,20 @@ class OpenVolume:
     def name(self) -> str:
         """The volume's name in this state directory."""
         return self._entry.name
+
+    def own_places(self) -> dict[str, Path]:
+        """Return every directory that we write to on behalf of any volume, by what it is."""
+        places = {
+            "state directory": self._config.state_dir,
+            "socket directory": self._config.run_dir,
+            "store": Path(self._entry.store),
+        }
+        if self._buffer_dir is not None:
+            places["write buffer"] = self._buffer_dir
+        with Catalog(self._config.catalog_path) as catalog:
+            for entry in catalog.volumes():
+                places[f"store of {entry.name}"] = Path(entry.store)
+        return places
 
     # What the store remembers
 

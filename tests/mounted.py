@@ -57,7 +57,7 @@ def mkfs(path: Path, kind: str, *options: str) -> None:
 
 
 @contextmanager
-def formatted(kind: str = "ext4", *options: str) -> Iterator[Served]:
+def formatted(kind: str = "ext4", *options: str, size: int | None = None) -> Iterator[Served]:
     """A volume that holds one filesystem, not served yet."""
     require_mounts()
     with ExitStack() as stack:
@@ -65,7 +65,7 @@ def formatted(kind: str = "ext4", *options: str) -> Iterator[Served]:
         beside = stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-"))
         origin = Path(beside) / "disk.img"
         origin.touch()
-        os.truncate(origin, SIZE[kind])
+        os.truncate(origin, size or SIZE[kind])
         mkfs(origin, kind, *options)
         yield stack.enter_context(volume_of(origin, folder))
 
@@ -75,6 +75,7 @@ def mounted(served: Served, *options: str, snapshot: str | None = None) -> Itera
     """Mount what a server exports; all of it is undone in the end, also if the server is gone."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-mount-")))
+        folder.chmod(0o755)  # servers that use the mount are other users
         (folder / "fuse").mkdir()
         (folder / "point").mkdir()
         file = folder / "fuse" / "disk"

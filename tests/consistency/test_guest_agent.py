@@ -350,7 +350,7 @@ class RealAgent:
 
 @pytest.mark.slow
 @pytest.mark.needs("qemu-ga", "unshare", "nbdfuse", "losetup", "mkfs.ext4", "e2fsck", "ldd")
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_real_agent_freezes_the_disk_and_the_snapshot_is_whole(named, tmp_path):
     require_mounts()
     room = tmp_path / "room"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
@@ -38,6 +38,10 @@ LIMIT_MS_MAX: Final = 600_000
 """Ten minutes: nobody should hold an application still for longer by accident."""
 _MOUNTS_MAX: Final = 16
 _NS_PER_MS: Final = 1_000_000
+_DETAIL_CHARS_MAX: Final = 16 * 1024
+"""Of what all steps say so much is kept, or for each step"""
+_DETAIL_CHARS_MIN: Final = 200
+"""so much: a record is kept in the journal, whose entries have a limit."""
 _UNDECIDED: Final = "the server ended before it could be said"
 
 
@@ -310,8 +314,17 @@ class Moment:
             asked=asked,
             reached=Consistency.BARRIER if self._shortfalls else asked,
             shortfall="; ".join(self._shortfalls),
-            steps=tuple(self._steps),
+            steps=_within_budget(self._steps),
         )
+
+
+def _within_budget(steps: list[QuiesceStep]) -> tuple[QuiesceStep, ...]:
+    """Cut what was said, its beginning first, so that the record of a snapshot stays small."""
+    share = max(_DETAIL_CHARS_MIN, _DETAIL_CHARS_MAX // max(1, len(steps)))
+    return tuple(
+        step if len(step.detail) <= share else replace(step, detail="..." + step.detail[-share:])
+        for step in steps
+    )
 
 
 @contextmanager

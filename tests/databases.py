@@ -181,6 +181,8 @@ class PostgreSQL(Database):
 
 class MariaDB(Database):
     commands = ("mariadbd", "mariadb", "mariadb-install-db")
+    engine = "InnoDB"
+    engines: tuple[str, ...] = ("InnoDB", "Aria")
 
     def _socket(self) -> str:
         return str(self.sockets / "my.sock")
@@ -193,7 +195,7 @@ class MariaDB(Database):
             "--skip-test-db",
         )
         self.start()
-        for engine in ("InnoDB", "Aria"):
+        for engine in self.engines:
             self._query(
                 f"CREATE TABLE test.{engine} (n BIGINT PRIMARY KEY, pad TEXT) ENGINE={engine}"
             )
@@ -220,10 +222,10 @@ class MariaDB(Database):
         return run(*self._words(), "-e", text).out
 
     def client(self) -> Client:
-        insert = "INSERT INTO test.InnoDB VALUES ({n}, REPEAT('x', 500)); SELECT {n};"
-        select = (
-            "SET SESSION group_concat_max_len=100000000; SELECT GROUP_CONCAT(n) FROM test.InnoDB;"
-        )
+        table = f"test.{self.engine}"
+        insert = f"INSERT INTO {table} VALUES ({{n}}, REPEAT('x', 500)); SELECT {{n}};"
+        longest = "SET SESSION group_concat_max_len=100000000;"
+        select = f"{longest} SELECT GROUP_CONCAT(n) FROM {table};"
         return LineClient([*self._words(), "--unbuffered"], insert, select)
 
     def settings(self) -> dict[str, str]:
@@ -233,13 +235,14 @@ class MariaDB(Database):
         }
 
     def check(self) -> None:
-        for engine in ("InnoDB", "Aria"):
+        for engine in self.engines:
             verdict = self._query(f"CHECK TABLE test.{engine} EXTENDED").split("\t")
             assert verdict[-1].strip() == "OK", verdict
 
 
 class Redis(Database):
     commands = ("redis-server", "redis-cli")
+    persistence = ("--appendonly", "yes", "--appendfsync", "always")
 
     def _socket(self) -> str:
         return str(self.sockets / "redis.sock")
@@ -249,8 +252,7 @@ class Redis(Database):
 
     def start(self) -> None:
         words = ["redis-server", "--port", "0", "--unixsocket", self._socket()]
-        words += ["--dir", str(self.folder / "redis"), "--appendonly", "yes", "--save", ""]
-        words += ["--appendfsync", "always"]
+        words += ["--dir", str(self.folder / "redis"), "--save", "", *self.persistence]
         self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.wait_for("redis-cli", "-s", self._socket(), "PING")
         until = time.monotonic() + START_S
@@ -273,6 +275,7 @@ class Redis(Database):
 
 class SQLite(Database):
     commands = ("sqlite3",)
+    synchronous = "FULL"
 
     @property
     def path(self) -> Path:
@@ -288,7 +291,7 @@ class SQLite(Database):
         """It is a file."""
 
     def client(self) -> Client:
-        return SQLiteClient(self.path)
+        return SQLiteClient(self.path, self.synchronous)
 
     def settings(self) -> dict[str, str]:
         return {"SQLITE_DATABASES": str(self.path)}
@@ -298,12 +301,12 @@ class SQLite(Database):
 
 
 class SQLiteClient(Client):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, synchronous: str) -> None:
         # The writer's thread is another one than that which closes.
         self._database = sqlite3.connect(
             path, isolation_level=None, check_same_thread=False, timeout=60
         )
-        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.execute(f"PRAGMA synchronous={synchronous}")
 
     def insert(self, number: int) -> None:
         self._database.execute("INSERT INTO t VALUES (?, ?)", (number, "x" * 500))
@@ -313,6 +316,34 @@ class SQLiteClient(Client):
 
     def close(self) -> None:
         self._database.close()
+
+
+class MariaDBWithoutTransactions(MariaDB):
+    """MyISAM acknowledges what it has in memory."""
+
+    engine = "MyISAM"
+    engines = ("InnoDB", "Aria", "MyISAM")
+
+
+class RedisEverySecond(Redis):
+    """It acknowledges up to a second before it syncs."""
+
+    persistence = ("--appendonly", "yes", "--appendfsync", "everysec")
+
+
+class RedisWithDumps(Redis):
+    """It acknowledges what is in memory until the next dump."""
+
+    persistence = ("--appendonly", "no")
+
+    def check(self) -> None:
+        run("redis-check-rdb", str(self.folder / "redis" / "dump.rdb"))
+
+
+class SQLiteNormal(SQLite):
+    """In WAL mode a commit is acknowledged before it is synced."""
+
+    synchronous = "NORMAL"
 
 
 class Writer(threading.Thread):

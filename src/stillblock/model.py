@@ -490,6 +490,10 @@ class SnapshotInfo:
     """Why nothing of it can be read; empty if its header is there."""
     accepted: str = ""
     """Which doubt somebody accepted, and their note."""
+    consistency: str = "barrier"
+    """The level that was reached."""
+    shortfall: str = ""
+    """Why that is less than was asked for; empty if it is not."""
 
     @property
     def reference(self) -> str:

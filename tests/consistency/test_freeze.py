@@ -16,7 +16,7 @@ import pytest
 from mounted import Mounted, formatted, mounted
 from processes import running, status_of, wait_gone
 from serving import MIB, Served, run, try_run
-from stillblock.consistency import guard
+from stillblock.consistency import guard, leftover
 from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.mounts import System, open_mount
 from stillblock.errors import QuiesceError
@@ -239,6 +239,36 @@ def test_a_server_killed_while_it_freezes_leaves_nothing_frozen_and_no_snapshot(
         if names:
             receipt = served.cli("snapshot", "receipt", "web@x", "--json").json
             assert receipt["consistency"] in {"barrier", "application"}
+
+
+def test_what_all_of_them_left_frozen_is_thawed_by_the_next_server(tmp_path):
+    """As when a service manager kills a whole control group."""
+    with formatted() as served:
+        served.start()
+        with mounted(served) as disk:
+            freezing = Freezing(disk, 60_000)
+            try:
+                note = served.folder / "s" / "run" / "web.frozen"
+                leftover.note(note, leftover.Frozen(mounts=(str(disk.point),)))
+                served.kill()
+                for pid in (freezing.freezer, freezing.guard):
+                    os.kill(pid, signal.SIGSTOP)
+                for pid in (freezing.freezer, freezing.guard):
+                    os.kill(pid, signal.SIGKILL)
+                assert wait_gone([freezing.freezer, freezing.guard])
+                assert try_run("fsfreeze", "--freeze", str(disk.point)).code != 0, "still frozen"
+                served.start()
+                until = time.monotonic() + 20
+                while note.exists():
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+                # It is not frozen: thawing it once more is an error.
+                assert try_run("fsfreeze", "--unfreeze", str(disk.point)).code != 0
+                events = served.cli("events", "web", "--json").out
+                assert "thawed_what_was_left_frozen" in events
+            finally:
+                try_run("fsfreeze", "--unfreeze", str(disk.point))
+                freezing.close()
 
 
 def test_a_freeze_that_hangs_is_given_up_and_thawed_when_it_comes():

@@ -136,6 +136,7 @@ def test_a_guest_is_frozen_for_the_instant_and_thawed(volume, guest):
     assert [str(s.kind) for s in receipt.quiescing.steps] == ["freeze", "thaw"]
     assert "2 filesystems" in receipt.quiescing.steps[0].detail
     assert not guest.is_frozen
+    assert not volume._opened.frozen_note.exists()
     order = [n for n in guest.heard if n != "guest-sync-delimited"]
     assert order == ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-status"]
     assert guest.heard[0] == "guest-sync-delimited"
@@ -275,6 +276,7 @@ def test_a_killed_watchdog_of_a_guest_is_replaced_by_the_server(volume, guest):
     while not guest.is_frozen:
         assert time.monotonic() < until
         time.sleep(0.01)
+    assert volume._opened.frozen_note.exists()
     end_of(running("agent.py"))
     frozen.set()
     thread.join(WAIT_S)

@@ -320,6 +320,8 @@ def _volumes(volume: str | None, common: Common) -> list[str]:
 
 def _flags(info: SnapshotInfo) -> str:
     notes = [
+        "" if info.consistency == Consistency.BARRIER else info.consistency,
+        "LESS CONSISTENT than asked" if info.shortfall else "",
         "protected" if info.is_protected else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
         "bookmarked" if info.has_bookmark else "",
@@ -371,6 +373,8 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("SUSPECT", info.suspect_reason),
             ("matters less", size_exact(info.low_bytes) if info.low_bytes else ""),
             ("accepted", info.accepted),
+            ("consistency", info.consistency),
+            ("LESS than asked", info.shortfall),
             ("notes", _flags(info)),
             ("description", info.description),
             ("read it at", uri),

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
+from stillblock.consistency import leftover
 from stillblock.consistency.applications import Applications
 from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.guest import GuestFreeze
+from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
 from stillblock.errors import NotQuietError, QuiesceError, RefusedError, UsageError
 from stillblock.model import (
@@ -68,6 +70,8 @@ class Occasion:
     """The standing ones, with the level and the fallback that were asked for this time."""
     own_places: Mapping[str, Path] = field(default_factory=dict)
     """Directories that we write to: what holds one of them is never frozen."""
+    note: Path | None = None
+    """Where it is written down what is frozen, for the next server."""
     selection: Extents | None = None
     """`idle`: the ranges that have to be quiet; None: the whole disk."""
 
@@ -169,6 +173,9 @@ class Moment:
                     limit_ms=limit_ms,
                 )
             )
+        if self._occasion.note is not None:
+            frozen = Frozen(mounts=self._settings.mounts, agent=self._settings.agent)
+            leftover.note(self._occasion.note, frozen)
         for freeze in freezes:
             begun_ns = time.monotonic_ns()
             try:
@@ -271,6 +278,9 @@ class Moment:
             mounts, self._mounts = self._mounts, []
             for mount in mounts:
                 mount.close()
+            # A freeze that failed is not in the list: its guard may still wait for it.
+            if self._occasion.note is not None and not self._has_failed_freeze():
+                leftover.forget(self._occasion.note)
             applications, self._applications = self._applications, None
             if applications is not None:
                 applications.end()
@@ -278,6 +288,10 @@ class Moment:
                 self._judge(applications.released_ns, applications.shortfall)
                 if applications.failure:
                     self._shortfalls.append(applications.failure)
+
+    def _has_failed_freeze(self) -> bool:
+        kinds = {StepKind.FREEZE, StepKind.THAW}
+        return any(step.kind in kinds and not step.is_ok for step in self._steps)
 
     def _take_steps(self, applications: Applications) -> None:
         self._steps += applications.steps

@@ -107,5 +107,6 @@ def occasion(
         snapshot=snapshot,
         settings=settings,
         own_places=volume.own_places(),
+        note=volume.frozen_note,
         selection=None if is_whole else selection,
     )

@@ -373,4 +373,6 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         damaged_bytes=total_bytes(tuple(epoch.damaged)),
         damage=epoch.damage,
         accepted=epoch.accepted,
+        consistency=record.consistency,
+        shortfall="" if record.quiescing is None else record.quiescing.shortfall,
     )

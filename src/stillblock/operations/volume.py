@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from stillblock import codec, native
 from stillblock.catalog import Catalog
+from stillblock.consistency import leftover
 from stillblock.errors import (
     CatalogError,
     LockedError,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 _LOG: Final = logging.getLogger("stillblock.operations")
 _SNAPSHOT_KIND: Final = "snapshot-record"
 _BOOKMARK_KIND: Final = "bookmark-record"
+_THAW_LEFT_S: Final = 2.0
+"""How long an opening waits for what was left frozen; then it is thawed beside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +174,7 @@ class OpenVolume:
                 volume.store_settings(replace(settings, name=name))
             verification.remember_damage(engine, settings.damaged)
             registry.follow(config, entry, engine.origin)
+            volume.thaw_left()
         except BaseException:
             volume.close()
             raise
@@ -196,6 +200,25 @@ class OpenVolume:
     def name(self) -> str:
         """The volume's name in this state directory."""
         return self._entry.name
+
+    @property
+    def frozen_note(self) -> Path:
+        """Where it is written down what is frozen for an instant."""
+        return self._config.run_dir / f"{self.name}.frozen"
+
+    def thaw_left(self) -> None:
+        """Thaw what a server that was killed with all its guards left frozen."""
+        if not self.frozen_note.exists():
+            return
+
+        def work() -> None:
+            for what in leftover.thaw(self.frozen_note):
+                self.event("thawed_what_was_left_frozen", what=what)
+
+        # A thaw writes to this very disk, whose clients may be waiting for us to serve it.
+        thread = threading.Thread(target=work, name="thaw-left", daemon=True)
+        thread.start()
+        thread.join(_THAW_LEFT_S)
 
     def own_places(self) -> dict[str, Path]:
         """Return every directory that we write to on behalf of any volume, by what it is."""

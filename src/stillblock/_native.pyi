@@ -8,6 +8,9 @@ from typing import Literal, Self, final
 
 Extents = list[tuple[int, int]]
 
+def crc32c(data: bytes, seed: int = 0) -> int:
+    """CRC-32C (Castagnoli) of `data`, going on from `seed`, the CRC of what comes before it."""
+
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
@@ -219,8 +222,10 @@ class Volume:
     def set_epoch_meta(self, *, epoch: int, meta: bytes) -> None: ...
     def selection(self, *, epoch: int) -> Extents:
         """What the snapshot selects, else its bookmark's baseline; clipped to the size at the instant."""
-    def narrow(self, *, epoch: int, selection: Sequence[tuple[int, int]]) -> int:
-        """Select less; return the bytes freed."""
+    def narrow(
+        self, *, epoch: int, selection: Sequence[tuple[int, int]], low: Sequence[tuple[int, int]] = ..., meta: bytes
+    ) -> int:
+        """Select less, and replace `low` and the opaque bytes, in one decision; return the bytes freed."""
     def delete_snapshot(self, *, epoch: int, force: bool = False) -> int:
         """Return the bytes freed."""
     def bookmark(self, *, epoch: int, meta: bytes) -> None: ...

@@ -18,6 +18,7 @@ from stillblock.errors import StillblockError, UnsupportedVersionError
 
 SCHEMA: Final = "stillblock/1"
 _SCHEMA_FAMILY: Final = "stillblock/"
+_PLAIN: Final = frozenset({str, int, float, bool, types.NoneType})
 
 T = TypeVar("T")
 
@@ -30,17 +31,17 @@ class CodecError(StillblockError):
 
 def to_json(value: object) -> Any:
     """Return plain dicts, lists, strings, numbers and None for a value of our own."""
+    if type(value) in _PLAIN:  # most of what there is: receipts hold tens of thousands of numbers
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        return {name: to_json(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
-    if value is None or isinstance(value, (str, int, float, bool)):
+    if isinstance(value, (str, int, float)):
         return value
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
@@ -86,6 +87,11 @@ def load(kind: str, hint: type[T], data: bytes) -> T:
 
 
 @functools.cache
+def _names(owner: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(owner))
+
+
+@functools.cache
 def _hints(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner)
 
@@ -95,6 +101,8 @@ def _decode(
     value: object,
     path: str,
 ) -> Any:
+    if hint is int and type(value) is int:
+        return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _decode_dataclass(hint, value, path)
     origin = typing.get_origin(hint)

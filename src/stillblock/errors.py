@@ -216,6 +216,14 @@ class RestoreRunningError(StillblockError):
     is_retryable = True
 
 
+class NarrowingError(StillblockError):
+    """The snapshot's selection is not final yet; it is in some seconds."""
+
+    code = "narrowing"
+    blame = Blame.PEER
+    is_retryable = True
+
+
 class OriginChangedError(StillblockError):
     """The origin was written, replaced or resized by something else."""
 

@@ -24,7 +24,7 @@ from stillblock.model import (
     StoreUsage,
     check_name,
 )
-from stillblock.operations import bookmarks, restore, snapshots, usage, volumes
+from stillblock.operations import bookmarks, narrowing, restore, snapshots, usage, volumes
 from stillblock.operations.volume import EngineOptions, OpenVolume
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def open(  # noqa: A001 - it reads as stillblock.open
             hint=f"use its NBD exports, or stop it with `stillblock volume release {name}`",
         )
     options = EngineOptions(cache=cache, direct=direct, recover=recover)
-    return Volume(OpenVolume.open(config, name, options))
+    opened = OpenVolume.open(config, name, options)
+    narrowing.resume_narrowing(opened)
+    return Volume(opened)
 
 
 class Volume:
@@ -112,7 +114,10 @@ class Volume:
         return f"<Volume {self.name}>"
 
     def close(self) -> None:
-        """Stop cleanly: views are closed, the origin is a complete raw disk."""
+        """Stop cleanly: views are closed, the origin is a complete raw disk.
+
+        A snapshot that is not final yet is narrowed when the volume is opened again.
+        """
         for view in tuple(self._views):
             view.close()
         self._opened.close()
@@ -185,11 +190,13 @@ class Volume:
         description: str = "",
         consistency: Level | None = None,
         or_barrier: bool | None = None,
+        wait: bool = True,
     ) -> Snapshot:
         """Take a snapshot, durable when this returns; without a name, named by the UTC time.
 
         The terms follow the volume's standing rules, the inclusions first; with `only_these` they
-        stand alone. What only `include_low` selects is given up first when the store is full.
+        stand alone. What only `include_low` selects is given up first when the store is full. With
+        `wait` its selection is final: files and free space are resolved after the instant.
         `consistency` and `or_barrier` stand in for the volume's standing ones. Raise `RuleError`,
         `NameTakenError`, `PauseTimeoutError` when writes could not be held within the limit, or
         `QuiesceError`, `NotQuietError`, `FreezeRefusedError` when the level cannot be reached.
@@ -206,7 +213,10 @@ class Volume:
                 or_barrier=or_barrier,
             ),
         )
-        return Snapshot(self, receipt.snapshot)
+        taken = Snapshot(self, receipt.snapshot)
+        if wait:
+            taken.wait_final()
+        return taken
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """Return every snapshot, oldest first."""
@@ -267,8 +277,17 @@ class Snapshot:
         return snapshots.read_receipt(self._volume._opened, target)  # noqa: SLF001
 
     def view(self, *, excluded_reads: native.ExcludedReads = "zeros") -> View:
-        """Open it for reading. The view holds the snapshot until it is closed."""
+        """Open it for reading. The view holds the snapshot until it is closed.
+
+        Raise `NarrowingError` if its selection is not final after some seconds.
+        """
+        self.wait_final(timeout_s=narrowing.LET_SETTLE_S)
         return self._volume._view(self._taken.epoch, excluded_reads)  # noqa: SLF001
+
+    def wait_final(self, *, timeout_s: float | None = None) -> None:
+        """Wait until its selection is final; raise `NarrowingError` if the time is over."""
+        opened = self._volume._opened  # noqa: SLF001 - one module
+        narrowing.wait_final(opened, opened.snapshot(self.id), timeout_s=timeout_s)
 
     def changed_since(self, other: Snapshot | Bookmark) -> Extents:
         """Return what changed from an older instant to this one, among the blocks that tracks."""

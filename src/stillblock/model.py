@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -382,6 +382,8 @@ class SnapshotState(StrEnum):
     OK = "ok"
     SUSPECT = "suspect"
     """Something happened that could not be seen: the origin was written by others."""
+    NARROWING = "narrowing"
+    """Taken, and held; what its rules say of files and free space is still being worked out."""
     PARTIAL = "partial"
     """Some originals could not be kept; reading them is an error, the rest is right."""
     DAMAGED = "damaged"
@@ -394,6 +396,17 @@ class SnapshotPurpose(StrEnum):
     USER = "user"
     SAFETY = "safety"
     """Taken by a restore, so that it can be undone."""
+    PROBE = "probe"
+    """Taken to explain rules on a disk in use; deleted at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unresolved:
+    """Where a term could not be resolved, and why; all of that is included."""
+
+    place: str
+    """A partition, a volume, or the whole disk."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +420,11 @@ class TermOutcome:
     """Bytes whose last word this term had."""
     note: str = ""
     is_low: bool = False
+    file_count: int = 0
+    """Files it matched, by name."""
+    extent_count: int = 0
+    """Extents of the disk it matched."""
+    unresolved: tuple[Unresolved, ...] = ()
 
     @property
     def action(self) -> str:
@@ -421,6 +439,14 @@ class LeftOut:
     start: int
     end: int
     because: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLeftOut:
+    """Many extents that one term left out, in some bytes each; see docs/formats/meta.md."""
+
+    because: str
+    extents: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -442,6 +468,27 @@ class SnapshotRecord:
     pause_ns: int | None = None
     in_flight: int | None = None
     commit_ns: int | None = None
+    pending: str = ""
+    """What the frozen view still has to tell, as selection's JSON: until then it selects more than
+    its rules say. Empty: it is final."""
+    is_default: bool = False
+    """Nobody gave rules: these are what is left out by itself."""
+    left_out_packed: tuple[PackedLeftOut, ...] = ()
+    """In place of `left_out` where that is long."""
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+    """Why no term that needs a filesystem could be resolved; empty if that was tried."""
+    narrowed_unix_ns: int | None = None
+    """When its selection became final, if not at the instant."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what resolved its rules."""
+    digest: str = ""
+    """SHA-256 of what the receipt says and must go on saying."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it selects what its rules say."""
+        return not self.pending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -494,6 +541,8 @@ class SnapshotInfo:
     """The level that was reached."""
     shortfall: str = ""
     """Why that is less than was asked for; empty if it is not."""
+    is_final: bool = True
+    """False: it is being narrowed, and cannot be read, cloned or restored yet."""
 
     @property
     def reference(self) -> str:
@@ -521,6 +570,19 @@ class Receipt:
     """Time writes were held; None if the server died before it could be written down."""
     in_flight: int | None
     commit_ns: int | None
+    is_default: bool = False
+    """Nobody gave rules: these are what is left out by itself."""
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+    """Why no term that needs a filesystem could be resolved; empty if that was tried."""
+    narrowed_unix_ns: int | None = None
+    """When the selection became final, if not at the instant."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what resolved the rules."""
+    digest: str = ""
+    """SHA-256 of all this but name, protection, description and what became of the content."""
+    is_intact: bool = True
+    """False: it does not come to its digest; somebody or something changed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

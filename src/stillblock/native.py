@@ -19,6 +19,7 @@ Epoch = _native.Epoch
 RestoreStatus = _native.RestoreStatus
 Inspection = _native.Inspection
 StoreUsage = _native.StoreUsage
+crc32c = _native.crc32c
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]
@@ -277,6 +278,15 @@ class Volume:
         """Return what a snapshot selects, else its bookmark's baseline."""
         with _translated():
             return tuple(self.inner.selection(epoch=epoch))
+
+    def narrow(self, *, epoch: int, selection: Extents, low: Extents = (), meta: bytes) -> int:
+        """Select less, and replace `low` and what we keep about a snapshot, in one decision.
+
+        Return the bytes freed. Content that nobody selects any more is then neither in the store
+        nor in the write buffer.
+        """
+        with _translated():
+            return self.inner.narrow(epoch=epoch, selection=selection, low=low, meta=meta)
 
     def delete_snapshot(self, *, epoch: int, force: bool = False) -> int:
         """Delete; return the bytes freed."""

@@ -96,8 +96,11 @@ def test_rules_are_set_shown_and_explained(run, web):
     found = run("rules", "explain", "web", "--json").json
     assert found["extents"] == [[131072, MIB]]
     assert run("rules", "set", "web", "--all").code == 0
+    assert [t["text"] for t in run("rules", "show", "web", "--json").json["rules"]] == ["all"]
+    assert run("rules", "set", "web", "--default").code == 0
     assert run("rules", "show", "web", "--json").json["rules"] == []
     assert run("rules", "set", "web").code == 2
+    assert run("rules", "set", "web", "--all", "--default").code == 2
 
 
 def test_a_term_that_means_nothing_is_a_usage_error_that_names_it(run, web):

@@ -226,6 +226,11 @@ impl Arena {
         self.state_of(slot).store(0, Ordering::Release);
     }
 
+    /// Forget what a free slot held.
+    fn wipe(&self, slot: u32) {
+        self.slot_memory(self.data_at(slot), self.block_size).fill(0);
+    }
+
     /// Note that the process lives at this time; called by one thread.
     pub fn note_alive(&self, unix_ns: u64) {
         self.slot_memory(ALIVE_AT, size_of::<u64>()).copy_from_slice(&unix_ns.to_le_bytes());
@@ -369,9 +374,12 @@ pub struct SlotInfo {
     pub mask: SectorMask,
     /// The committer works on it.
     pub is_in_batch: bool,
+    /// What it holds is wiped when it is dropped.
+    is_to_wipe: bool,
 }
 
-const FREE: SlotInfo = SlotInfo { block: 0, sequence: 0, epoch: 0, mask: 0, is_in_batch: false };
+const FREE: SlotInfo =
+    SlotInfo { block: 0, sequence: 0, epoch: 0, mask: 0, is_in_batch: false, is_to_wipe: false };
 
 type BlockSlots = SmallVec<[u32; 4]>;
 
@@ -387,6 +395,12 @@ pub struct WriteBuffer {
     /// Somebody waits for the slots up to this number: they stay until they are committed.
     held_upto: u64,
     dropped: u64,
+    /// Slots that were dropped with what they held; some may be in use again.
+    unwiped: Vec<u32>,
+    /// By slot, whether it is among them.
+    is_unwiped: Vec<bool>,
+    /// Slots in use that are wiped when they are dropped.
+    to_wipe: usize,
 }
 
 impl WriteBuffer {
@@ -402,6 +416,9 @@ impl WriteBuffer {
             next_sequence: first_sequence,
             held_upto: 0,
             dropped: 0,
+            unwiped: Vec::new(),
+            is_unwiped: vec![false; to_usize(u64::from(count))],
+            to_wipe: 0,
         }
     }
 
@@ -498,7 +515,11 @@ impl WriteBuffer {
         // something else before.
         let rest = to_usize((at + to_u64(data.len())).next_multiple_of(SECTOR) - at) - data.len();
         self.arena.slot_memory(start + data.len(), rest).fill(0);
-        let info = SlotInfo { block, sequence, epoch, mask, is_in_batch: false };
+        // A block that was let go of while it had slots goes on having some until they are dropped.
+        let is_to_wipe =
+            self.to_wipe > 0 && self.of_block(block).any(|(_, older)| older.is_to_wipe);
+        self.to_wipe += usize::from(is_to_wipe);
+        let info = SlotInfo { block, sequence, epoch, mask, is_in_batch: false, is_to_wipe };
         self.slots[to_usize(u64::from(slot))] = info;
         self.arena.publish(slot, &info);
         self.queue.push_back((slot, sequence));
@@ -510,20 +531,62 @@ impl WriteBuffer {
     fn drop_superseded(&mut self, newer: &SlotInfo) {
         let held_upto = self.held_upto;
         let Some(list) = self.by_block.get_mut(&newer.block) else { return };
-        let (slots, free, arena) = (&mut self.slots, &mut self.free, &self.arena);
+        let slots = &self.slots;
+        let mut superseded = BlockSlots::new();
         list.retain(|&mut slot| {
-            let info = &mut slots[to_usize(u64::from(slot))];
+            let info = &slots[to_usize(u64::from(slot))];
             let is_superseded = info.epoch == newer.epoch
                 && !info.is_in_batch
                 && info.sequence > held_upto
                 && info.mask & !newer.mask == 0;
             if is_superseded {
-                *info = FREE;
-                arena.retire(slot);
-                free.push(slot);
+                superseded.push(slot);
             }
             !is_superseded
         });
+        for slot in superseded {
+            self.release(slot);
+        }
+    }
+
+    /// Give a slot back.
+    fn release(&mut self, slot: u32) {
+        let at = to_usize(u64::from(slot));
+        let is_to_wipe = std::mem::replace(&mut self.slots[at], FREE).is_to_wipe;
+        self.arena.retire(slot);
+        self.free.push(slot);
+        if is_to_wipe {
+            self.to_wipe -= 1;
+            self.arena.wipe(slot);
+        } else if !std::mem::replace(&mut self.is_unwiped[at], true) {
+            self.unwiped.push(slot);
+        }
+    }
+
+    /// What the slots in use hold now goes when they are dropped, also what earlier writes left
+    /// beside their sectors.
+    pub fn wipe_when_dropped(&mut self) {
+        self.to_wipe = 0;
+        for info in self.slots.iter_mut().filter(|info| info.sequence != 0) {
+            info.is_to_wipe = true;
+            self.to_wipe += 1;
+        }
+    }
+
+    /// Wipe free slots, at most so many; true once none of them holds anything.
+    pub fn wipe_free(&mut self, count_max: usize) -> bool {
+        for slot in self.unwiped.split_off(self.unwiped.len().saturating_sub(count_max)) {
+            let at = to_usize(u64::from(slot));
+            self.is_unwiped[at] = false;
+            if self.slots[at].sequence == 0 {
+                self.arena.wipe(slot);
+            } else {
+                // It was taken again; its older content goes with the newer.
+                self.to_wipe += usize::from(!self.slots[at].is_to_wipe);
+                self.slots[at].is_to_wipe = true;
+            }
+        }
+        self.unwiped.is_empty()
     }
 
     /// Take over a slot that a killed process left.
@@ -588,9 +651,7 @@ impl WriteBuffer {
         self.dropped += 1;
         for (block, slots) in batch {
             for &slot in slots {
-                self.slots[to_usize(u64::from(slot))] = FREE;
-                self.arena.retire(slot);
-                self.free.push(slot);
+                self.release(slot);
             }
             if let Some(list) = self.by_block.get_mut(block) {
                 list.retain(|slot| !slots.contains(slot));

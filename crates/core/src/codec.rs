@@ -46,6 +46,30 @@ impl Writer {
         self.u64(to_u64(bytes.len())).raw(bytes)
     }
 
+    /// Seven bits a byte, the low ones first; the highest bit says that more follow.
+    pub fn varint(&mut self, mut value: u64) -> &mut Self {
+        loop {
+            let low = u8::try_from(value & 0x7f).expect("seven bits");
+            value >>= 7;
+            if value == 0 {
+                return self.u8(low);
+            }
+            self.u8(low | 0x80);
+        }
+    }
+
+    /// A count of eight bytes, then of each how far it begins after the last one's end, and its
+    /// length: three or four bytes for most, where [`Writer::extents`] takes sixteen.
+    pub fn packed_extents(&mut self, set: &ExtentSet) -> &mut Self {
+        self.u64(to_u64(set.as_slice().len()));
+        let mut end = 0;
+        for extent in set.iter() {
+            self.varint(extent.start - end).varint(extent.len());
+            end = extent.end;
+        }
+        self
+    }
+
     /// A count of eight bytes, then start and end of each.
     pub fn extents(&mut self, set: &ExtentSet) -> &mut Self {
         self.u64(to_u64(set.as_slice().len()));
@@ -114,6 +138,37 @@ impl<'a> Reader<'a> {
             return Err(self.malformed());
         }
         self.raw(to_usize(length))
+    }
+
+    /// What [`Writer::varint`] wrote.
+    pub fn varint(&mut self) -> Result<u64, Malformed> {
+        let mut value = 0_u64;
+        for shift in (0..u64::BITS).step_by(7) {
+            let byte = self.u8()?;
+            let bits = u64::from(byte & 0x7f);
+            if bits << shift >> shift != bits {
+                return Err(self.malformed());
+            }
+            value |= bits << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(self.malformed())
+    }
+
+    /// What [`Writer::packed_extents`] wrote.
+    pub fn packed_extents(&mut self) -> Result<ExtentSet, Malformed> {
+        let count = self.u64()?;
+        let mut set = ExtentSet::new();
+        let mut end = 0_u64;
+        for _ in 0..count {
+            let (gap, length) = (self.varint()?, self.varint()?);
+            let start = end.checked_add(gap).ok_or(self.malformed())?;
+            end = start.checked_add(length).filter(|&e| e > start).ok_or(self.malformed())?;
+            set.push_sorted(Extent { start, end });
+        }
+        Ok(set)
     }
 
     /// A count, then sorted, disjoint extents.

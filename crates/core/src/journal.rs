@@ -99,6 +99,8 @@ pub enum Entry {
         epoch: u32,
         /// What it selects now.
         selection: ExtentSet,
+        /// What else is known now, if this was the last word on it.
+        settled: Option<Settled>,
     },
     /// A snapshot is gone.
     Deleted {
@@ -183,6 +185,15 @@ pub enum Entry {
     },
 }
 
+/// What is known of a snapshot once its selection is final.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Settled {
+    /// Its opaque bytes from here on.
+    pub meta: Vec<u8>,
+    /// What of its selection matters less.
+    pub low: ExtentSet,
+}
+
 /// What happens to a first change when its original cannot be kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnFull {
@@ -234,9 +245,14 @@ impl Entry {
                 out.u32(*epoch).bytes(meta);
                 5
             }
-            Self::Narrowed { epoch, selection } => {
+            Self::Narrowed { epoch, selection, settled: None } => {
                 out.u32(*epoch).extents(selection);
                 6
+            }
+            Self::Narrowed { epoch, selection, settled: Some(settled) } => {
+                out.u32(*epoch).bytes(&settled.meta);
+                out.packed_extents(selection).packed_extents(&settled.low);
+                22
             }
             Self::Deleted { epoch } => {
                 out.u32(*epoch);
@@ -320,7 +336,10 @@ impl Entry {
             3 => Self::Closed { identity: take_identity(&mut input)?, next_batch: input.u64()? },
             4 => Self::VolumeMeta(input.bytes()?.to_vec()),
             5 => Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
-            6 => Self::Narrowed { epoch: input.u32()?, selection: input.extents()? },
+            6 => {
+                let (epoch, selection) = (input.u32()?, input.extents()?);
+                Self::Narrowed { epoch, selection, settled: None }
+            }
             7 => Self::Deleted { epoch: input.u32()? },
             8 => Self::Freed,
             9 => Self::Bookmarked { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
@@ -344,6 +363,11 @@ impl Entry {
             }
             20 => Self::GivenUp { epoch: input.u32()?, blocks: input.extents()? },
             21 => Self::Restored { epoch: input.u32()?, blocks: input.extents()? },
+            22 => {
+                let (epoch, meta) = (input.u32()?, input.bytes()?.to_vec());
+                let (selection, low) = (input.packed_extents()?, input.packed_extents()?);
+                Self::Narrowed { epoch, selection, settled: Some(Settled { meta, low }) }
+            }
             _ => return Err(Malformed { at: 0 }),
         })
     }

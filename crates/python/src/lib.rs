@@ -3,6 +3,7 @@
 // The conversions that PyO3 generates need their arguments by value.
 #![allow(clippy::needless_pass_by_value)]
 
+mod checksum;
 mod error;
 mod server;
 mod values;
@@ -22,5 +23,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<values::StoreUsage>()?;
     module.add_class::<volume::Volume>()?;
     module.add_class::<volume::View>()?;
-    module.add_class::<server::Server>()
+    module.add_class::<server::Server>()?;
+    module.add_function(wrap_pyfunction!(checksum::crc32c, module)?)
 }

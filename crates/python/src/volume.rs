@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use stillblock_core::export::{STATE_HOLE, STATE_ZERO};
+use stillblock_core::journal::Settled;
 use stillblock_core::log::verify::Severity;
 use stillblock_core::number::to_usize;
 use stillblock_core::view::{ExcludedReads, View as CoreView};
@@ -305,10 +306,18 @@ impl Volume {
         Ok(to_ranges(&set, self.0.block_size(), size_bytes))
     }
 
-    #[pyo3(signature = (*, epoch, selection))]
-    fn narrow(&self, py: Python<'_>, epoch: u32, selection: Ranges) -> PyResult<u64> {
+    #[pyo3(signature = (*, epoch, selection, low=Vec::new(), meta))]
+    fn narrow(
+        &self,
+        py: Python<'_>,
+        epoch: u32,
+        selection: Ranges,
+        low: Ranges,
+        meta: Vec<u8>,
+    ) -> PyResult<u64> {
         let blocks = self.blocks(&selection)?;
-        detached(py, || self.0.narrow(epoch, &blocks))
+        let settled = Settled { meta, low: self.blocks(&low)? };
+        detached(py, || self.0.narrow_with(epoch, &blocks, Some(settled)))
     }
 
     #[pyo3(signature = (*, epoch, force=false))]

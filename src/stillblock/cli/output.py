@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,13 +18,18 @@ from stillblock.model import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from stillblock.cli.options import Change, Common
-    from stillblock.model import LeftOut, RuleTerm
+    from stillblock.model import LeftOut, RuleTerm, TermOutcome
 
 _WIDE = 4000
 """Columns for output that goes to a file or a pipe: nothing is wrapped or cut there."""
 _LEFT_OUT_SHOWN_MAX = 8
+_REASONS_SHOWN_MAX = 8
+DEFAULT_TOLD = (
+    "free space and swap are left out; `stillblock rules set {volume} --all` keeps everything"
+)
 
 
 class Output:
@@ -87,6 +93,10 @@ class Output:
             self._out.print(table)
         print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
 
+    def working(self, text: str) -> AbstractContextManager[object]:
+        """Show that something goes on, where somebody watches."""
+        return self.err.status(text) if self.shows_progress else nullcontext()
+
     def remark(self, text: str) -> None:
         """Say something that is not the result."""
         if not self.is_quiet and not self.is_json:
@@ -138,9 +148,9 @@ def size_exact(size_bytes: int) -> str:
     return f"{format_size(size_bytes)} ({size_bytes} bytes)"
 
 
-def rules_text(rules: Sequence[RuleTerm]) -> str:
-    """Return rules on one line; none means all."""
-    return ", ".join(map(str, rules)) or "all"
+def rules_text(rules: Sequence[RuleTerm], *, none: str = "all") -> str:
+    """Return rules on one line; no rules select all."""
+    return ", ".join(map(str, rules)) or none
 
 
 def extents_rows(extents: Sequence[tuple[int, int]]) -> list[tuple[str, str, str]]:
@@ -158,3 +168,40 @@ def show_left_out(output: Output, left_out: Sequence[LeftOut]) -> None:
         output.line(f"left out {format_size(size_bytes)}: {because}")
     if len(rows) > _LEFT_OUT_SHOWN_MAX:
         output.line(f"and {len(rows) - _LEFT_OUT_SHOWN_MAX} more reasons")
+
+
+def show_terms(output: Output, terms: Sequence[TermOutcome]) -> None:
+    """Print what each term came to; files and extents only if a term is about files."""
+    has_files = any(term.file_count for term in terms)
+    columns = ["", "TERM", ">FILES", ">EXTENTS", ">MATCHES", ">DECIDES", "NOTE"]
+    rows: list[Sequence[str]] = [
+        (
+            term.action,
+            term.text,
+            str(term.file_count or ""),
+            str(term.extent_count or ""),
+            format_size(term.matched_bytes),
+            format_size(term.contributed_bytes),
+            term.note,
+        )
+        for term in terms
+    ]
+    if not has_files:
+        columns = [*columns[:2], *columns[4:]]
+        rows = [(*row[:2], *row[4:]) for row in rows]
+    output.table(columns, rows, empty="")
+
+
+def show_unresolved(output: Output, terms: Sequence[TermOutcome], failure: str = "") -> None:
+    """Print what could not be resolved, where and why; all of that is included."""
+    if failure:
+        output.line(f"no term about files or free space was resolved, all is included: {failure}")
+    found = dict.fromkeys(
+        f"{term.action} {term.text} could not be resolved on {where.place}: {where.reason}"
+        for term in terms
+        for where in term.unresolved
+    )
+    for text in list(found)[:_REASONS_SHOWN_MAX]:
+        output.line(text)
+    if len(found) > _REASONS_SHOWN_MAX:
+        output.line(f"and {len(found) - _REASONS_SHOWN_MAX} more; --json lists all")

@@ -8,10 +8,19 @@ from cyclopts import Parameter
 
 from stillblock.cli.app import new_app
 from stillblock.cli.options import Common, Terms, VolumeName, volume_of
-from stillblock.cli.output import Output, counted, extents_rows, percent, show_left_out
+from stillblock.cli.output import (
+    DEFAULT_TOLD,
+    Output,
+    counted,
+    extents_rows,
+    percent,
+    show_left_out,
+    show_terms,
+    show_unresolved,
+)
 from stillblock.errors import UsageError
 from stillblock.model import format_size
-from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
+from stillblock.operations.rules import EVERYTHING, Explanation, RulesRequest, StandingRules
 from stillblock.service.session import open_session
 
 app = new_app("rules")
@@ -25,14 +34,20 @@ def set_(
     /,
     *,
     terms: Terms = (),
-    all_: Annotated[bool, Parameter(name="--all", help="No terms: keep everything.")] = False,
+    all_: Annotated[bool, Parameter(name="--all", help="Keep everything.")] = False,
+    default: Annotated[
+        bool, Parameter(help="No rules: free space and swap are left out, as at first.")
+    ] = False,
     common: Common = _COMMON,
 ) -> None:
     """Replace the standing rules of a volume."""
-    if bool(terms) == all_:
-        raise UsageError("say which terms with --include and --exclude, or --all for none")
+    if bool(terms) + all_ + default != 1:
+        raise UsageError(
+            "say which terms with --include, --exclude and --preset, or --all, or --default"
+        )
+    chosen = EVERYTHING if all_ else terms
     with open_session(common.config(), volume_of(volume)) as session:
-        _show(Output(common), session.set_rules(RulesRequest(terms=terms)))
+        _show(Output(common), session.set_rules(RulesRequest(terms=chosen)))
 
 
 @app.command
@@ -80,18 +95,11 @@ def explain(
 
 
 def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:
-    rows = [
-        (
-            term.action,
-            term.text,
-            format_size(term.matched_bytes),
-            format_size(term.contributed_bytes),
-            term.note,
-        )
-        for term in found.terms
-    ]
-    if rows:
-        out.table(("", "TERM", ">MATCHES", ">DECIDES", "NOTE"), rows, empty="")
+    if found.is_default:
+        out.line(f"nobody gave rules: {DEFAULT_TOLD.format(volume=found.volume)}")
+        out.line()
+    if found.terms:
+        show_terms(out, found.outcomes())
         out.line()
     share = percent(found.selected_bytes, found.size_bytes)
     out.line(
@@ -99,9 +107,16 @@ def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:
         f"({share}) in {counted(len(found.extents), 'extent')}"
     )
     show_left_out(out, found.left_out)
+    show_unresolved(out, found.outcomes())
     if with_extents:
         out.line()
         out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
+
+
+def _default(standing: StandingRules) -> str:
+    if standing.default:
+        return DEFAULT_TOLD.format(volume=standing.volume)
+    return "everything is selected, for nothing on it has free space or swap that can be told"
 
 
 def _show(output: Output, standing: StandingRules) -> None:
@@ -111,6 +126,6 @@ def _show(output: Output, standing: StandingRules) -> None:
         if rows:
             out.table((">", "TERM"), rows, empty="")
         else:
-            out.line(f"{standing.volume} has no terms: everything is selected")
+            out.line(f"nobody gave {standing.volume} rules: {_default(standing)}")
 
     output.result("rules", standing, render)

@@ -17,6 +17,7 @@ from stillblock.cli.options import (
     volume_of,
 )
 from stillblock.cli.output import (
+    DEFAULT_TOLD,
     Output,
     age,
     counted,
@@ -24,6 +25,8 @@ from stillblock.cli.output import (
     percent,
     rules_text,
     show_left_out,
+    show_terms,
+    show_unresolved,
     size_exact,
 )
 from stillblock.errors import ExitCode, StillblockError, UsageError
@@ -35,6 +38,7 @@ from stillblock.model import (
     Reference,
     SnapshotInfo,
     SnapshotPurpose,
+    SnapshotState,
     format_duration,
     format_instant,
     format_size,
@@ -47,6 +51,8 @@ app = new_app("snapshot")
 _COMMON: Final = Common()
 _CHANGE: Final = Change()
 _LOST_SHOWN_MAX: Final = 32
+_NOT_FINAL: Final = "narrowing: it selects more than its rules say until they are resolved"
+_CHANGED: Final = "it does not come to its digest: it is not what was written down"
 
 
 @app.command
@@ -60,10 +66,14 @@ def create(
     description: str = "",
     consistency: Consistency | None = None,
     or_barrier: bool | None = None,
+    wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
     dry_run: bool = False,
     common: Common = _COMMON,
 ) -> None:
     """Take a snapshot of VOL@NAME, or of VOL under a name made of the UTC time.
+
+    The instant is at once. What the rules say of files, swap files and free space is resolved
+    afterwards on the frozen view, some seconds; then the snapshot can be read.
 
     Parameters
     ----------
@@ -80,6 +90,8 @@ def create(
         quiet moment; filesystem: with filesystems or the guest frozen; application: with hooks.
     or_barrier
         Where that cannot be reached, take a barrier snapshot that says so, instead of none.
+    wait
+        Wait until the rules are resolved; else a serve process goes on by itself.
     dry_run
         Print what it would hold, and take nothing.
     """
@@ -103,7 +115,10 @@ def create(
             for note in plan.notes:
                 output.warn(note)
             return
-        receipt = session.create_snapshot(request)
+        receipt = session.create_snapshot(request, wait=False)
+        if wait and not receipt.snapshot.is_final:
+            with output.working(f"{receipt.snapshot.reference} is taken; resolving its rules"):
+                receipt = session.wait_final(receipt)
     output.result("receipt", receipt, lambda out: _render_created(out, receipt))
     found = receipt.quiescing
     if found is not None and found.shortfall:
@@ -111,6 +126,8 @@ def create(
             f"{receipt.snapshot.reference} is {found.reached}-consistent, "
             f"not {found.asked}: {found.shortfall}"
         )
+    if receipt.is_default:
+        output.remark(f"nobody gave rules: {DEFAULT_TOLD.format(volume=reference.volume)}")
 
 
 @app.command(name="list")
@@ -323,6 +340,7 @@ def _flags(info: SnapshotInfo) -> str:
         "" if info.consistency == Consistency.BARRIER else info.consistency,
         "LESS CONSISTENT than asked" if info.shortfall else "",
         "protected" if info.is_protected else "",
+        "narrowing" if info.state is SnapshotState.NARROWING else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
         "bookmarked" if info.has_bookmark else "",
         f"PARTIAL, LOST {format_size(info.lost_bytes)}" if info.is_partial else "",
@@ -344,6 +362,8 @@ def _render_plan(out: Output, plan: SnapshotPlan) -> None:
         f"selected {format_size(plan.selected_bytes)} of {format_size(plan.size_bytes)} ({share})"
     )
     show_left_out(out, plan.left_out)
+    if plan.pending:
+        out.line("at most: files, swap and free space are told on the frozen view, afterwards")
 
 
 def _render_created(out: Output, receipt: Receipt) -> None:
@@ -355,6 +375,9 @@ def _render_created(out: Output, receipt: Receipt) -> None:
         f"selected {format_size(info.selected_bytes)} of {format_size(info.size_bytes)} ({share})"
     )
     show_left_out(out, receipt.left_out)
+    if not info.is_final:
+        out.line(f"more is left out soon: `stillblock snapshot receipt {info.reference}`")
+    show_unresolved(out, receipt.terms, receipt.failure)
 
 
 def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
@@ -364,6 +387,7 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("id", info.id),
             ("taken", f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)"),
             ("disk size", size_exact(info.size_bytes)),
+            ("state", str(info.state)),
             ("selected", size_exact(info.selected_bytes)),
             ("preserved", f"{size_exact(info.preserved_bytes)}, shared ones included"),
             ("own", f"{size_exact(info.exclusive_bytes)}, freed by deleting it"),
@@ -384,7 +408,7 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
 
 
 def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
-    info = found.snapshot
+    info, at = found.snapshot, found.narrowed_unix_ns
     out.pairs(
         (
             ("snapshot", info.reference),
@@ -394,11 +418,17 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("writers waited", "" if found.pause_ns is None else _pause(found)),
             ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
             ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
-            ("rules", rules_text(found.rules)),
+            ("rules", rules_text(found.rules) + (" (the default)" if found.is_default else "")),
+            ("state", "" if info.is_final else _NOT_FINAL),
             (
                 "selected",
                 f"{size_exact(info.selected_bytes)} in {counted(len(found.extents), 'extent')}",
             ),
+            ("left out", size_exact(sum(part.end - part.start for part in found.left_out))),
+            ("resolved", "" if at is None else format_instant(at)),
+            ("resolved by", ", ".join(f"{k} {v}" for k, v in sorted(found.versions.items()))),
+            ("digest", found.digest),
+            ("CHANGED", "" if found.is_intact else _CHANGED),
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
             ("damaged", size_exact(info.damaged_bytes) if info.damaged_bytes else ""),
             ("DAMAGED", info.damage),
@@ -407,18 +437,8 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
         )
     )
     if found.terms:
-        rows = [
-            (
-                term.action,
-                term.text,
-                format_size(term.matched_bytes),
-                format_size(term.contributed_bytes),
-                term.note,
-            )
-            for term in found.terms
-        ]
         out.line()
-        out.table(("", "TERM", ">MATCHED", ">DECIDED", "NOTE"), rows, empty="")
+        show_terms(out, found.terms)
     if found.quiescing is not None and found.quiescing.steps:
         out.line()
         out.table(
@@ -434,9 +454,15 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ],
             empty="",
         )
+    out.line()
     if found.left_out:
-        out.line()
+        out.line("What is not in this snapshot, and why:")
         show_left_out(out, found.left_out)
+    else:
+        out.line("Nothing is left out of this snapshot.")
+    show_unresolved(out, found.terms, found.failure)
+    for note in found.notes:
+        out.line(f"note: {note}")
     _render_lost(out, info)
     if with_extents:
         out.line()

@@ -10,7 +10,15 @@ from cyclopts import Group, Parameter
 from stillblock.cli import upkeep
 from stillblock.cli.app import new_app
 from stillblock.cli.options import SIZE, Change, Common, Size, Terms, VolumeName, volume_of
-from stillblock.cli.output import Output, age, counted, percent, rules_text, size_exact
+from stillblock.cli.output import (
+    DEFAULT_TOLD,
+    Output,
+    age,
+    counted,
+    percent,
+    rules_text,
+    size_exact,
+)
 from stillblock.errors import InUseError, UsageError
 from stillblock.model import (
     BLOCK_SIZE_DEFAULT,
@@ -87,7 +95,10 @@ def add(
         verb = "would add" if change.dry_run else "added"
         out.line(f"{verb} {plan.name}: {format_size(plan.size_bytes)} of {plan.origin}")
         out.line(f"store {plan.store}")
-        out.line(f"standing rules: {rules_text(plan.rules)}, {share} of the disk now")
+        if plan.default:
+            out.line(f"standing rules: none; {DEFAULT_TOLD.format(volume=plan.name)}")
+        else:
+            out.line(f"standing rules: {rules_text(plan.rules)}, {share} of the disk now")
 
     if change.dry_run:
         output.result("volume-add-plan", plan, render)
@@ -144,7 +155,7 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
                 ("state", "served" if info.is_served else "stopped"),
                 ("size", size_exact(info.size_bytes)),
                 ("block size", format_size(info.block_size)),
-                ("standing rules", rules_text(info.rules)),
+                ("standing rules", rules_text(info.rules, none="none")),
                 ("snapshots", str(info.snapshot_count)),
                 ("bookmarks", str(info.bookmark_count)),
                 ("kept for them", format_size(info.store_bytes)),

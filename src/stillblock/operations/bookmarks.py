@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from stillblock.errors import NameTakenError
 from stillblock.extents import total_bytes
 from stillblock.model import BookmarkInfo, BookmarkRecord
-from stillblock.operations.volume import Bookmark, OpenVolume, encode_bookmark, new_id
+from stillblock.operations.narrowing import wait_final
+from stillblock.operations.records import encode_bookmark, new_id
+from stillblock.operations.volume import Bookmark, OpenVolume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,12 @@ class BookmarkList:
 
 
 def create_bookmark(volume: OpenVolume, request: BookmarkRequest) -> BookmarkInfo:
-    """Track what changes after a snapshot, also once it is deleted."""
+    """Track what changes after a snapshot, also once it is deleted.
+
+    Raise `NarrowingError` while it selects more than it will: the bookmark would hold that against
+    every later increment.
+    """
+    wait_final(volume, volume.snapshot(request.snapshot))
     with volume.lock:
         snapshot = volume.snapshot(request.snapshot)
         epoch = snapshot.epoch.epoch

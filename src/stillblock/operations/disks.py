@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stillblock import native
-from stillblock.errors import OriginIOError
+from stillblock.errors import ClosedError, ExcludedError, OriginIOError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -73,6 +73,38 @@ class LiveDisk:
         """Read; short at the end."""
         length = min(length, self.size - offset)
         return self._volume.pread(offset=offset, length=length) if length > 0 else b""
+
+
+class FrozenDisk:
+    """A snapshot as its rules are resolved on it: bytes of the instant or an error, nothing else.
+
+    Reads of what the snapshot does not select fail. Zeros would be taken for an empty structure,
+    and what an empty structure describes would be left out.
+    """
+
+    def __init__(self, view: native.View, *, is_cancelled: Callable[[], bool]) -> None:
+        self._view = view
+        self._is_cancelled = is_cancelled
+
+    @property
+    def size(self) -> int:
+        """The size at the instant."""
+        return self._view.size_bytes
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read; raise `OriginIOError` for what is not held, `ClosedError` once nobody waits."""
+        if self._is_cancelled():
+            raise ClosedError("nobody waits for the rules to be resolved any more")
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        try:
+            return self._view.pread(offset=offset, length=length)
+        except ExcludedError as error:
+            raise OriginIOError(
+                f"bytes {offset}+{length} are left out by range or partition, so what they say "
+                "is not known"
+            ) from error
 
 
 class SnapshotDisk:

@@ -19,8 +19,11 @@ from stillblock.model import (
     format_size,
 )
 from stillblock.operations.disks import LiveDisk, SnapshotDisk
+from stillblock.operations.narrowing import wait_final
+from stillblock.operations.receipts import versions, with_left_out
+from stillblock.operations.records import encode_snapshot, new_id
 from stillblock.operations.rules import explain_on, explain_terms
-from stillblock.operations.volume import OpenVolume, Snapshot, encode_snapshot, new_id
+from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
     from stillblock.selection import Disk
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 WAIT_MS_MAX: Final = 10_000
 """One request to wait lasts at most this long, so that a stop is not held up."""
 _OUTSIDE: Final = "outside any partition"
+_NOT_NARROWED: Final = "a restore begins at this instant, which must be undone whole"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +87,13 @@ class _Prepared:
 
 def plan_restore(volume: OpenVolume, request: RestoreRequest) -> RestorePlan:
     """Return what a restore would write, by partition; change nothing."""
+    wait_final(volume, volume.snapshot(request.snapshot))
     return _prepare(volume, request).plan
 
 
 def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgress:
     """Start a restore. When this returns the disk reads as restored; copying goes on behind it."""
+    wait_final(volume, volume.snapshot(request.snapshot))
     with volume.lock:
         if volume.engine.restore_status() is not None:
             raise RestoreRunningError(
@@ -106,8 +112,11 @@ def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgres
             description=f"before restoring {volume.name}@{plan.snapshot}",
             rules=rules,
             terms=explained.outcomes(),
-            left_out=_without(explained.left_out, kept),
+            notes=explained.notes,
+            failure="" if explained.is_final else _NOT_NARROWED,
+            versions=versions(),
         )
+        record = with_left_out(record, _without(explained.left_out, kept))
         status = volume.engine.restore(
             epoch=prepared.snapshot.epoch.epoch,
             request=prepared.request,

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from stillblock import selection
 from stillblock.extents import total_bytes
-from stillblock.model import Extents, LeftOut, RuleTerm, TermOutcome
+from stillblock.model import Extents, LeftOut, RuleTerm, TermOutcome, Unresolved
 from stillblock.operations.disks import LiveDisk
+from stillblock.selection.places import read_places
 
 if TYPE_CHECKING:
     from stillblock.operations.volume import OpenVolume
+
+
+EVERYTHING: Final = (RuleTerm(include=True, text="all"),)
+"""Standing rules of somebody who wants no default."""
+DEFAULT: Final = (RuleTerm(include=False, text="free"), RuleTerm(include=False, text="swap"))
+"""What is left out of disks that nobody gave rules for: nobody ever reads it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +33,14 @@ class RulesRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandingRules:
-    """The rules every snapshot of a volume starts from; none means `all`."""
+    """The rules every snapshot of a volume starts from."""
 
     volume: str
     rules: tuple[RuleTerm, ...]
+    """None: nobody gave any, and the default holds."""
+    default: tuple[RuleTerm, ...] = ()
+    """What is left out by itself while nobody gives rules; none where nothing on the disk has free
+    space or swap that can be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +54,10 @@ class TermExplanation:
     contributed_bytes: int
     note: str = ""
     is_low: bool = False
+    file_count: int = 0
+    """Files it matches, by name."""
+    unresolved: tuple[Unresolved, ...] = ()
+    """Where it could not be resolved, and why: all of that is included."""
 
     @property
     def action(self) -> str:
@@ -66,6 +82,15 @@ class Explanation:
     low_bytes: int = 0
     notes: tuple[str, ...] = ()
     """What to know about the disk, such as a damaged primary partition table."""
+    pending: str = ""
+    """What the frozen view still has to tell; empty: this is what a snapshot would hold."""
+    is_default: bool = False
+    """Nobody gave rules: these are what is left out by itself."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether all terms are resolved."""
+        return not self.pending
 
     def outcomes(self) -> tuple[TermOutcome, ...]:
         """Return the terms without their extents, as a receipt keeps them."""
@@ -77,6 +102,9 @@ class Explanation:
                 contributed_bytes=term.contributed_bytes,
                 note=term.note,
                 is_low=term.is_low,
+                file_count=term.file_count,
+                extent_count=len(term.extents),
+                unresolved=term.unresolved,
             )
             for term in self.terms
         )
@@ -84,7 +112,9 @@ class Explanation:
 
 def show_rules(volume: OpenVolume) -> StandingRules:
     """Return the standing rules."""
-    return StandingRules(volume=volume.name, rules=volume.settings().rules)
+    rules = volume.settings().rules
+    default = () if rules else default_rules(LiveDisk(volume.engine))
+    return StandingRules(volume=volume.name, rules=rules, default=default)
 
 
 def change_rules(
@@ -96,12 +126,12 @@ def change_rules(
         rules = request.terms if how == "set" else settings.rules + request.terms
         explain_terms(volume, rules)
         volume.store_settings(replace(settings, rules=rules))
-    volume.event("rules_changed", rules=", ".join(map(str, rules)) or "all")
+    volume.event("rules_changed", rules=", ".join(map(str, rules)) or "default")
     return show_rules(volume)
 
 
 def set_rules(volume: OpenVolume, request: RulesRequest) -> StandingRules:
-    """Replace the standing rules."""
+    """Replace the standing rules; no terms bring the default back."""
     return change_rules(volume, request, how="set")
 
 
@@ -110,18 +140,38 @@ def add_rules(volume: OpenVolume, request: RulesRequest) -> StandingRules:
     return change_rules(volume, request, how="add")
 
 
-def effective_rules(volume: OpenVolume, request: RulesRequest) -> tuple[RuleTerm, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectiveRules:
+    """The rules that a snapshot follows, and whose they are."""
+
+    terms: tuple[RuleTerm, ...]
+    is_default: bool
+    """Nobody gave any."""
+
+
+def default_rules(disk: selection.Disk) -> tuple[RuleTerm, ...]:
+    """Return what is left out by itself: free space and swap, where there are any to be told.
+
+    Nothing on a disk without a filesystem or swap area that is understood: no reader is started
+    there in vain.
+    """
+    places = read_places(disk)
+    return DEFAULT if places.filesystems or places.swap else ()
+
+
+def effective_rules(volume: OpenVolume, request: RulesRequest) -> EffectiveRules:
     """Return the rules a snapshot asked for with these terms would follow."""
-    return request.terms if request.only_these else volume.settings().rules + request.terms
-
-
-def explain(volume: OpenVolume, request: RulesRequest) -> Explanation:
-    """Return what a snapshot with these terms would select now, without taking it."""
-    return explain_terms(volume, effective_rules(volume, request))
+    if request.only_these:
+        return EffectiveRules(terms=request.terms, is_default=False)
+    rules = volume.settings().rules + request.terms
+    if rules:
+        return EffectiveRules(terms=rules, is_default=False)
+    default = default_rules(LiveDisk(volume.engine))
+    return EffectiveRules(terms=default, is_default=bool(default))
 
 
 def explain_terms(volume: OpenVolume, rules: tuple[RuleTerm, ...]) -> Explanation:
-    """Return what a complete list of terms comes to on the live disk."""
+    """Return what terms come to on the live disk, as far as is known before an instant."""
     disk = LiveDisk(volume.engine)
     return explain_on(disk, rules, volume=volume.name, block_size=volume.engine.block_size)
 
@@ -129,15 +179,33 @@ def explain_terms(volume: OpenVolume, rules: tuple[RuleTerm, ...]) -> Explanatio
 def explain_on(
     disk: selection.Disk, rules: tuple[RuleTerm, ...], *, volume: str, block_size: int
 ) -> Explanation:
-    """Return what a complete list of terms comes to on a disk; raise `RuleError`."""
+    """Return what terms come to on a disk before an instant; raise `RuleError`."""
     parsed = selection.Rules.parse([(term.action, term.text) for term in rules])
     resolved = selection.resolve(parsed, disk, block_size=block_size)
+    return _explanation(resolved, rules, volume=volume)
+
+
+def explain_frozen(
+    disk: selection.Disk, rules: tuple[RuleTerm, ...], pending: str, *, volume: str
+) -> Explanation:
+    """Return what terms come to on a disk that holds still, given what they were before.
+
+    Never raises for what lies there: what cannot be resolved is included, and says so.
+    """
+    left = selection.Pending.from_json(json.loads(pending))
+    return _explanation(selection.resolve_frozen(left, disk), rules, volume=volume)
+
+
+def _explanation(
+    resolved: selection.Resolution, rules: tuple[RuleTerm, ...], *, volume: str
+) -> Explanation:
     left_out = tuple(
         LeftOut(start=part.start, end=part.end, because=part.because) for part in resolved.excluded
     )
+    pending = resolved.pending
     return Explanation(
         volume=volume,
-        size_bytes=disk.size,
+        size_bytes=resolved.disk_size,
         rules=rules,
         terms=tuple(
             TermExplanation(
@@ -148,6 +216,10 @@ def explain_on(
                 contributed_bytes=term.contributed_bytes,
                 note=term.note,
                 is_low=term.is_low,
+                file_count=term.file_count,
+                unresolved=tuple(
+                    Unresolved(place=where.place, reason=where.reason) for where in term.unresolved
+                ),
             )
             for term in resolved.terms
         ),
@@ -158,4 +230,5 @@ def explain_on(
         low=resolved.low,
         low_bytes=total_bytes(resolved.low),
         notes=resolved.notes,
+        pending="" if pending is None else json.dumps(pending.to_json(), separators=(",", ":")),
     )

@@ -24,8 +24,18 @@ from stillblock.model import (
     TermOutcome,
 )
 from stillblock.operations.consistency import occasion, settings_for
+from stillblock.operations.narrowing import wait_final
+from stillblock.operations.receipts import (
+    Instant,
+    digest_of,
+    left_out_of,
+    sealed,
+    versions,
+    with_left_out,
+)
+from stillblock.operations.records import encode_snapshot, new_id
 from stillblock.operations.rules import RulesRequest, effective_rules, explain_terms
-from stillblock.operations.volume import OpenVolume, Snapshot, encode_snapshot, new_id
+from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
     from stillblock import native
@@ -64,6 +74,10 @@ class SnapshotPlan:
     low: Extents = ()
     """What of it is given up first when the store is full."""
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
+    pending: str = ""
+    """What the frozen view has to tell: the snapshot then holds less. Empty: it holds this."""
+    is_default: bool = False
+    """Nobody gave rules: these are what is left out by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,12 +156,12 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
     rules = effective_rules(
         volume, RulesRequest(terms=request.terms, only_these=request.only_these)
     )
-    explained = explain_terms(volume, rules)
+    explained = explain_terms(volume, rules.terms)
     return SnapshotPlan(
         volume=volume.name,
         name=request.name or volume.free_name(),
         size_bytes=explained.size_bytes,
-        rules=rules,
+        rules=rules.terms,
         terms=explained.outcomes(),
         extents=explained.extents,
         selected_bytes=explained.selected_bytes,
@@ -156,6 +170,8 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         pause_limit_ms=request.pause_limit_ms,
         low=explained.low,
         consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
+        pending=explained.pending,
+        is_default=rules.is_default,
     )
 
 
@@ -163,6 +179,8 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     """Take a snapshot; it is durable when this returns. Raise `PauseTimeoutError` past the limit.
 
     Ranges and partitions are resolved before the instant: they hold from the first write after it.
+    What needs a filesystem is resolved afterwards, in a thread: until then the receipt is not
+    final, and the snapshot can be neither read nor restored.
     Raise `QuiesceError`, `NotQuietError` or `FreezeRefusedError`, with nothing taken, if the level
     of consistency cannot be reached and no fallback is wanted.
     """
@@ -174,8 +192,12 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
             description=request.description,
             rules=plan.rules,
             terms=plan.terms,
-            left_out=plan.left_out,
+            pending=plan.pending,
+            is_default=plan.is_default,
+            notes=plan.notes,
+            versions=versions(),
         )
+        record = with_left_out(record, plan.left_out)
         around = occasion(
             volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents
         )
@@ -200,17 +222,20 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
                 hint="raise the limit, or add --or-barrier to keep such a snapshot",
             )
         # Committed. The length of the pause is known only now; a crash here loses the number.
-        volume.store_record(
-            instant.epoch,
-            replace(
-                _with_quiescing(record, quiescing),
-                pause_ns=instant.pause_ns,
-                in_flight=instant.in_flight,
-                commit_ns=instant.commit_ns,
-            ),
+        record = replace(
+            _with_quiescing(record, quiescing),
+            pause_ns=instant.pause_ns,
+            in_flight=instant.in_flight,
+            commit_ns=instant.commit_ns,
         )
+        if record.is_final:
+            extents = volume.engine.selection(epoch=instant.epoch)
+            record = sealed(record, _instant_of(instant), extents)
+        volume.store_record(instant.epoch, record)
         volume.hooks.reconcile(volume)
-        receipt = read_receipt(volume, SnapshotTarget(snapshot=plan.name))
+        receipt = read_receipt(volume, SnapshotTarget(snapshot=record.id))
+        if not record.is_final:
+            volume.narrowings.start(volume, volume.snapshot(record.id))
     volume.event(
         "snapshot_created",
         snapshot=plan.name,
@@ -241,16 +266,16 @@ def show_snapshot(volume: OpenVolume, target: SnapshotTarget) -> SnapshotInfo:
 def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
     """Return the record of a snapshot."""
     snapshot = volume.snapshot(target.snapshot)
-    record = snapshot.record
+    record, epoch = snapshot.record, snapshot.epoch
+    # What a snapshot without its header selects is not known; its state says so.
+    extents = () if epoch.damage else volume.engine.selection(epoch=epoch.epoch)
+    can_be_checked = record.digest != "" and not epoch.damage
     return Receipt(
         snapshot=snapshot_info(volume, snapshot),
         rules=record.rules,
         terms=record.terms,
-        # What a snapshot without its header selects is not known; its state says so.
-        extents=()
-        if snapshot.epoch.damage
-        else volume.engine.selection(epoch=snapshot.epoch.epoch),
-        left_out=record.left_out,
+        extents=extents,
+        left_out=left_out_of(record),
         lost=tuple(snapshot.epoch.lost),
         damaged=tuple(snapshot.epoch.damaged),
         consistency=record.consistency,
@@ -258,6 +283,20 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         pause_ns=record.pause_ns,
         in_flight=record.in_flight,
         commit_ns=record.commit_ns,
+        is_default=record.is_default,
+        notes=record.notes,
+        failure=record.failure,
+        narrowed_unix_ns=record.narrowed_unix_ns,
+        versions=record.versions,
+        digest=record.digest,
+        is_intact=not can_be_checked
+        or digest_of(record, _instant_of(epoch), extents) == record.digest,
+    )
+
+
+def _instant_of(told: native.Epoch | native.Instant) -> Instant:
+    return Instant(
+        epoch=told.epoch, size_bytes=told.size_bytes, created_unix_ns=told.created_unix_ns
     )
 
 
@@ -308,11 +347,13 @@ def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
     with volume.lock:
         plan_delete(volume, SnapshotTarget(snapshot=request.snapshot))
         snapshot = volume.snapshot(request.snapshot)
+        epoch = snapshot.epoch.epoch
+        # Until it is final nobody reads it but its narrowing, which ends with it.
+        volume.narrowings.cancel(epoch)
+        force = request.force or not snapshot.record.is_final
         try:
-            volume.hooks.withdraw(volume, snapshot, force=request.force)
-            freed_bytes = volume.engine.delete_snapshot(
-                epoch=snapshot.epoch.epoch, force=request.force
-            )
+            volume.hooks.withdraw(volume, snapshot, force=force)
+            freed_bytes = volume.engine.delete_snapshot(epoch=epoch, force=force)
         finally:
             volume.hooks.reconcile(volume)
     volume.event("snapshot_deleted", snapshot=snapshot.record.name, freed_bytes=freed_bytes)
@@ -321,8 +362,10 @@ def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
 
 def changes(volume: OpenVolume, request: ChangesRequest) -> Changes:
     """Return what changed since one instant until another, or until now."""
-    since, since_name = volume.instant(request.since)
-    until, until_name = (None, None) if request.until is None else volume.instant(request.until)
+    since, since_name = _final_instant(volume, request.since)
+    until, until_name = (
+        (None, None) if request.until is None else _final_instant(volume, request.until)
+    )
     if until is not None and until < since:
         raise UsageError(
             f"{volume.name}@{since_name} is newer than {volume.name}@{until_name}; "
@@ -341,6 +384,15 @@ def changes(volume: OpenVolume, request: ChangesRequest) -> Changes:
         newly_selected=newly,
         newly_selected_bytes=total_bytes(newly),
     )
+
+
+def _final_instant(volume: OpenVolume, name: str) -> tuple[int, str]:
+    """Return (epoch, name) of an instant whose selection changes no more."""
+    epoch, shown = volume.instant(name)
+    for snapshot in volume.snapshots():
+        if snapshot.epoch.epoch == epoch:
+            wait_final(volume, snapshot)
+    return epoch, shown
 
 
 def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
@@ -375,4 +427,5 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         accepted=epoch.accepted,
         consistency=record.consistency,
         shortfall="" if record.quiescing is None else record.quiescing.shortfall,
+        is_final=record.is_final,
     )

@@ -240,7 +240,7 @@ def judge(volume: OpenVolume, findings: tuple[Finding, ...]) -> CheckReport:
             lost=tuple(s.epoch.lost),
         )
         for s in volume.snapshots()
-        if s.state is not SnapshotState.OK
+        if s.state not in {SnapshotState.OK, SnapshotState.NARROWING}
     )
     is_damaged = any(f.is_lost for f in findings)
     is_damaged |= any(s.state is SnapshotState.DAMAGED for s in snapshots)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
-from stillblock import codec, native
+from stillblock import native
 from stillblock.catalog import Catalog
 from stillblock.consistency import leftover
 from stillblock.errors import (
@@ -21,7 +20,6 @@ from stillblock.errors import (
     NotFoundError,
     OriginChangedError,
     RecoveryNeededError,
-    StillblockError,
 )
 from stillblock.extents import total_bytes
 from stillblock.model import (
@@ -39,7 +37,14 @@ from stillblock.model import (
     name_for_instant,
 )
 from stillblock.operations import registry, verification
-from stillblock.operations.registry import VOLUME_KIND, read_settings
+from stillblock.operations.narrowing import Narrowings
+from stillblock.operations.records import (
+    bookmark_record,
+    encode_settings,
+    encode_snapshot,
+    snapshot_record,
+)
+from stillblock.operations.registry import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +53,6 @@ if TYPE_CHECKING:
     from stillblock.operations.verification import Verification
 
 _LOG: Final = logging.getLogger("stillblock.operations")
-_SNAPSHOT_KIND: Final = "snapshot-record"
-_BOOKMARK_KIND: Final = "bookmark-record"
 _THAW_LEFT_S: Final = 2.0
 """How long an opening waits for what was left frozen; then it is thawed beside."""
 
@@ -125,7 +128,9 @@ class Snapshot:
             return SnapshotState.DAMAGED
         if self.epoch.lost:
             return SnapshotState.PARTIAL
-        return SnapshotState.SUSPECT if self.epoch.is_suspect else SnapshotState.OK
+        if self.epoch.is_suspect:
+            return SnapshotState.SUSPECT
+        return SnapshotState.OK if self.record.is_final else SnapshotState.NARROWING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +153,8 @@ class OpenVolume:
         self._entry = entry
         self.verification: Verification | None = None
         """The latest one; it ends with the volume."""
+        self.narrowings = Narrowings()
+        """Those under way; they end with the volume."""
         self._is_closed = False
         self._buffer_dir: Path | None = None
 
@@ -187,10 +194,14 @@ class OpenVolume:
         self.close()
 
     def close(self) -> None:
-        """Stop cleanly; the origin is a complete raw disk afterwards."""
-        # Not under the lock: what it found is kept under it.
+        """Stop cleanly; the origin is a complete raw disk afterwards.
+
+        A narrowing under way is broken off: the next opening begins it anew.
+        """
+        # Not under the lock: what they found is kept under it.
         if self.verification is not None:
             self.verification.cancel()
+        self.narrowings.stop()
         with self.lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -200,6 +211,11 @@ class OpenVolume:
     def name(self) -> str:
         """The volume's name in this state directory."""
         return self._entry.name
+
+    @property
+    def is_served(self) -> bool:
+        """Whether clients may be writing to it."""
+        return not isinstance(self.hooks, NoExports)
 
     @property
     def frozen_note(self) -> Path:
@@ -257,10 +273,10 @@ class OpenVolume:
             block_size=self.engine.block_size,
             created_unix_ns=settings.created_unix_ns,
             rules=settings.rules,
-            snapshot_count=sum(epoch.has_snapshot for epoch in epochs),
+            snapshot_count=len(self.snapshots()),
             bookmark_count=sum(epoch.has_bookmark for epoch in epochs),
             store_bytes=self.engine.store_bytes(),
-            is_served=not isinstance(self.hooks, NoExports),
+            is_served=self.is_served,
             suspect_reason=next((e.suspect_reason for e in epochs if e.is_suspect), ""),
             last_verified_unix_ns=settings.last_verified_unix_ns,
             damaged_bytes=sum(total_bytes(extents) for _, extents in self.engine.damaged()),
@@ -269,17 +285,26 @@ class OpenVolume:
     # Snapshots and bookmarks by name
 
     def snapshots(self) -> tuple[Snapshot, ...]:
-        """Return every snapshot, oldest first."""
-        return tuple(
-            Snapshot(epoch=epoch, record=_snapshot_record(epoch))
+        """Return every snapshot, oldest first; those taken to explain rules are nobody's."""
+        found = (
+            Snapshot(epoch=epoch, record=snapshot_record(epoch))
             for epoch in self.engine.epochs()
             if epoch.has_snapshot
+        )
+        return tuple(s for s in found if s.record.purpose is not SnapshotPurpose.PROBE)
+
+    def probes(self) -> tuple[int, ...]:
+        """Return the epochs of snapshots that were taken to explain rules, and are still there."""
+        return tuple(
+            epoch.epoch
+            for epoch in self.engine.epochs()
+            if epoch.has_snapshot and snapshot_record(epoch).purpose is SnapshotPurpose.PROBE
         )
 
     def bookmarks(self) -> tuple[Bookmark, ...]:
         """Return every bookmark, oldest first."""
         return tuple(
-            Bookmark(epoch=epoch, record=_bookmark_record(epoch))
+            Bookmark(epoch=epoch, record=bookmark_record(epoch))
             for epoch in self.engine.epochs()
             if epoch.has_bookmark
         )
@@ -363,44 +388,6 @@ class OpenVolume:
                 catalog.record(self.name, kind, **detail)
         except CatalogError as error:
             _LOG.warning("event not recorded: volume=%s kind=%s: %s", self.name, kind, error)
-
-
-def new_id() -> str:
-    """Return an id for something new."""
-    return secrets.token_hex(8)
-
-
-def encode_settings(settings: VolumeConfig) -> bytes:
-    """Return a volume's settings as the store keeps them."""
-    return codec.dump(VOLUME_KIND, settings)
-
-
-def encode_snapshot(record: SnapshotRecord) -> bytes:
-    """Return a snapshot's record as the store keeps it."""
-    return codec.dump(_SNAPSHOT_KIND, record)
-
-
-def encode_bookmark(record: BookmarkRecord) -> bytes:
-    """Return a bookmark's record as the store keeps it."""
-    return codec.dump(_BOOKMARK_KIND, record)
-
-
-def _snapshot_record(epoch: native.Epoch) -> SnapshotRecord:
-    """Read a record; a snapshot whose record is not ours stays reachable, by its number."""
-    try:
-        return codec.load(_SNAPSHOT_KIND, SnapshotRecord, epoch.meta)
-    except StillblockError:
-        return SnapshotRecord(name=f"epoch-{epoch.epoch}", id=f"{epoch.epoch:016x}")
-
-
-def _bookmark_record(epoch: native.Epoch) -> BookmarkRecord:
-    try:
-        return codec.load(_BOOKMARK_KIND, BookmarkRecord, epoch.bookmark_meta)
-    except StillblockError:
-        name = f"epoch-{epoch.epoch}"
-        return BookmarkRecord(
-            name=name, id=f"{epoch.epoch:016x}", of_snapshot=name, created_unix_ns=0
-        )
 
 
 def _is_id_prefix(text: str, full_id: str) -> bool:

@@ -33,6 +33,7 @@ from stillblock.model import (
 )
 from stillblock.operations import origins
 from stillblock.operations.disks import open_raw
+from stillblock.operations.records import encode_settings
 from stillblock.operations.registry import (
     JOURNAL,
     delete_store,
@@ -40,12 +41,9 @@ from stillblock.operations.registry import (
     open_catalog,
     registering,
 )
-from stillblock.operations.rules import explain_on
+from stillblock.operations.rules import default_rules, explain_on
 from stillblock.operations.usage import check_limit
-from stillblock.operations.volume import (
-    OpenVolume,
-    encode_settings,
-)
+from stillblock.operations.volume import OpenVolume
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,9 +77,11 @@ class AddPlan:
     block_size: int
     rules: tuple[RuleTerm, ...]
     selected_bytes: int
-    """What a snapshot under the standing rules would select now."""
+    """What a snapshot under the standing rules would select now, at most."""
     on_full: OnFull = OnFull.DEGRADE
     store_limit_bytes: int = 0
+    default: tuple[RuleTerm, ...] = ()
+    """What is left out while nobody gives rules; none where there is nothing to be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +137,7 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
         explained = explain_on(
             disk, request.rules, volume=request.name, block_size=request.block_size
         )
+        default = () if request.rules else default_rules(disk)
     return AddPlan(
         name=request.name,
         origin=str(origin),
@@ -144,6 +145,7 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
         size_bytes=size_bytes,
         block_size=request.block_size,
         rules=request.rules,
+        default=default,
         selected_bytes=explained.selected_bytes,
         on_full=request.on_full,
         store_limit_bytes=request.store_limit_bytes,

@@ -1,29 +1,31 @@
 """Rules and a disk to a selection: which blocks, why, and what is left out and why.
 
+In two steps. `resolve` runs before the instant: terms whose meaning is known then hold from the
+first write; for the rest it selects whatever they might select, so that nothing is missed.
+`resolve_frozen` runs on the frozen view and gives them their full meaning: what it selects is never
+more.
+
 Bytes are decided first, exactly; only then is the result rounded outward to blocks, so that a block
 with one selected byte is selected and the order of terms never depends on the block size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from stillblock import codec
 from stillblock.errors import RuleError
-from stillblock.extents import (
-    intersect,
-    normalise,
-    round_out,
-    subtract,
-    total_bytes,
-    whole,
-)
-from stillblock.model import Extent, Extents, LeftOut, format_size
+from stillblock.extents import intersect, subtract, total_bytes, union
+from stillblock.model import Extents, LeftOut, RuleTerm, format_size
+from stillblock.selection.decision import Decision, decide
 from stillblock.selection.disk import Disk
+from stillblock.selection.facts import DiskFacts, Match, Phase, Readers, Unresolved
 from stillblock.selection.partition_table import printable
+from stillblock.selection.places import Place
 from stillblock.selection.rules import Rules
-from stillblock.selection.terms import DiskFacts, Phase, resolve_term
+from stillblock.selection.terms import resolve_term
+from stillblock.selection.workers import WorkerReaders
 
 RESOLUTION_VERSION: Final = 1
-NOT_INCLUDED: Final = "not included by any term"
 
 ExcludedExtent = LeftOut
 """A byte range that is left out, and the term that did it; the model's, since receipts hold it."""
@@ -36,10 +38,17 @@ class TermResult:
     include: bool
     text: str
     extents: Extents
-    """All bytes it means, whatever later terms say of them."""
+    """All bytes it means, whatever later terms say of them. Before the instant, of a term that
+    needs the frozen view: an exclusion's that are certain, an inclusion's that are possible.
+    """
     contributed_bytes: int
     """Bytes that it decided: no later term matches them. Before rounding to blocks."""
     phase: Phase
+    """When its meaning is known in full."""
+    file_count: int = 0
+    """Files it means, by name; on the frozen view."""
+    unresolved: tuple[Unresolved, ...] = ()
+    """Where it left nothing out, or took everything, because its meaning there is not known."""
     note: str = ""
     is_low: bool = False
 
@@ -57,8 +66,78 @@ class TermResult:
             "contributed_bytes": self.contributed_bytes,
             "extents": _extents_json(self.extents),
             "phase": str(self.phase),
+            "file_count": self.file_count,
+            "unresolved": codec.to_json(self.unresolved),
             "note": self.note,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingTerm:
+    """A term, and what is known of it before the instant."""
+
+    term: RuleTerm
+    kind: str
+    """Of the term: `path`, `swap`, `free`, `zero`, or one that was settled before the instant."""
+    match: Match
+    phase: Phase
+
+    @property
+    def certain(self) -> Extents:
+        """The bytes it matches for certain."""
+        if not self.term.include:
+            return subtract(self.match.extents, self.match.kept)
+        extents = self.match.extents
+        for _, unknown in self.match.unresolved:
+            extents = union(extents, unknown)
+        return extents
+
+    @property
+    def cautious(self) -> Extents:
+        """The bytes it is taken to match until the frozen view tells: none too few selected."""
+        return union(self.certain, self.match.frozen) if self.term.include else self.certain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """What the frozen view still has to tell, and all that was settled before the instant.
+
+    Plain data with a JSON form, so that narrowing goes on after a crash. The frozen view need not
+    hold the partition table: what lay where is in here.
+    """
+
+    disk_size: int
+    block_size: int
+    terms: tuple[PendingTerm, ...]
+    places: tuple[Place, ...]
+    """Those with filesystems that a term may divide, and the swap areas that are left out."""
+    is_zero_open: bool
+    """Whether a term asks which blocks are zero."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> tuple[RuleTerm, ...]:
+        """The terms as the user wrote them."""
+        return tuple(pending.term for pending in self.terms)
+
+    def decide(self) -> Decision:
+        """Return the selection at the instant: at least what the frozen view will tell."""
+        return decide(
+            self.rules,
+            [pending.cautious for pending in self.terms],
+            size=self.disk_size,
+            block_size=self.block_size,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON form."""
+        document: dict[str, object] = codec.to_json(self)
+        return document
+
+    @classmethod
+    def from_json(cls, document: object) -> "Pending":
+        """Return what `to_json` gave; raise `CodecError` if it is something else."""
+        return codec.from_json(cls, document)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +154,23 @@ class Resolution:
     """Of the selected, in whole blocks: what only low inclusions select."""
     notes: tuple[str, ...] = ()
     """What a careful user should know about the disk, such as a damaged primary GPT."""
+    pending: Pending | None = None
+    """What is still to be resolved on the frozen view; None: this is the final selection."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the selection is settled; else it holds at least what the final one will."""
+        return self.pending is None
 
     @property
     def selected_bytes(self) -> int:
         """How many bytes are selected."""
         return total_bytes(self.extents)
+
+    @property
+    def unresolved(self) -> tuple[Unresolved, ...]:
+        """Where terms could not be resolved, each once."""
+        return tuple(dict.fromkeys(place for term in self.terms for place in term.unresolved))
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON form; bytes are integers."""
@@ -87,6 +178,7 @@ class Resolution:
             "version": RESOLUTION_VERSION,
             "disk_size": self.disk_size,
             "block_size": self.block_size,
+            "is_final": self.is_final,
             "selected_bytes": self.selected_bytes,
             "extents": _extents_json(self.extents),
             "low": _extents_json(self.low),
@@ -95,91 +187,120 @@ class Resolution:
                 {"start": left.start, "end": left.end, "because": left.because}
                 for left in self.excluded
             ],
+            "unresolved": codec.to_json(self.unresolved),
             "notes": list(self.notes),
         }
 
 
-def resolve(rules: Rules, disk: Disk, *, block_size: int) -> Resolution:
-    """Return what `rules` select on `disk`.
+def resolve(
+    rules: Rules, disk: Disk, *, block_size: int, readers: Readers | None = None
+) -> Resolution:
+    """Return what `rules` select on `disk` from the first write after the instant.
 
     Raise `RuleError` if a term means nothing here or all of them together select nothing, and
     `PartitionTableError` if a term needs a partition table that cannot be relied on. Reads only
-    what the terms need: nothing for ranges, the table for partitions.
+    what the terms need: nothing for ranges, the table for partitions, the first 68 KiB of each
+    place for files. A filesystem is opened only to learn its label.
     """
-    facts = DiskFacts(disk)
-    matches = [resolve_term(term.text, facts) for term in rules.terms]
-
-    undecided = whole(facts.size)
-    included: list[Extent] = []
-    high: list[Extent] = []
-    left_out: list[tuple[Extent, str]] = []
-    results: list[TermResult] = []
-    # Backwards: the last term that matches a byte decides it, whatever stands before.
-    for term, (kind, match) in zip(reversed(rules.terms), reversed(matches), strict=True):
-        decided = intersect(match.extents, undecided)
-        undecided = subtract(undecided, match.extents)
-        if term.include:
-            included += decided
-            if not term.is_low:
-                high += decided
-        else:
-            left_out += [(extent, term.text) for extent in decided]
-        note = match.note
-        if term.is_low:
-            note = "; ".join(filter(None, (note, "given up first when the store is full")))
-        if not decided:
-            note = "; ".join(filter(None, (note, "later terms decide all of it")))
-        results.append(
-            TermResult(
-                include=term.include,
-                text=term.text,
-                extents=match.extents,
-                contributed_bytes=total_bytes(decided),
-                phase=kind.phase,
-                note=note,
-                is_low=term.is_low,
-            )
-        )
-    if rules.starts_from_all:
-        included += undecided
-        high += undecided
-    else:
-        left_out += [(extent, NOT_INCLUDED) for extent in undecided]
-
-    selected = round_out(normalise(included), block_size=block_size, size=facts.size)
-    if not selected:
+    facts = DiskFacts(disk, readers or WorkerReaders())
+    terms: list[PendingTerm] = []
+    for term in rules.terms:
+        kind, match = resolve_term(term.text, facts)
+        if kind.phase is Phase.FROZEN and not (match.extents or match.frozen):
+            if term.include:
+                raise RuleError(
+                    f"{printable(term.text)}: there is no filesystem on this disk that is read "
+                    "here, and nothing else it could mean",
+                    hint=_say(facts.notes) or "use partitions or byte ranges",
+                )
+            match = replace(match, note="nothing on this disk that it could mean")
+        terms.append(PendingTerm(term=term, kind=kind.name, match=match, phase=kind.phase))
+    pending = Pending(
+        disk_size=facts.size,
+        block_size=block_size,
+        terms=tuple(terms),
+        places=facts.known_places,
+        is_zero_open=True,
+        notes=facts.notes,
+    )
+    decision = pending.decide()
+    if not decision.selected:
         _refuse_nothing(rules, facts)
-    # A block with one byte that matters is one that matters.
-    mattering = round_out(normalise(high), block_size=block_size, size=facts.size)
+    pending = _without_settled(pending, decision)
     return Resolution(
         disk_size=facts.size,
         block_size=block_size,
-        extents=selected,
-        low=subtract(selected, mattering),
-        terms=tuple(reversed(results)),
-        excluded=_excluded(left_out, selected),
+        extents=decision.selected,
+        low=decision.low,
+        terms=tuple(
+            _result(pending_term, extents=pending_term.cautious, contributed_bytes=contributed)
+            for pending_term, contributed in zip(terms, decision.contributed_bytes, strict=True)
+        ),
+        excluded=decision.excluded,
         notes=facts.notes,
+        pending=pending if pending.places or pending.is_zero_open else None,
     )
 
 
-def _excluded(left_out: list[tuple[Extent, str]], selected: Extents) -> tuple[ExcludedExtent, ...]:
-    """Return what is left out after rounding, with the reason, in the order of the disk."""
-    left_out.sort()
-    # Left out extents are disjoint but may touch, where two terms meet: they stay apart here.
-    result: list[ExcludedExtent] = []
-    kept = iter(subtract(tuple(extent for extent, _ in left_out), selected))
-    rest = next(kept, None)
-    for (_, end), because in left_out:
-        while rest is not None and rest[0] < end:
-            result.append(ExcludedExtent(start=rest[0], end=rest[1], because=because))
-            rest = next(kept, None)
-    return tuple(result)
+def _without_settled(pending: Pending, decision: Decision) -> Pending:
+    """Return only what the frozen view can still change: no worker is started in vain."""
+    # Bytes that no later term decides for certain, from the last term to the first.
+    open_extents: Extents = ((0, pending.disk_size),) if pending.disk_size else ()
+    is_zero_open = False
+    may_change: Extents = ()
+    swap_left_out: Extents = ()
+    for pending_term in reversed(pending.terms):
+        changeable = intersect(pending_term.match.frozen, open_extents)
+        if not pending_term.term.include:
+            changeable = intersect(changeable, decision.selected)
+        if pending_term.kind == "zero":
+            is_zero_open = is_zero_open or bool(changeable)
+        else:
+            may_change = union(may_change, changeable)
+        if pending_term.kind == "swap" and not pending_term.term.include:
+            swap_left_out = union(swap_left_out, intersect(pending_term.certain, open_extents))
+        open_extents = subtract(open_extents, pending_term.certain)
+    return replace(
+        pending,
+        is_zero_open=is_zero_open,
+        places=tuple(
+            place
+            for place in pending.places
+            if (place.is_filesystem and intersect(place.extents, may_change))
+            or (place.is_swap and intersect(place.extents, swap_left_out))
+        ),
+    )
+
+
+def _result(pending_term: PendingTerm, *, extents: Extents, contributed_bytes: int) -> TermResult:
+    term, match = pending_term.term, pending_term.match
+    return TermResult(
+        include=term.include,
+        text=term.text,
+        extents=extents,
+        contributed_bytes=contributed_bytes,
+        phase=pending_term.phase,
+        unresolved=tuple(unresolved for unresolved, _ in match.unresolved),
+        note=term_note(term, match.note, is_overridden=not contributed_bytes and bool(extents)),
+        is_low=term.is_low,
+    )
+
+
+def term_note(term: RuleTerm, *notes: str, is_overridden: bool) -> str:
+    """Return what is to be known of a term, in one line."""
+    low = "given up first when the store is full" if term.is_low else ""
+    overridden = "later terms decide all of it" if is_overridden else ""
+    return _say((*notes, low, overridden))
+
+
+def _say(notes: tuple[str, ...]) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _refuse_nothing(rules: Rules, facts: DiskFacts) -> None:
     if facts.size == 0:
         raise RuleError("there is nothing to select: the disk is empty (0 bytes)")
-    # `undecided` and every include lost to a later exclusion, or there is no include at all.
+    # What no term matches is not selected, and every include lost to a later exclusion.
     last = next(term for term in reversed(rules.terms) if not term.include)
     raise RuleError(
         f"these rules select nothing of the disk's {format_size(facts.size)}: "

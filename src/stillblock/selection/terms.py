@@ -1,72 +1,38 @@
 """The terms of the rule language: what each is written like, and which bytes it means on a disk.
 
-A new kind of term is a class with `resolve` and an entry in `TERM_KINDS`. Every kind there is today
-holds from the first write after the instant (`Phase.INSTANT`). Kinds that need a filesystem get a
-phase of their own; `TermResult.phase` and its JSON carry it from the start, so that records written
-now stay readable then.
+A new kind of term is a class with `resolve` and an entry in `TERM_KINDS`. Those that need to know
+what lies on the disk are in `file_terms.py`.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final, Protocol
 
 from stillblock.errors import RuleError, StillblockError
 from stillblock.extents import complement, normalise, whole
-from stillblock.model import Extents, format_size, parse_size
-from stillblock.selection.disk import Disk
+from stillblock.model import format_size, parse_size
+from stillblock.selection.facts import DiskFacts, Match, Phase
+from stillblock.selection.file_terms import (
+    Free,
+    LogicalVolumes,
+    Paths,
+    Swap,
+    WholeFilesystems,
+    Zero,
+)
 from stillblock.selection.partition_table import PartitionTableError, printable
 from stillblock.selection.partition_types import KNOWN_TYPES, codes_of
-from stillblock.selection.partitions import Partition, PartitionTable, read_partitions
+from stillblock.selection.partitions import Partition, PartitionTable
 
 TERM_LENGTH_MAX: Final = 4096
 """Characters in a term: as long as a path may be, which is the longest thing a term will hold."""
 _LISTED_MAX: Final = 20
 """Partitions that an error lists; a table can have a thousand."""
-_EXAMPLES: Final = "all, unpartitioned, part:2, part:type=swap, 64MiB-128MiB, 4GiB+1GiB or 1TiB-"
-
-
-class Phase(StrEnum):
-    """When a term's meaning is known."""
-
-    INSTANT = "instant"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """The bytes a term means on one disk, and what the user should know about them."""
-
-    extents: Extents
-    note: str = ""
-
-
-class DiskFacts:
-    """What terms may ask about a disk. Reads the partition table once, when a term needs it."""
-
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._table: PartitionTable | None = None
-        self._is_table_read = False
-
-    @property
-    def size(self) -> int:
-        """The disk's size in bytes."""
-        return self._disk.size
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the partition table's reader noted, if a term needed the table."""
-        return self._table.notes if self._table else ()
-
-    def table(self) -> PartitionTable:
-        """Return the partition table; raise `RuleError` if there is none or it is damaged."""
-        if not self._is_table_read:
-            self._table = read_partitions(self._disk)
-            self._is_table_read = True
-        if self._table is None:
-            raise RuleError("the disk has no partition table", hint="use all or a byte range")
-        return self._table
+_EXAMPLES: Final = (
+    "all, free, swap, zero, path:/var/cache/**, fs:LABEL, lv:GROUP/VOLUME, part:2, part:type=swap, "
+    "unpartitioned, 64MiB-128MiB, 4GiB+1GiB or 1TiB-"
+)
 
 
 class Meaning(Protocol):
@@ -93,6 +59,10 @@ def parse_term(text: str) -> tuple[TermKind, Meaning]:
         raise RuleError(
             f"a term has {len(text)} characters, at most {TERM_LENGTH_MAX} are allowed: "
             f"{printable(text[:40])}…"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RuleError(
+            f"{printable(text)} holds bytes that are no UTF-8", hint="write ? in a path for each"
         )
     for kind in TERM_KINDS:
         if kind.pattern.match(text):
@@ -327,5 +297,17 @@ TERM_KINDS: Final = (
         parse=lambda _: Unpartitioned(),
     ),
     TermKind(name="partition", pattern=re.compile(r"part:"), parse=Partitions.parse),
+    TermKind(name="volume", pattern=re.compile(r"lv:"), parse=LogicalVolumes.parse),
+    TermKind(name="filesystem", pattern=re.compile(r"fs:"), parse=WholeFilesystems.parse),
+    TermKind(name="path", pattern=re.compile(r"path:"), parse=Paths.parse, phase=Phase.FROZEN),
+    TermKind(
+        name="swap", pattern=re.compile(r"swap\Z"), parse=lambda _: Swap(), phase=Phase.FROZEN
+    ),
+    TermKind(
+        name="free", pattern=re.compile(r"free\Z"), parse=lambda _: Free(), phase=Phase.FROZEN
+    ),
+    TermKind(
+        name="zero", pattern=re.compile(r"zero\Z"), parse=lambda _: Zero(), phase=Phase.FROZEN
+    ),
     TermKind(name="range", pattern=re.compile(r"[0-9+-]"), parse=ByteRange.parse),
 )

@@ -53,8 +53,9 @@ def contexts_of_snapshot(epoch: int, instants: tuple[Instant, ...]) -> list[nati
 
 
 def instants_of(volume: OpenVolume) -> tuple[Instant, ...]:
-    """Return every named instant of a volume, oldest first, each name once."""
-    found = [Instant(name=s.record.name, epoch=s.epoch.epoch) for s in volume.snapshots()]
+    """Return every named instant of a volume, oldest first, each name once; final ones only."""
+    final = (s for s in volume.snapshots() if s.record.is_final)
+    found = [Instant(name=s.record.name, epoch=s.epoch.epoch) for s in final]
     found += [Instant(name=b.record.name, epoch=b.epoch.epoch) for b in volume.bookmarks()]
     return tuple(sorted(set(found), key=lambda instant: (instant.epoch, instant.name)))
 
@@ -180,8 +181,9 @@ class ExportServer:
             self._offered.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
-        # Of a snapshot without its header nothing can be read.
-        there = (s for s in volume.snapshots() if not s.epoch.damage)
+        # Of a snapshot without its header nothing can be read; one that is narrowed selects more
+        # than it will.
+        there = (s for s in volume.snapshots() if s.record.is_final and not s.epoch.damage)
         snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
         for name in self._names_of(volume):

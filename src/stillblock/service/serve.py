@@ -21,6 +21,7 @@ import uvicorn
 
 from stillblock.config import checked_socket_path
 from stillblock.errors import InUseError, SocketPathError, StillblockError, UsageError
+from stillblock.operations.narrowing import resume_narrowing
 from stillblock.operations.usage import StoreWatch
 from stillblock.operations.volume import EngineOptions, OpenVolume, Snapshot
 from stillblock.operations.volumes import Released
@@ -170,6 +171,7 @@ class VolumeHost:
         for name, volume in self._volumes.items():
             self._exports.start(volume)
             volume.hooks = _Hooks(self, self._exports)
+            resume_narrowing(volume)
             if len(names) == 1:
                 self._exports.server.set_default(name)
         default = UnixListener(path=self._config.nbd_socket(names[0]))

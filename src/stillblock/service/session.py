@@ -5,7 +5,14 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from stillblock.errors import NarrowingError
 from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
+from stillblock.operations.narrowing import (
+    WAIT_MS_MAX,
+    NarrowingProgress,
+    WaitNarrowingRequest,
+    resume_narrowing,
+)
 from stillblock.operations.recovery import Accepted, AcceptRequest
 from stillblock.operations.restore import RestorePlan, RestoreRequest, WaitRequest
 from stillblock.operations.snapshots import (
@@ -167,9 +174,32 @@ class Session(abc.ABC):
         """Return what a snapshot would hold if it were taken now."""
         return self.call(verbs.PLAN_SNAPSHOT, request)
 
-    def create_snapshot(self, request: SnapshotRequest) -> Receipt:
-        """Take a snapshot."""
-        return self.call(verbs.CREATE_SNAPSHOT, request)
+    def create_snapshot(self, request: SnapshotRequest, *, wait: bool = True) -> Receipt:
+        """Take a snapshot; with `wait` its selection is final when this returns.
+
+        Raise `NarrowingError` if it cannot become so now; the snapshot is there, and the next
+        opening of the volume tries again.
+        """
+        receipt = self.call(verbs.CREATE_SNAPSHOT, request)
+        return self.wait_final(receipt) if wait else receipt
+
+    def wait_final(self, receipt: Receipt) -> Receipt:
+        """Return the receipt of a snapshot once its selection is final."""
+        info = receipt.snapshot
+        if info.is_final:
+            return receipt
+        while not (progress := self.wait_narrowing(info.id)).is_final:
+            if not progress.is_running:
+                raise NarrowingError(
+                    f"{info.reference} is taken, but not narrowed: {progress.failure}",
+                    hint="it holds more than its rules say; opening the volume anew tries again",
+                )
+        return self.receipt(info.id)
+
+    def wait_narrowing(self, snapshot: str, *, timeout_ms: int = WAIT_MS_MAX) -> NarrowingProgress:
+        """Wait, some seconds at most, until a snapshot's selection is final."""
+        request = WaitNarrowingRequest(snapshot=snapshot, timeout_ms=timeout_ms)
+        return self.call(verbs.WAIT_NARROWING, request)
 
     def show_snapshot(self, snapshot: str) -> SnapshotInfo:
         """Return one snapshot."""
@@ -249,6 +279,12 @@ class LocalSession(Session):
         """Run a verb here."""
         return verb.run(self._opened, request)
 
+    def __exit__(self, *details: object) -> None:
+        if details[:1] == (None,):
+            # Nobody else would. Broken off, it begins anew at the next opening.
+            self._opened.narrowings.finish()
+        self.close()
+
     def close(self) -> None:
         """Stop the volume cleanly."""
         self._opened.close()
@@ -266,4 +302,10 @@ def open_session(config: Config, name: str, options: EngineOptions | None = None
     socket_path = find_server(config, name)
     if socket_path is not None:
         return RemoteSession(socket_path, name)
-    return LocalSession(OpenVolume.open(config, name, options))
+    opened = OpenVolume.open(config, name, options)
+    try:
+        resume_narrowing(opened)
+    except BaseException:
+        opened.close()
+        raise
+    return LocalSession(opened)

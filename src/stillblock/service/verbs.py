@@ -22,6 +22,8 @@ from stillblock.model import (
 from stillblock.operations import (
     bookmarks,
     consistency,
+    explaining,
+    narrowing,
     recovery,
     restore,
     rules,
@@ -231,7 +233,7 @@ EXPLAIN: Final = Verb(
     summary="What rules come to on the disk now.",
     request=rules.RulesRequest,
     result=rules.Explanation,
-    run=rules.explain,
+    run=explaining.explain,
 )
 LIST_SNAPSHOTS: Final = Verb(
     name="list_snapshots",
@@ -246,10 +248,19 @@ CREATE_SNAPSHOT: Final = Verb(
     name="create_snapshot",
     method="POST",
     path="/snapshots",
-    summary="Take a snapshot.",
+    summary="Take a snapshot; what its rules say of files is resolved afterwards.",
     request=snapshots.SnapshotRequest,
     result=Receipt,
     run=snapshots.create_snapshot,
+)
+WAIT_NARROWING: Final = Verb(
+    name="wait_narrowing",
+    method="GET",
+    path="/snapshots/{snapshot}/narrowing",
+    summary="Wait, some seconds at most, until a snapshot's selection is final.",
+    request=narrowing.WaitNarrowingRequest,
+    result=narrowing.NarrowingProgress,
+    run=narrowing.wait_narrowing,
 )
 PLAN_SNAPSHOT: Final = Verb(
     name="plan_snapshot",

@@ -272,8 +272,11 @@ def test_a_resolution_is_json(disk: BytesDisk) -> None:
         "contributed_bytes": MIB // 2,
         "extents": [[3 * MIB, 3 * MIB + MIB // 2]],
         "phase": "instant",
+        "file_count": 0,
+        "unresolved": [],
         "note": "",
     }
+    assert (document["is_final"], document["unresolved"]) == (True, [])
     assert document["excluded"] == [
         {"start": 3 * MIB, "end": 3 * MIB + MIB // 2, "because": "part:type=swap"}
     ]

@@ -30,13 +30,40 @@ GOOD = [
     "part:type=0657FD6D-A4AB-43C4-84E5-0933C84B4F4F",
     "part:uuid=90A1B2C3-02",
     "part:uuid=0657fd6d-a4ab-43c4-84e5-0933c84b4f4f",
+    "free",
+    "swap",
+    "zero",
+    "path:/",
+    "path:/etc/",
+    "path:/var/cache/**",
+    "path:/**/*.tmp",
+    "path:data:/a b/[!x-z]?*",
+    "path:vg/root:/tmp",
+    "path:/a\\[b",
+    "fs:data",
+    "fs:2",
+    "lv:vg/root",
 ]
 
 BAD = {
     "": "is not a term",
     "everything": "is not a term",
     "ALL": "is not a term",
-    "path:/etc": "is not a term",
+    "path:": "is no path",
+    "path:etc": "is no path",
+    "path::/etc": "is no path",
+    "path:/a//b": "two slashes",
+    "path:/a/../b": ".. is no name",
+    "path:/a/./b": ". is no name",
+    "path:/a\\": "a backslash stands at the end",
+    "path:/a\\/b": "cannot hold a slash",
+    "path:/[ab": "no ] behind it",
+    "path:/[z-a]": "runs backwards",
+    "fs:": "nothing stands after fs:",
+    "lv:root": "GROUP/VOLUME",
+    "lv:a/b/c": "GROUP/VOLUME",
+    "swapfile": "is not a term",
+    "free ": "is not a term",
     "part": "is not a term",
     "allx": "is not a term",
     "all\n": "is not a term",
@@ -75,6 +102,13 @@ def test_a_malformed_term_is_refused_at_once_with_its_reason(text: str, reason: 
         Rules(terms=(Term(include=True, text="all"), Term(include=False, text=text)))
     assert reason in str(caught.value)
     assert text[:20] in str(caught.value).replace("\\n", "\n")
+
+
+def test_bytes_that_no_name_or_no_text_has_are_refused() -> None:
+    with pytest.raises(RuleError, match="cannot hold a NUL"):
+        Rules.parse([("exclude", "path:/a\0b")])
+    with pytest.raises(RuleError, match=r"bytes that are no UTF-8; write \?"):
+        Rules.parse([("exclude", "path:/a\udcff")])
 
 
 def test_an_unknown_type_is_answered_with_the_known_ones() -> None:

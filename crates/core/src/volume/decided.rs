@@ -208,8 +208,13 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
                 found.meta.clone_from(meta);
             }
         }
-        Entry::Narrowed { epoch, selection } => {
-            if let Some(found) = epochs.0.get_mut(epoch).filter(|e| e.damage.is_empty()) {
+        Entry::Narrowed { epoch, selection, settled } => {
+            let Some(found) = epochs.0.get_mut(epoch) else { return };
+            if let Some(settled) = settled {
+                found.meta.clone_from(&settled.meta);
+                found.low = Arc::new(settled.low.clone());
+            }
+            if found.damage.is_empty() {
                 found.selection = Some(Arc::new(selection.clone()));
             }
         }

@@ -9,11 +9,14 @@ use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
-use crate::journal::Entry;
+use crate::journal::{Entry, Settled};
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::MutexGuard;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Slots that are wiped under one hold of the state lock: a mebibyte, well below a millisecond.
+const WIPED_AT_ONCE: usize = 256;
 
 /// One instant, for people.
 #[derive(Debug, Clone)]
@@ -124,6 +127,18 @@ impl Volume {
 
     /// Select less from now on; tells the bytes freed.
     pub fn narrow(&self, epoch: u32, selection: &ExtentSet) -> Result<u64> {
+        self.narrow_with(epoch, selection, None)
+    }
+
+    /// Select less from now on and, in the same decision, settle what else depends on it; tells the
+    /// bytes freed. When this returns, no content of a block that nobody selects any more is in the
+    /// store or in the write buffer.
+    pub fn narrow_with(
+        &self,
+        epoch: u32,
+        selection: &ExtentSet,
+        settled: Option<Settled>,
+    ) -> Result<u64> {
         let mut committer = self.role()?;
         let old = {
             let epochs = self.epochs.read();
@@ -132,10 +147,17 @@ impl Volume {
         };
         self.check_not_restoring_from(epoch)?;
         let narrowed = Arc::new(old.intersection(selection));
-        let entry = Entry::Narrowed { epoch, selection: (*narrowed).clone() };
+        let low =
+            |settled: Settled| Settled { low: settled.low.intersection(&narrowed), ..settled };
+        let settled = settled.map(low);
+        let entry = Entry::Narrowed { epoch, selection: (*narrowed).clone(), settled };
         committer.journal.append(&entry)?;
         if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
             found.selection = Some(narrowed);
+            if let Entry::Narrowed { settled: Some(settled), .. } = entry {
+                found.meta = settled.meta;
+                found.low = Arc::new(settled.low);
+            }
         }
         if is_broken(Rule::NarrowInRole) {
             let bits = self.bits(committer.epoch, self.block_count(self.size_bytes()));
@@ -146,7 +168,23 @@ impl Volume {
             }
             return Ok(0);
         }
+        // First changes of what it let go of take no slots from here on.
+        self.rebuild_bits(committer.epoch);
+        self.wipe_buffer(&mut committer);
         self.let_go(&mut committer)
+    }
+
+    /// Wipe the slots that nobody uses: they hold what was written once, to blocks that nobody may
+    /// select any more. Those in use are committed, and wiped when they are dropped.
+    fn wipe_buffer(&self, committer: &mut Committer) {
+        let (epoch, upto) = {
+            let mut state = self.state.lock();
+            state.buffer.wipe_when_dropped();
+            (committer.epoch, state.buffer.last_sequence())
+        };
+        while !self.state.lock().buffer.wipe_free(WIPED_AT_ONCE) {}
+        // What fails here is latched, and told to the next flush; the slots stay until it is not.
+        let _ = self.commit_until(committer, epoch, upto, None);
     }
 
     fn check_not_restoring_from(&self, epoch: u32) -> Result<()> {

@@ -2,6 +2,7 @@
 
 mod full;
 mod moments;
+mod narrowing;
 mod resizing;
 
 use super::host::System;

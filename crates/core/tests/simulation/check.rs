@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use stillblock_core::extent::ExtentSet;
-use stillblock_core::journal::JOURNAL_NAME;
+use stillblock_core::journal::{JOURNAL_NAME, Settled};
 use stillblock_core::log::scan::scan;
 use stillblock_core::log::writer::{Segments, segment_number};
 use stillblock_core::view::{ExcludedReads, View};
@@ -31,6 +31,16 @@ pub struct Way {
     pub has_background: bool,
     /// Disks fail and rot.
     pub has_faults: bool,
+}
+
+/// What is kept beside a snapshot that was narrowed to this.
+fn note_of(selection: &ExtentSet) -> Vec<u8> {
+    format!("{selection:?}").into_bytes()
+}
+
+/// The same with all that is settled with it.
+pub fn settled_as(selection: &ExtentSet) -> Settled {
+    Settled { meta: note_of(selection), low: ExtentSet::new() }
 }
 
 /// Nobody is to fail because time passes.
@@ -283,6 +293,12 @@ fn verify(
                     **selection == snapshot.selection || is_narrowed,
                     "P10: snapshot {epoch} selects {selection:?}, was told {:?}",
                     snapshot.selection
+                );
+                let note = &info.state.meta;
+                ensure!(
+                    *note == note_of(selection)
+                        || (note.is_empty() && **selection == snapshot.selection),
+                    "P10: snapshot {epoch} selects {selection:?}, and says it of something else"
                 );
                 snapshot.selection = (**selection).clone();
             }

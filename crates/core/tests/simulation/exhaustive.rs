@@ -3,7 +3,9 @@
 //! Most faults of storage systems that testers found were found by programs as short as these
 //! (`CrashMonkey` and `Ace`, OSDI 2018).
 
-use crate::check::{Tally, Way, bytes, cells, check, check_kept_once, open, read_snapshot};
+use crate::check::{
+    Tally, Way, bytes, cells, check, check_kept_once, open, read_snapshot, settled_as,
+};
 use crate::dice::Dice;
 use crate::machine::Machine;
 use crate::model::{Model, Restore};
@@ -202,7 +204,9 @@ impl Run {
                 self.volume.wait_restored(LONG).map_err(told("a restore"))?;
                 let narrowed = |s: &crate::model::Snapshot| s.selection.intersection(&part());
                 self.with(epoch, |s| s.narrowing = Some(narrowed(s)));
-                self.volume.narrow(epoch, &part()).map_err(told("narrowing"))?;
+                let mut note = None;
+                self.with(epoch, |s| note = s.narrowing.as_ref().map(settled_as));
+                self.volume.narrow_with(epoch, &part(), note).map_err(told("narrowing"))?;
                 self.with(epoch, |s| s.selection = s.narrowing.take().unwrap_or_default());
                 Ok(())
             }

@@ -3,7 +3,7 @@
 
 use crate::check::{
     Tally, Way, bytes, cells, check, check_changed, check_kept_once, check_snapshots, open,
-    read_live, read_snapshot,
+    read_live, read_snapshot, settled_as,
 };
 use crate::dice::Dice;
 use crate::machine::{FaultPlan, Machine, ORIGIN, STORE, SimHost, Stop, Target};
@@ -299,7 +299,9 @@ fn narrow(session: &Session, dice: &mut Dice) -> Result<(), String> {
         })
     };
     let Some((epoch, selection)) = picked else { return Ok(()) };
-    let narrowed = session.volume.narrow(epoch, &selection);
+    // What is kept beside a snapshot changes in the same decision: `check` compares the two.
+    let meta = session.machine.model().snapshots[&epoch].narrowing.as_ref().map(settled_as);
+    let narrowed = session.volume.narrow_with(epoch, &selection, meta);
     let is_busy = matches!(narrowed, Err(Error::RestoreRunning(_)));
     let done = if is_busy { Ok(None) } else { session.must("narrowing", narrowed) };
     let mut model = session.machine.model();

@@ -1,0 +1,59 @@
+"""What rules come to on the disk as it is now: on a snapshot taken for it where clients write."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from stillblock.model import PAUSE_LIMIT_MS_DEFAULT, SnapshotPurpose, SnapshotRecord
+from stillblock.operations.disks import FrozenDisk, LiveDisk
+from stillblock.operations.records import encode_snapshot, new_id
+from stillblock.operations.rules import (
+    Explanation,
+    RulesRequest,
+    effective_rules,
+    explain_frozen,
+    explain_terms,
+)
+
+if TYPE_CHECKING:
+    from stillblock.operations.volume import OpenVolume
+
+
+def explain(volume: OpenVolume, request: RulesRequest) -> Explanation:
+    """Return what a snapshot with these terms would select now, without keeping one.
+
+    Files and free space of a disk in use cannot be told from the disk as it changes under the
+    reader: a snapshot is taken for it, as any is, and deleted again.
+    """
+    rules = effective_rules(volume, request)
+    found = replace(explain_terms(volume, rules.terms), is_default=rules.is_default)
+    if found.is_final:
+        return found
+    told = _on_a_probe(volume, found) if volume.is_served else _at_rest(volume, found)
+    return replace(told, is_default=rules.is_default)
+
+
+def _at_rest(volume: OpenVolume, found: Explanation) -> Explanation:
+    """Resolve on the live disk: nobody else has it, so it holds still."""
+    return explain_frozen(LiveDisk(volume.engine), found.rules, found.pending, volume=volume.name)
+
+
+def _on_a_probe(volume: OpenVolume, found: Explanation) -> Explanation:
+    record = SnapshotRecord(name="probe", id=new_id(), purpose=SnapshotPurpose.PROBE)
+    engine = volume.engine
+    instant = engine.snapshot(
+        selection=found.extents,
+        low=found.extents,
+        meta=encode_snapshot(record),
+        pause_limit_ms=PAUSE_LIMIT_MS_DEFAULT,
+    )
+    try:
+        view = engine.view(epoch=instant.epoch, excluded_reads="error")
+        try:
+            disk = FrozenDisk(view, is_cancelled=lambda: False)
+            return explain_frozen(disk, found.rules, found.pending, volume=volume.name)
+        finally:
+            view.close()
+    finally:
+        engine.delete_snapshot(epoch=instant.epoch, force=True)

@@ -1,0 +1,83 @@
+"""Receipts: what a snapshot does not hold, and why; and proof that nobody changed that since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Final
+
+from stillblock import codec
+from stillblock.errors import StoreDamagedError
+from stillblock.model import Extent, Extents, LeftOut, PackedLeftOut, SnapshotRecord
+from stillblock.packing import PackingError, pack, unpack
+from stillblock.selection.resolution import RESOLUTION_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_PLAIN_MAX: Final = 64
+"""Extents that a record lists in words; more are packed: free space has tens of thousands."""
+_OF_THE_MOMENT: Final = ("name", "is_protected", "description", "digest")
+"""What may change while the snapshot stays what it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """What the engine knows of an instant and never changes."""
+
+    epoch: int
+    size_bytes: int
+    created_unix_ns: int
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what resolves rules here."""
+    return {"stillblock": metadata.version("stillblock"), "resolver": str(RESOLUTION_VERSION)}
+
+
+def with_left_out(record: SnapshotRecord, left_out: Sequence[LeftOut]) -> SnapshotRecord:
+    """Return the record with what is left out, packed where that is long."""
+    if len(left_out) <= _PLAIN_MAX:
+        return replace(record, left_out=tuple(left_out), left_out_packed=())
+    by_reason: defaultdict[str, list[Extent]] = defaultdict(list)
+    for part in left_out:
+        by_reason[part.because].append((part.start, part.end))
+    packed = tuple(
+        PackedLeftOut(because=because, extents=pack(tuple(sorted(extents))))
+        for because, extents in by_reason.items()
+    )
+    return replace(record, left_out=(), left_out_packed=packed)
+
+
+def left_out_of(record: SnapshotRecord) -> tuple[LeftOut, ...]:
+    """Return what a record says is left out, in the order of the disk."""
+    if not record.left_out_packed:
+        return record.left_out
+    try:
+        found = [
+            LeftOut(start=start, end=end, because=part.because)
+            for part in record.left_out_packed
+            for start, end in unpack(part.extents)
+        ]
+    except PackingError as error:
+        raise StoreDamagedError(f"the record of snapshot {record.name}: {error}") from error
+    found.sort(key=lambda part: part.start)
+    return tuple(found)
+
+
+def sealed(record: SnapshotRecord, instant: Instant, extents: Extents) -> SnapshotRecord:
+    """Return the record with the digest of what it, the instant and the selection say."""
+    return replace(record, digest=digest_of(record, instant, extents))
+
+
+def digest_of(record: SnapshotRecord, instant: Instant, extents: Extents) -> str:
+    """Return the digest; the same for the same receipt, whatever the snapshot is called by now."""
+    told = codec.to_json(record)
+    for field in _OF_THE_MOMENT:
+        del told[field]
+    told |= codec.to_json(instant) | {"extents": pack(extents)}
+    text = json.dumps(told, separators=(",", ":"), sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

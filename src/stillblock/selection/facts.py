@@ -1,0 +1,154 @@
+"""What terms may ask about a disk, and what they answer."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from stillblock.errors import OriginIOError, RuleError
+from stillblock.model import Extents
+from stillblock.selection.disk import Disk
+from stillblock.selection.filesystems import Content, Identity, UnresolvedError
+from stillblock.selection.partition_table import printable
+from stillblock.selection.partitions import PartitionTable, read_partitions
+from stillblock.selection.places import Place, Places, read_places
+from stillblock.selection.survey import Survey, SurveyRequest, is_named, is_place_name
+
+
+class Phase(StrEnum):
+    """When a term's meaning is known."""
+
+    INSTANT = "instant"
+    """Before the instant: it holds from the first write after it."""
+    FROZEN = "frozen"
+    """On the frozen view, after the instant: until then what it may leave out stays selected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unresolved:
+    """Somewhere that a term could not be resolved: an exclusion leaves nothing out there, an
+    inclusion takes all of it.
+    """
+
+    place: str
+    """`part:2`, `lv:vg/root`, `disk`."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """What a term means on one disk before the instant, and what the user should know about it."""
+
+    extents: Extents
+    """The bytes it means, as far as is known."""
+    kept: Extents = ()
+    """Of them, what an exclusion keeps all the same, such as the header of a swap area."""
+    frozen: Extents = ()
+    """Where the rest of its meaning may lie, to be resolved on the frozen view."""
+    unresolved: tuple[tuple[Unresolved, Extents], ...] = ()
+    """Where it could not be resolved: an inclusion takes these bytes."""
+    note: str = ""
+
+
+class Readers(Protocol):
+    """Reads filesystems; in processes of their own, or in tests at once."""
+
+    def identify(self, disk: Disk, *, content: Content) -> Identity:
+        """Return which filesystem lies on a disk; raise `UnresolvedError`."""
+
+    def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
+        """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
+
+
+class DiskFacts:
+    """What terms may ask about a disk. Reads what it lacks when a term first needs it."""
+
+    def __init__(self, disk: Disk, readers: Readers) -> None:
+        self._disk = disk
+        self._readers = readers
+        self._table: PartitionTable | None = None
+        self._is_table_read = False
+        self._places: Places | None = None
+        self._identities: dict[str, Identity | Unresolved] = {}
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        return self._disk.size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the readers of table and places noted, if a term needed them."""
+        table_notes = self._table.notes if self._table else ()
+        return table_notes + (self._places.notes if self._places else ())
+
+    def table(self) -> PartitionTable:
+        """Return the partition table; raise `RuleError` if there is none or it is damaged."""
+        if not self._is_table_read:
+            self._table = read_partitions(self._disk)
+            self._is_table_read = True
+        if self._table is None:
+            raise RuleError("the disk has no partition table", hint="use all or a byte range")
+        return self._table
+
+    @property
+    def places(self) -> Places:
+        """What the disk is made of."""
+        if self._places is None:
+            self._places = read_places(self._disk)
+        return self._places
+
+    @property
+    def known_places(self) -> tuple[Place, ...]:
+        """The places, if a term needed them."""
+        return self._places.places if self._places else ()
+
+    def identity(self, place: Place) -> Identity | Unresolved:
+        """Return which filesystem lies at a place, or why that is not known."""
+        found = self._identities.get(place.name)
+        if found is None:
+            assert place.content is not None, "only a place with a filesystem is asked about"
+            try:
+                found = self._readers.identify(place.disk(self._disk), content=place.content)
+            except (UnresolvedError, OriginIOError) as error:
+                found = Unresolved(place=place.name, reason=error.message)
+            self._identities[place.name] = found
+        return found
+
+    def filesystems_named(self, name: str) -> tuple[list[Place], list[tuple[Unresolved, Place]]]:
+        """Return the filesystems of a name; if there is none, those that could not be asked.
+
+        Raise `RuleError` if there is none and all could be asked.
+        """
+        if is_place_name(name):
+            return [self._filesystem_at(name)], []
+        found: list[Place] = []
+        silent: list[tuple[Unresolved, Place]] = []
+        labels: list[str] = []
+        for place in self.places.filesystems:
+            identity = self.identity(place)
+            if isinstance(identity, Unresolved):
+                silent.append((identity, place))
+            elif is_named(name, identity=identity, place_name=place.name):
+                found.append(place)
+            else:
+                label = f" {printable(identity.label)}" if identity.label else ""
+                labels.append(f"{place.name} {identity.kind}{label} {identity.uuid}".rstrip())
+        if found:
+            return found, []
+        if not silent:
+            raise RuleError(
+                f"there is no filesystem with label or uuid {printable(name)}",
+                hint=f"the disk has {', '.join(labels[:20]) or 'no filesystem that is known'}",
+            )
+        return [], silent
+
+    def _filesystem_at(self, name: str) -> Place:
+        wanted = f"lv:{name}" if "/" in name else f"part:{int(name)}"
+        for place in self.places.places:
+            if place.name == wanted and place.is_filesystem:
+                return place
+            if place.name == wanted:
+                what = place.opaque_reason or f"it holds {place.content or 'nothing known'}"
+                raise RuleError(f"{wanted} has no filesystem that is read here: {what}")
+        found = ", ".join(place.name for place in self.places.places[:20])
+        raise RuleError(f"there is no {wanted}", hint=f"the disk has {found or 'nothing known'}")

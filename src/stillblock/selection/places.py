@@ -1,0 +1,182 @@
+"""Places: what a disk is made of, down to the stretches that may hold a filesystem each.
+
+The whole disk, its partitions, the logical volumes on them. What cannot be told apart for certain
+is opaque: it is kept whole, and a note says why.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from stillblock.extents import normalise, total_bytes
+from stillblock.model import Extent, Extents
+from stillblock.selection.disk import Disk, MappedDisk, to_disk
+from stillblock.selection.filesystems.signatures import Content, identify
+from stillblock.selection.lvm import (
+    PhysicalVolume,
+    group_members,
+    logical_volumes,
+    read_physical_volume,
+)
+from stillblock.selection.lvm_text import LvmTextError
+from stillblock.selection.partition_table import PartitionTableError, printable
+from stillblock.selection.partitions import PartitionTable, read_partitions
+
+FILESYSTEMS: Final = frozenset(
+    {Content.EXT, Content.XFS, Content.BTRFS, Content.NTFS, Content.FAT, Content.EXFAT}
+)
+"""Contents that a reader may understand."""
+WHOLE_DISK: Final = "disk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One stretch of the disk that holds one thing; places that are not opaque do not overlap."""
+
+    name: str
+    """`disk`, `part:2` or `lv:vg/root`."""
+    pieces: tuple[Extent, ...]
+    """Where it lies on the disk, in its own order."""
+    content: Content | None = None
+    """None: nothing known, or no telling."""
+    opaque_reason: str = ""
+    """Why nothing in it can be told apart; empty for filesystems and swap."""
+
+    @property
+    def extents(self) -> Extents:
+        """Where it lies, in the order of the disk."""
+        return normalise(self.pieces)
+
+    @property
+    def is_filesystem(self) -> bool:
+        """Whether it looks like a filesystem that has a reader."""
+        return self.content in FILESYSTEMS and not self.opaque_reason
+
+    @property
+    def is_swap(self) -> bool:
+        """Whether it is a swap area."""
+        return self.content is Content.SWAP and not self.opaque_reason
+
+    @property
+    def number(self) -> int | None:
+        """The partition's number, if it is one."""
+        kind, _, number = self.name.partition(":")
+        return int(number) if kind == "part" else None
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return total_bytes(self.extents)
+
+    def disk(self, disk: Disk) -> MappedDisk:
+        """Return the place as a disk of its own."""
+        return MappedDisk(disk, self.pieces)
+
+    def disk_extents(self, extents: Extents) -> Extents:
+        """Return where extents of the place lie on the disk."""
+        return to_disk(self.pieces, extents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """All places of a disk."""
+
+    places: tuple[Place, ...]
+    groups: tuple[tuple[str, Extents], ...] = ()
+    """Where the physical volumes of each LVM volume group lie, as far as they can be read."""
+    notes: tuple[str, ...] = ()
+    """What is opaque, and why."""
+
+    @property
+    def filesystems(self) -> tuple[Place, ...]:
+        """Those that look like a filesystem."""
+        return tuple(place for place in self.places if place.is_filesystem)
+
+    @property
+    def swap(self) -> tuple[Place, ...]:
+        """Those that are swap areas."""
+        return tuple(place for place in self.places if place.is_swap)
+
+
+def read_places(disk: Disk) -> Places:
+    """Return what the disk is made of; never raises for what lies there, only for failed reads."""
+    if disk.size == 0:
+        return Places(places=())
+    whole = _identified(Place(name=WHOLE_DISK, pieces=((0, disk.size),)), disk)
+    try:
+        table = read_partitions(disk)
+    except PartitionTableError as error:
+        opaque = replace(whole, content=None, opaque_reason=error.message)
+        return Places(places=(opaque,), notes=_notes([opaque]))
+    if table is None:
+        found = [whole]
+    elif whole.content is not None or whole.opaque_reason:
+        # Left over from before or after the table was made; only one of the two can hold.
+        what = whole.opaque_reason or f"it holds {whole.content} as well as a partition table"
+        opaque = replace(whole, content=None, opaque_reason=f"{what}, and only one can hold")
+        return Places(places=(opaque,), notes=_notes([opaque]))
+    else:
+        found = _partitions(disk, table)
+    return _with_logical_volumes(disk, found)
+
+
+def _partitions(disk: Disk, table: PartitionTable) -> list[Place]:
+    return [
+        _identified(Place(name=f"part:{partition.number}", pieces=(partition.extent,)), disk)
+        for partition in table.partitions
+        if not partition.is_container
+    ]
+
+
+def _identified(place: Place, disk: Disk) -> Place:
+    signature = identify(place.disk(disk))
+    reason = ""
+    if len(signature.found) > 1:
+        reason = "it looks like several things: " + ", ".join(signature.found)
+    elif signature.content in (Content.LUKS, Content.RAID):
+        reason = f"it holds {signature.content}, which is opaque"
+    return replace(place, content=signature.content, opaque_reason=reason)
+
+
+def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
+    """Return the places with those that LVM2 makes of some of them."""
+    physical: list[PhysicalVolume] = []
+    places: list[Place] = []
+    for place in found:
+        if place.content is not Content.LVM or place.opaque_reason:
+            places.append(place)
+            continue
+        try:
+            start = place.pieces[0][0]
+            physical.append(read_physical_volume(place.disk(disk), start=start))
+        except LvmTextError as error:
+            places.append(replace(place, opaque_reason=error.message))
+    try:
+        logical = logical_volumes(physical)
+        groups = group_members(physical)
+    except LvmTextError as error:
+        places += (
+            replace(place, opaque_reason=error.message)
+            for place in found
+            if any(place.pieces[0][0] == volume.start for volume in physical)
+        )
+        return Places(places=tuple(places), notes=_notes(places))
+    for volume in logical:
+        place = Place(
+            name=f"lv:{volume.full_name}",
+            pieces=volume.pieces,
+            opaque_reason=volume.opaque_reason,
+        )
+        places.append(_identified(place, disk) if volume.pieces else place)
+    return Places(
+        places=tuple(places),
+        groups=tuple((name, normalise(extents)) for name, extents in groups.items()),
+        notes=_notes(places),
+    )
+
+
+def _notes(places: list[Place]) -> tuple[str, ...]:
+    return tuple(
+        f"{printable(place.name)} is opaque and kept whole: {place.opaque_reason}"
+        for place in places
+        if place.opaque_reason
+    )

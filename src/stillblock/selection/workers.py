@@ -1,0 +1,318 @@
+"""Starts workers, reads the disk for them, and believes nothing they say without a check.
+
+A filesystem that was made to take over its reader gains a process that can do nothing but answer;
+so answers are held to their form and to the bounds of the filesystem, and reads to the disk.
+"""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+import stillblock
+from stillblock import codec
+from stillblock.errors import Blame, ExcludedError, StillblockError
+from stillblock.model import Extent, Extents
+from stillblock.selection.confinement import Limits
+from stillblock.selection.disk import Disk, read_exactly
+from stillblock.selection.filesystems.filesystem import Identity, UnresolvedError
+from stillblock.selection.filesystems.opening import READERS
+from stillblock.selection.filesystems.signatures import Content
+from stillblock.selection.survey import Group, Survey, SurveyRequest, Tally
+from stillblock.selection.wire import (
+    READ,
+    READ_BYTES_MAX,
+    Kind,
+    WireError,
+    frame,
+    receive,
+    unpack_document,
+)
+
+TEXT_LENGTH_MAX: Final = 400
+"""Characters of a reason or label that are kept."""
+_CAVEATS_MAX: Final = 20
+
+T = TypeVar("T")
+
+
+class WorkerReaders:
+    """Reads each filesystem in a process of its own, which ends with the request."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+
+    def identify(self, disk: Disk, *, content: Content) -> Identity:
+        """Return which filesystem lies on a disk; raise `UnresolvedError`."""
+        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+            return worker.identify()
+
+    def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
+        """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
+        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+            return worker.survey(request)
+
+
+class Worker:
+    """One worker process. Every request raises `UnresolvedError` if the worker fails at it, in
+    whatever way; what the disk raises that is not the disk's fault is raised as it is.
+    """
+
+    def __init__(self, disk: Disk, *, reader: str, limits: Limits | None = None) -> None:
+        """Say what to read and how; `reader` is `module:function` of one that opens it."""
+        self._disk = disk
+        self._reader = reader
+        self._limits = limits or Limits()
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._deadline = 0.0
+        self._first = b""
+
+    def __enter__(self) -> Self:
+        """Start it."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _program(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={},
+                cwd="/",
+            )
+        except OSError as error:
+            ours.close()
+            raise UnresolvedError(f"its reader could not be started: {error.strerror}") from error
+        finally:
+            theirs.close()
+        self._socket = ours
+        setup = {
+            "reader": self._reader,
+            "size": self._disk.size,
+            "limits": codec.to_json(self._limits),
+        }
+        self._deadline = time.monotonic() + self._limits.wall_s
+        self._first = frame(Kind.SETUP, json.dumps(setup).encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it at once; it holds nothing that could be lost."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def identify(self) -> Identity:
+        """Return which filesystem it is."""
+        document, _ = self._request(Kind.IDENTIFY, {})
+        return self._checked(lambda: _identity(document, size=self._disk.size))
+
+    def survey(self, request: SurveyRequest) -> Survey:
+        """Return what the terms of a request mean."""
+        document, numbers = self._request(Kind.SURVEY, codec.to_json(request))
+        return self._checked(
+            lambda: _survey(document, numbers, request=request, size=self._disk.size)
+        )
+
+    def _checked(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (codec.CodecError, WireError) as error:
+            raise UnresolvedError(f"its reader gave a malformed answer: {error.message}") from error
+
+    def _request(self, kind: Kind, document: object) -> tuple[object, "array[int]"]:
+        self._deadline = time.monotonic() + self._limits.wall_s
+        try:
+            self._send(self._first + frame(kind, json.dumps(document).encode("ascii")))
+            self._first = b""
+            while True:
+                answer, payload = receive(self._take)
+                match answer:
+                    case Kind.READ:
+                        self._send(self._read(payload))
+                    case Kind.ANSWER:
+                        return unpack_document(payload)
+                    case Kind.FAILED:
+                        raise UnresolvedError(_text(payload.decode("utf-8", "replace")))
+                    case _:
+                        raise WireError(f"it sent {answer.name}")
+        except TimeoutError as error:
+            raise UnresolvedError(
+                f"its reader did not end within {self._limits.wall_s:g} s"
+            ) from error
+        except WireError as error:
+            raise UnresolvedError(f"its reader broke off: {error.message}") from error
+
+    def _read(self, payload: bytes) -> bytes:
+        """Return the frame that answers a read."""
+        if len(payload) != READ.size:
+            raise WireError("it sent a malformed read")
+        offset, length = READ.unpack(payload)
+        if not 0 < length <= READ_BYTES_MAX or offset + length > self._disk.size:
+            raise WireError(f"it asked for {length} bytes at {offset}")
+        try:
+            return frame(Kind.DATA, read_exactly(self._disk, offset=offset, length=length))
+        except StillblockError as error:
+            if not is_of_disk(error):
+                raise
+            return frame(Kind.READ_FAILED, error.message.encode("utf-8", "replace"))
+
+    def _send(self, data: bytes) -> None:
+        assert self._socket is not None, "it was started"
+        self._socket.settimeout(self._left_s())
+        try:
+            self._socket.sendall(data)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise WireError(self._epitaph()) from error
+
+    def _take(self, length: int) -> bytes:
+        assert self._socket is not None, "it was started"
+        parts: list[bytes] = []
+        while length > 0:
+            self._socket.settimeout(self._left_s())
+            try:
+                part = self._socket.recv(min(length, READ_BYTES_MAX))
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise WireError(self._epitaph()) from error
+            if not part:
+                raise WireError(self._epitaph())
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def _left_s(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def _epitaph(self) -> str:
+        """Return what became of a worker that hung up."""
+        assert self._process is not None, "it was started"
+        try:
+            code = self._process.wait(timeout=max(0.1, self._left_s()))
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return f"it used more than {self._limits.cpu_s} s of processor time"
+        if code < 0:
+            return f"it was ended by {signal.Signals(-code).name}"
+        return f"it ended with code {code}"
+
+
+def is_of_disk(error: StillblockError) -> bool:
+    """Whether bytes could not be had; anything else, such as a closed volume, ends the work."""
+    return error.blame is Blame.DISK or isinstance(error, ExcludedError)
+
+
+def _program(descriptor: int) -> str:
+    """Return what the interpreter runs: this package, from where this process has it."""
+    root = str(Path(stillblock.__file__).parent.parent)
+    # Not the current directory, and nothing that is no path of modules.
+    path = list(
+        dict.fromkeys([root, *(str(Path(entry).absolute()) for entry in sys.path if entry)])
+    )
+    return (
+        f"import sys; sys.path[:] = {path!r}; "
+        f"from stillblock.selection.worker import main; main({descriptor})"
+    )
+
+
+# Answers --------------------------------------------------------------------------------------
+
+
+def _identity(document: object, *, size: int) -> Identity:
+    identity = codec.from_json(Identity, document)
+    if not 0 < identity.size <= size or identity.block_size <= 0:
+        raise WireError(f"a filesystem of {identity.size} bytes on {size}")
+    return Identity(
+        kind=_text(identity.kind),
+        label=_text(identity.label),
+        uuid=_text(identity.uuid),
+        block_size=identity.block_size,
+        size=identity.size,
+        is_case_sensitive=identity.is_case_sensitive,
+    )
+
+
+def _survey(
+    document: object, numbers: "array[int]", *, request: SurveyRequest, size: int
+) -> Survey:
+    if not isinstance(document, dict):
+        raise WireError("a survey that is no object")
+    groups = codec.from_json(tuple[tuple[int, ...], ...], document.get("groups"))
+    counts = codec.from_json(tuple[int, ...], document.get("counts"))
+    tallies = codec.from_json(tuple[Tally, ...], document.get("tallies"))
+    caveats = codec.from_json(tuple[str, ...], document.get("caveats"))
+    reasons = codec.from_json(
+        tuple[str, str], [document.get("files_reason"), document.get("free_reason")]
+    )
+    term_count = len(request.terms)
+    if len(counts) != len(groups) + 3 or len(tallies) != term_count:
+        raise WireError("a survey whose parts do not fit one another")
+    if any(not 0 <= index < term_count for group in groups for index in group):
+        raise WireError("a survey of terms that nobody asked for")
+    if any(count < 0 for count in counts) or sum(counts) * 2 != len(numbers):
+        raise WireError("a survey with other extents than it counts")
+    identity = _identity(document.get("identity"), size=size)
+    extents: list[Extents] = []
+    position = 0
+    for count in counts:
+        extents.append(_extents(numbers[position : position + 2 * count], size=identity.size))
+        position += 2 * count
+    return Survey(
+        identity=identity,
+        caveats=tuple(_text(caveat) for caveat in caveats[:_CAVEATS_MAX]),
+        groups=tuple(
+            Group(terms=terms, extents=found)
+            for terms, found in zip(groups, extents[:-3], strict=True)
+        ),
+        contested=extents[-3],
+        free=extents[-2],
+        metadata=extents[-1],
+        tallies=tuple(_tally(tally) for tally in tallies),
+        files_reason=_text(reasons[0]),
+        free_reason=_text(reasons[1]),
+    )
+
+
+def _tally(tally: Tally) -> Tally:
+    counts = (tally.file_count, tally.file_bytes, tally.unmapped_count, tally.linked_count)
+    if any(count < 0 for count in counts):
+        raise WireError("a survey that counts less than nothing")
+    return Tally(
+        file_count=tally.file_count,
+        file_bytes=tally.file_bytes,
+        unmapped_count=tally.unmapped_count,
+        unmapped_reason=_text(tally.unmapped_reason),
+        linked_count=tally.linked_count,
+    )
+
+
+def _extents(numbers: "array[int]", *, size: int) -> Extents:
+    found: list[Extent] = []
+    last = -1
+    for start, end in zip(numbers[::2], numbers[1::2], strict=True):
+        if not last < start < end <= size:
+            raise WireError("extents out of order or outside the filesystem")
+        found.append((start, end))
+        last = end
+    return tuple(found)
+
+
+def _text(text: str) -> str:
+    """Return text of a stranger, cut, with nothing in it that a terminal would act on."""
+    cut = text if len(text) <= TEXT_LENGTH_MAX else text[:TEXT_LENGTH_MAX] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)

@@ -1,0 +1,263 @@
+"""Files and free space are resolved after the instant: what that looks like from outside."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from disks import MARKER, ext4_disk
+from stillblock.errors import NarrowingError, NotFoundError, StillblockError
+from stillblock.extents import complement, intersect, total_bytes
+from stillblock.model import RuleTerm, SnapshotState
+from stillblock.operations import narrowing
+from stillblock.operations.restore import RestoreRequest
+from stillblock.operations.rules import DEFAULT, EVERYTHING, RulesRequest
+from stillblock.operations.snapshots import SnapshotRequest
+from stillblock.operations.volume import OpenVolume
+from stillblock.service.session import LocalSession, open_session
+
+pytestmark = pytest.mark.needs("mkfs.ext4", "debugfs")
+
+
+def excluding(*texts):
+    return tuple(RuleTerm(include=False, text=text) for text in texts)
+
+
+CACHE = excluding("path:/var/cache/**")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    disk, _ = ext4_disk(tmp_path_factory.mktemp("disk"))
+    return disk
+
+
+@pytest.fixture
+def origin(made, tmp_path):
+    return Path(shutil.copy(made, tmp_path / "disk.img"))
+
+
+@pytest.fixture
+def opened(config, volume):
+    """The volume, open in this process, to look beneath the session."""
+    with OpenVolume.open(config, volume) as found:
+        yield found
+
+
+def take(session, name, *, wait=True, **fields):
+    return session.create_snapshot(SnapshotRequest(name=name, **fields), wait=wait)
+
+
+def where_the_secret_is(origin):
+    """Return the blocks of the disk that hold the marker."""
+    content = origin.read_bytes()
+    return tuple(
+        (at, at + 4096)
+        for at in range(0, len(content), 4096)
+        if content[at : at + 1024] == MARKER[:1024]
+    )
+
+
+@pytest.fixture
+def stalled(monkeypatch):
+    """Narrowing that waits until it is told to go on."""
+    begun, go_on = threading.Event(), threading.Event()
+    real = narrowing.explain_frozen
+
+    def wait_then(*arguments, **keywords):
+        begun.set()
+        assert go_on.wait(30)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(narrowing, "explain_frozen", wait_then)
+    monkeypatch.setattr(narrowing.wait_final, "__kwdefaults__", {"timeout_s": 0.05})
+    yield begun, go_on
+    go_on.set()
+
+
+def test_when_nobody_gave_rules_free_space_and_swap_are_left_out_and_that_is_said(session):
+    receipt = take(session, "a")
+    assert (receipt.rules, receipt.is_default) == (DEFAULT, True)
+    assert {part.because for part in receipt.left_out} == {"free"}
+    assert receipt.snapshot.is_final
+    assert total_bytes(receipt.extents) < receipt.snapshot.size_bytes
+    assert session.show_rules().default == DEFAULT
+
+
+def test_everything_is_kept_once_somebody_says_so_and_that_is_remembered(session):
+    session.set_rules(RulesRequest(terms=EVERYTHING))
+    for name in ("a", "b"):
+        receipt = take(session, name)
+        assert (receipt.is_default, receipt.left_out) == (False, ())
+        assert receipt.extents == ((0, receipt.snapshot.size_bytes),)
+    assert not take(session, "c", terms=EVERYTHING).left_out
+    session.set_rules(RulesRequest())
+    assert take(session, "d").is_default
+
+
+def test_a_term_for_one_snapshot_is_somebody_saying_something(session):
+    receipt = take(session, "a", terms=excluding("0-1MiB"))
+    assert not receipt.is_default
+    assert {part.because for part in receipt.left_out} == {"0-1MiB"}
+
+
+def test_files_are_left_out_and_the_receipt_tells_how_many_and_where(session, origin):
+    secret = where_the_secret_is(origin)
+    rules = (*CACHE, RuleTerm(include=True, text="path:/var/cache/apt/**"))
+    receipt = take(session, "a", terms=(*rules, *excluding("path:/**/*.tmp")))
+    assert intersect(receipt.extents, secret) == ()
+    left_out = tuple((part.start, part.end) for part in receipt.left_out)
+    assert total_bytes(left_out) == total_bytes(secret)
+    assert [term.file_count for term in receipt.terms] == [41, 1, 1]
+    assert [term.unresolved for term in receipt.terms] == [(), (), ()]
+    assert receipt.narrowed_unix_ns >= receipt.snapshot.created_unix_ns
+    assert receipt.versions["stillblock"]
+    assert receipt.digest.startswith("sha256:")
+    assert receipt.is_intact
+    assert session.receipt("a") == receipt
+
+
+def test_what_is_selected_reads_as_it_was_and_the_rest_as_zeros(opened, origin):
+    before = origin.read_bytes()
+    session = LocalSession(opened)
+    receipt = take(session, "a", terms=excluding("free", "path:/var/cache/**"))
+    expected = bytearray(before)
+    for start, end in complement(receipt.extents, size=len(before)):
+        expected[start:end] = bytes(end - start)
+    for start in range(0, len(before), 1 << 20):
+        opened.engine.pwrite(b"\xee" * (1 << 20), offset=start)
+    view = opened.engine.view(epoch=receipt.snapshot.epoch)
+    assert view.pread(offset=0, length=len(before)) == expected
+    view.close()
+
+
+def test_until_it_is_final_a_snapshot_is_listed_and_nothing_else(session, stalled):
+    begun, go_on = stalled
+    session.set_rules(RulesRequest(terms=CACHE))
+    receipt = take(session, "a", wait=False)
+    assert begun.wait(30)
+    assert not receipt.snapshot.is_final
+    assert receipt.snapshot.state is SnapshotState.NARROWING
+    assert receipt.extents == ((0, receipt.snapshot.size_bytes),), "all that may be meant"
+    (listed,) = session.list_snapshots().snapshots
+    assert (listed.name, listed.state) == ("a", SnapshotState.NARROWING)
+    assert "web@a" not in [export.name for export in session.exports().exports]
+    refused = [
+        lambda: session.create_bookmark("a"),
+        lambda: session.start_restore(RestoreRequest(snapshot="a")),
+        lambda: session.changes(since="a"),
+    ]
+    for attempt in refused:
+        with pytest.raises(NarrowingError, match="web@a"):
+            attempt()
+    assert session.rename_snapshot("a", name="b").name == "b"
+    session.protect_snapshot("b")
+    go_on.set()
+    final = session.wait_final(session.receipt("b"))
+    assert (final.snapshot.name, final.snapshot.is_protected) == ("b", True)
+    assert final.snapshot.state is SnapshotState.OK
+    assert {part.because for part in final.left_out} == {"path:/var/cache/**"}
+    assert session.create_bookmark("b").baseline_bytes == final.snapshot.selected_bytes
+    if session.is_remote:
+        assert "web@b" in [export.name for export in session.exports().exports]
+
+
+def test_a_snapshot_is_deleted_while_it_is_narrowed(session, stalled):
+    begun, go_on = stalled
+    take(session, "a", wait=False, terms=CACHE)
+    assert begun.wait(30)
+    session.delete_snapshot("a")
+    assert session.list_snapshots().snapshots == ()
+    go_on.set()
+    again = take(session, "a", terms=CACHE)
+    assert again.snapshot.is_final
+    assert [s.name for s in session.list_snapshots().snapshots] == ["a"]
+
+
+def test_what_cannot_be_resolved_is_kept_and_the_receipt_says_why(session, monkeypatch):
+    def fail(*_, **__):
+        raise StillblockError("the reader met a dragon")
+
+    monkeypatch.setattr(narrowing, "explain_frozen", fail)
+    receipt = take(session, "a", terms=(*CACHE, *excluding("0-512KiB")))
+    assert receipt.snapshot.is_final
+    assert "dragon" in receipt.failure
+    assert [(p.start, p.end, p.because) for p in receipt.left_out] == [(0, 1 << 19, "0-512KiB")]
+
+
+def test_a_damaged_filesystem_is_kept_whole_and_the_receipt_says_so(config, volume, origin):
+    with origin.open("r+b") as disk:
+        disk.seek((1 << 20) + 1024 + 24)
+        disk.write(b"\xff\xff\xff\xff")  # a block size of 2 to the power of four billion
+    with open_session(config, volume) as session:
+        receipt = take(session, "a", terms=(*CACHE, *excluding("free")))
+    assert receipt.extents == ((0, receipt.snapshot.size_bytes),)
+    assert [[where.place for where in term.unresolved] for term in receipt.terms] == [
+        ["part:1"],
+        ["part:1"],
+    ]
+
+
+def test_explaining_rules_tells_what_a_snapshot_would_hold_and_leaves_nothing(session):
+    found = session.explain(RulesRequest(terms=CACHE))
+    (term,) = found.terms
+    assert term.file_count == 41
+    assert session.list_snapshots().snapshots == ()
+    assert session.show_volume().snapshot_count == 0
+    receipt = take(session, "a", terms=CACHE)
+    assert receipt.extents == found.extents
+    assert receipt.left_out == found.left_out
+
+
+def test_a_plan_says_that_it_is_an_upper_bound(session):
+    plan = session.plan_snapshot(SnapshotRequest(name="a", terms=CACHE))
+    assert plan.pending
+    assert plan.selected_bytes == plan.size_bytes
+
+
+def test_rules_that_change_leave_older_snapshots_and_receipts_alone(session):
+    session.set_rules(RulesRequest(terms=CACHE))
+    first = take(session, "first")
+    session.set_rules(RulesRequest(terms=excluding("free")))
+    second = take(session, "second")
+    assert session.receipt("first") == first
+    assert {part.because for part in first.left_out} == {"path:/var/cache/**"}
+    assert {part.because for part in second.left_out} == {"free"}
+
+
+def test_a_filesystem_whose_metadata_is_left_out_by_range_keeps_its_files(session):
+    """Zeros in place of what the snapshot does not hold would say that everything is free."""
+    receipt = take(session, "a", terms=excluding("1MiB+1MiB", "free"))
+    assert {part.because for part in receipt.left_out} == {"1MiB+1MiB"}
+    ((where,),) = [term.unresolved for term in receipt.terms if term.text == "free"]
+    assert where.place == "part:1"
+    assert where.reason
+
+
+def test_a_receipt_that_was_changed_does_not_come_to_its_digest(opened):
+    session = LocalSession(opened)
+    receipt = take(session, "a", terms=CACHE)
+    snapshot = opened.snapshot("a")
+    forged = replace(snapshot.record, rules=EVERYTHING)
+    opened.store_record(snapshot.epoch.epoch, forged)
+    assert not session.receipt("a").is_intact
+    opened.store_record(snapshot.epoch.epoch, replace(snapshot.record, description="a remark"))
+    assert session.receipt("a").is_intact
+    assert session.receipt("a").digest == receipt.digest
+
+
+def test_a_snapshot_that_is_not_there_is_not_waited_for(session):
+    with pytest.raises(NotFoundError):
+        session.wait_narrowing("nothing")
+
+
+def test_a_disk_without_a_filesystem_is_kept_whole_without_a_word(config, volume, origin):
+    origin.write_bytes(b"neither a table nor a filesystem" * (origin.stat().st_size // 32))
+    with open_session(config, volume) as session:
+        receipt = take(session, "a", wait=False)
+    assert receipt.snapshot.is_final, "there is nothing to wait for"
+    assert (receipt.rules, receipt.is_default, receipt.left_out) == ((), False, ())

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ class Mounted:
     point: Path
     loop: str
     fuse: subprocess.Popen[bytes]
+    probes: list[threading.Thread] = field(default_factory=list)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file and make it durable, as a program does that must not lose it."""
@@ -39,9 +40,17 @@ class Mounted:
     def can_write(self, timeout_s: float = WAIT_S) -> bool:
         """Whether a write ends in time: that of a frozen filesystem waits."""
         thread = threading.Thread(target=self.write, args=("probe", b"x"), daemon=True)
+        self.probes.append(thread)
         thread.start()
         thread.join(timeout_s)
         return not thread.is_alive()
+
+    def unmount(self) -> None:
+        """Unmount, once writes that waited for a thaw are done; lazily if nothing else helps."""
+        for thread in self.probes:
+            thread.join(WAIT_S)
+        if try_run("umount", str(self.point)).code != 0:
+            run("umount", "--lazy", str(self.point))
 
 
 def require_mounts() -> None:
@@ -97,9 +106,10 @@ def mounted(served: Served, *options: str, snapshot: str | None = None) -> Itera
         stack.callback(try_run, "losetup", "--detach", loop)
         mount = ["mount", *(["-o", ",".join(options)] if options else [])]
         run(*mount, loop, str(folder / "point"))
-        stack.callback(try_run, "umount", str(folder / "point"))
+        disk = Mounted(point=folder / "point", loop=loop, fuse=fuse)
+        stack.callback(disk.unmount)
         stack.callback(fuse.send_signal, signal.SIGCONT)
-        yield Mounted(point=folder / "point", loop=loop, fuse=fuse)
+        yield disk
 
 
 def _end(fuse: subprocess.Popen[bytes], folder: Path) -> None:

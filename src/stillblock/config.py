@@ -64,6 +64,11 @@ class Config:
         return self.state_dir / "catalog.sqlite"
 
     @property
+    def presets_dir(self) -> Path:
+        """The directory of the user's own presets, `NAME.toml`."""
+        return self.state_dir / "presets"
+
+    @property
     def log_path(self) -> Path:
         """Where internal errors leave their traceback."""
         return self.state_dir / "stillblock.log"

@@ -15,7 +15,7 @@ from stillblock.extents import complement, intersect, total_bytes
 from stillblock.model import RuleTerm, SnapshotState
 from stillblock.operations import narrowing
 from stillblock.operations.restore import RestoreRequest
-from stillblock.operations.rules import DEFAULT, EVERYTHING, RulesRequest
+from stillblock.operations.rules import EVERYTHING, RulesRequest
 from stillblock.operations.snapshots import SnapshotRequest
 from stillblock.operations.volume import OpenVolume
 from stillblock.service.session import LocalSession, open_session
@@ -28,6 +28,7 @@ def excluding(*texts):
 
 
 CACHE = excluding("path:/var/cache/**")
+DEFAULT = excluding("free", "swap")
 
 
 @pytest.fixture(scope="module")

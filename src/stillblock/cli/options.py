@@ -52,8 +52,8 @@ class Change(Common):
 def _to_terms(_: type, tokens: Sequence[Token]) -> tuple[RuleTerm, ...]:
     return tuple(
         RuleTerm(
-            include=token.keyword != "--exclude",
-            text=token.value,
+            include=token.keyword not in {"--exclude", "--preset"},
+            text=f"preset:{token.value}" if token.keyword == "--preset" else token.value,
             is_low=token.keyword == "--include-low",
         )
         for token in tokens
@@ -74,15 +74,16 @@ BookmarkRef = Annotated[str, Parameter(help="The bookmark, VOL@NAME.")]
 Terms = Annotated[
     tuple[RuleTerm, ...],
     Parameter(
-        name=("--include", "--exclude", "--include-low"),
+        name=("--include", "--exclude", "--include-low", "--preset"),
         converter=_to_terms,
         accepts_keys=False,
         n_tokens=1,
         consume_multiple=False,
-        help="A rule term, as often as needed: 64MiB-128MiB, 4GiB+1GiB, part:2, part:name=data, "
-        "part:type=swap, all. Order matters: the last that matches a block decides. A list that "
-        "starts with an exclusion starts from all. --include-low: it matters less, and is given up "
-        "first when the store is full.",
+        help="A rule term, as often as needed: free, swap, path:/var/cache/**, part:2, lv:vg/home, "
+        "fs:LABEL, 64MiB-128MiB, all, and more in docs/rules.md. Order matters: the last that "
+        "matches decides. A list that starts with an exclusion starts from all. --include-low: it "
+        "matters less, and is given up first when the store is full. --preset NAME stands for its "
+        "terms; `rules presets` lists them.",
     ),
 ]
 OnlyTerms = Annotated[

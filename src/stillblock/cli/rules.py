@@ -20,7 +20,13 @@ from stillblock.cli.output import (
 )
 from stillblock.errors import UsageError
 from stillblock.model import format_size
-from stillblock.operations.rules import EVERYTHING, Explanation, RulesRequest, StandingRules
+from stillblock.operations.rules import (
+    EVERYTHING,
+    Explanation,
+    RulesRequest,
+    StandingRules,
+    list_presets,
+)
 from stillblock.service.session import open_session
 
 app = new_app("rules")
@@ -92,6 +98,23 @@ def explain(
     output.result("explanation", found, lambda out: _render(out, found, with_extents=extents))
     for note in found.notes:
         output.warn(note)
+
+
+@app.command
+def presets(*, common: Common = _COMMON) -> None:
+    """List the presets: those that are shipped, and NAME.toml in the state directory's presets."""
+    found = [
+        {"name": preset.name, "description": preset.description, "terms": list(preset.terms)}
+        for preset in list_presets(common.config())
+    ]
+
+    def render(out: Output) -> None:
+        for preset in found:
+            out.line(f"{preset['name']}: {preset['description']}")
+            for action, text in preset["terms"]:
+                out.line(f"    {action} {text}")
+
+    Output(common).result("presets", {"presets": found}, render)
 
 
 def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:

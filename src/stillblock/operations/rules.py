@@ -13,13 +13,12 @@ from stillblock.operations.disks import LiveDisk
 from stillblock.selection.places import read_places
 
 if TYPE_CHECKING:
+    from stillblock.config import Config
     from stillblock.operations.volume import OpenVolume
 
 
 EVERYTHING: Final = (RuleTerm(include=True, text="all"),)
 """Standing rules of somebody who wants no default."""
-DEFAULT: Final = (RuleTerm(include=False, text="free"), RuleTerm(include=False, text="swap"))
-"""What is left out of disks that nobody gave rules for: nobody ever reads it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +122,8 @@ def change_rules(
     """Replace or extend the standing rules, once they mean something on this disk."""
     with volume.lock:
         settings = volume.settings()
-        rules = request.terms if how == "set" else settings.rules + request.terms
+        terms = expanded(request.terms, volume.presets)
+        rules = terms if how == "set" else settings.rules + terms
         explain_terms(volume, rules)
         volume.store_settings(replace(settings, rules=rules))
     volume.event("rules_changed", rules=", ".join(map(str, rules)) or "default")
@@ -149,6 +149,18 @@ class EffectiveRules:
     """Nobody gave any."""
 
 
+def expanded(terms: tuple[RuleTerm, ...], presets: selection.Presets) -> tuple[RuleTerm, ...]:
+    """Return terms with each preset replaced by its own; raise `RuleError`."""
+    pairs = [(term.action, term.text) for term in terms]
+    return selection.Rules.parse(pairs, presets=presets).terms
+
+
+def list_presets(config: Config) -> tuple[selection.Preset, ...]:
+    """Return the presets there are."""
+    presets = selection.Presets(config.presets_dir)
+    return tuple(presets.find(name) for name in presets.names())
+
+
 def default_rules(disk: selection.Disk) -> tuple[RuleTerm, ...]:
     """Return what is left out by itself: free space and swap, where there are any to be told.
 
@@ -156,14 +168,15 @@ def default_rules(disk: selection.Disk) -> tuple[RuleTerm, ...]:
     there in vain.
     """
     places = read_places(disk)
-    return DEFAULT if places.filesystems or places.swap else ()
+    return selection.default_rules().terms if places.filesystems or places.swap else ()
 
 
 def effective_rules(volume: OpenVolume, request: RulesRequest) -> EffectiveRules:
     """Return the rules a snapshot asked for with these terms would follow."""
+    terms = expanded(request.terms, volume.presets)
     if request.only_these:
-        return EffectiveRules(terms=request.terms, is_default=False)
-    rules = volume.settings().rules + request.terms
+        return EffectiveRules(terms=terms, is_default=False)
+    rules = volume.settings().rules + terms
     if rules:
         return EffectiveRules(terms=rules, is_default=False)
     default = default_rules(LiveDisk(volume.engine))

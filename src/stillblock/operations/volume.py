@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
-from stillblock import native
+from stillblock import native, selection
 from stillblock.catalog import Catalog
 from stillblock.consistency import leftover
 from stillblock.errors import (
@@ -211,6 +211,11 @@ class OpenVolume:
     def name(self) -> str:
         """The volume's name in this state directory."""
         return self._entry.name
+
+    @property
+    def presets(self) -> selection.Presets:
+        """The presets that rules of this volume may name."""
+        return selection.Presets(self._config.presets_dir)
 
     @property
     def is_served(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillblock import native
+from stillblock import native, selection
 from stillblock.catalog import EntryState
 from stillblock.errors import (
     CatalogError,
@@ -41,7 +41,7 @@ from stillblock.operations.registry import (
     open_catalog,
     registering,
 )
-from stillblock.operations.rules import default_rules, explain_on
+from stillblock.operations.rules import default_rules, expanded, explain_on
 from stillblock.operations.usage import check_limit
 from stillblock.operations.volume import OpenVolume
 
@@ -133,18 +133,17 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
     origins.refuse_on_volume(config.state_dir, origin, system, what="state directory")
     origins.refuse_mounted(origin, system)
     _check_store_new(store)
+    rules = expanded(request.rules, selection.Presets(config.presets_dir))
     with open_raw(origin) as disk:
-        explained = explain_on(
-            disk, request.rules, volume=request.name, block_size=request.block_size
-        )
-        default = () if request.rules else default_rules(disk)
+        explained = explain_on(disk, rules, volume=request.name, block_size=request.block_size)
+        default = () if rules else default_rules(disk)
     return AddPlan(
         name=request.name,
         origin=str(origin),
         store=str(store),
         size_bytes=size_bytes,
         block_size=request.block_size,
-        rules=request.rules,
+        rules=rules,
         default=default,
         selected_bytes=explained.selected_bytes,
         on_full=request.on_full,

@@ -166,7 +166,8 @@ class _Narrowing:
         request = SurveyRequest(
             place_name=place.name,
             terms=tuple(_survey_term(self._pending.terms[index]) for index in concerned),
-            wants_metadata=any(self._is_path_inclusion(index) for index in concerned),
+            wants_metadata=self._is_metadata_in_question(place)
+            and any(self._is_path_inclusion(index) for index in concerned),
         )
         assert place.content is not None, "a filesystem has a content"
         try:
@@ -240,6 +241,14 @@ class _Narrowing:
         self._claims.append(Claim(extents=extents, terms=terms))
         for index in terms:
             self._found[index].claimed += extents
+
+    def _is_metadata_in_question(self, place: Place) -> bool:
+        """Whether what no file claims is left out, unless an inclusion of files takes it."""
+        terms = self._pending.terms
+        return terms[0].term.include or any(
+            not pending_term.term.include and intersect(pending_term.certain, place.extents)
+            for pending_term in terms
+        )
 
     def _is_path_inclusion(self, index: int) -> bool:
         pending_term = self._pending.terms[index]

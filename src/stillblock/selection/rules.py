@@ -6,6 +6,7 @@ from typing import Final
 
 from stillblock.errors import RuleError, UnsupportedVersionError
 from stillblock.model import RuleTerm
+from stillblock.selection.presets import Presets
 from stillblock.selection.terms import parse_term
 
 RULES_VERSION: Final = 1
@@ -36,13 +37,14 @@ class Rules:
             parse_term(term.text)
 
     @classmethod
-    def parse(cls, pairs: Iterable[tuple[str, str]]) -> "Rules":
+    def parse(cls, pairs: Iterable[tuple[str, str]], *, presets: Presets | None = None) -> "Rules":
         """Return the rules for (action, term) pairs, in the user's order.
 
-        An action is "include", "exclude" or "include-low".
+        An action is "include", "exclude" or "include-low". Presets are replaced by their terms:
+        what is kept of rules are always the terms of the result.
         """
         terms = []
-        for action, text in pairs:
+        for action, text in (presets or Presets()).expanded(pairs):
             if action not in ("include", "include-low", "exclude"):
                 raise RuleError(f"{action!r} is neither include nor exclude (term {text!r})")
             is_low = action == "include-low"
@@ -89,6 +91,11 @@ class Rules:
         if not isinstance(terms, list):
             raise RuleError(f"a rules document has a list of terms, not {terms!r:.80}")
         return cls(terms=tuple(_term_from_json(term) for term in terms))
+
+
+def default_rules() -> Rules:
+    """Return what holds where nobody said anything: everything but free space and swap."""
+    return Rules.parse([("exclude", "free"), ("exclude", "swap")])
 
 
 def _term_from_json(document: object) -> Term:

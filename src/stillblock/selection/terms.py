@@ -24,6 +24,7 @@ from stillblock.selection.file_terms import (
 from stillblock.selection.partition_table import PartitionTableError, printable
 from stillblock.selection.partition_types import KNOWN_TYPES, codes_of
 from stillblock.selection.partitions import Partition, PartitionTable
+from stillblock.selection.presets import PREFIX
 
 TERM_LENGTH_MAX: Final = 4096
 """Characters in a term: as long as a path may be, which is the longest thing a term will hold."""
@@ -63,6 +64,10 @@ def parse_term(text: str) -> tuple[TermKind, Meaning]:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise RuleError(
             f"{printable(text)} holds bytes that are no UTF-8", hint="write ? in a path for each"
+        )
+    if text.startswith(PREFIX):
+        raise RuleError(
+            f"{printable(text)} was not replaced by its terms, as it is when rules are set"
         )
     for kind in TERM_KINDS:
         if kind.pattern.match(text):

@@ -5,6 +5,7 @@ it is asked and answers is in wire.py; who starts it is in workers.py.
 """
 
 import codecs
+import gc
 import json
 import os
 from collections import OrderedDict
@@ -30,6 +31,8 @@ from stillblock.selection.wire import (
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNKS_MAX: Final = 512
 """32 MiB of what was read are kept: a question to the parent costs more than looking here."""
+_COLLECT_EVERY: Final = 100_000
+"""Objects made between looks for cycles: a tree has many nodes and no cycles."""
 _ENCODINGS: Final = ("utf-16-le", "utf-16-be", "latin-1", "ascii", "utf-8", "cp437", "cp850")
 """Encodings of names; a codec is a module, and none can be imported later."""
 
@@ -47,6 +50,8 @@ def main(descriptor: int) -> NoReturn:
         for encoding in _ENCODINGS:
             codecs.lookup(encoding)
         limits = codec.from_json(Limits, setup["limits"])
+        gc.freeze()
+        gc.set_threshold(_COLLECT_EVERY)
         confine(limits)
         _serve(channel, reader, _RemoteDisk(channel, setup["size"]), limits)
         status = 0

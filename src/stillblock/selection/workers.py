@@ -110,6 +110,11 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def is_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process is None or self._process.returncode is not None
+
     def identify(self) -> Identity:
         """Return which filesystem it is."""
         document, _ = self._request(Kind.IDENTIFY, {})

@@ -167,7 +167,7 @@ class Table:
         runs: list[tuple[int, int]] = []
         for first in range(0, self._end, _ENTRIES_AT_ONCE):
             piece = self._read_piece(first)
-            is_used = bytes([entry != 0 for entry in piece])
+            is_used = bytes([entry != 0 for entry in piece]) if any(piece) else bytes(len(piece))
             for span in re.finditer(rb"\x00+", is_used):
                 begin = max(first + span.start(), FIRST_CLUSTER)
                 end = first + span.end()
@@ -203,6 +203,9 @@ class Table:
             )
             for copy in range(shape.copies)
         ]
+        if not any(copy.strip(b"\0") for copy in copies):
+            # Most of most tables: all free.
+            return array("Q", bytes(8 * count))
         entries = self._decode(copies[0], count)
         if any(copy != copies[0] for copy in copies[1:]):
             for copy in copies[1:]:

@@ -46,6 +46,8 @@ class Run(NamedTuple):
     """None: nothing is allocated, it reads as zeros."""
     is_unwritten: bool = False
     """Allocated, but reads as zeros whatever lies there."""
+    is_encoded: bool = False
+    """What lies there is no copy of the file's bytes: compressed. `length` is that on the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +116,12 @@ class Filesystem(Protocol):
         """Return where a regular file's data lies: ascending by offset, disjoint, within its
         allocation (which may end past its size); holes may be given or left out.
 
+        Where a filesystem keeps several copies, each has a run, with the same offset. Runs that
+        are encoded may overlap others by offset, for one piece may hold more than the file uses.
+
         Raise `UnresolvedError` where that is not known or is not the file's alone to give:
-        compressed, encrypted, encoded, shared. A file whose data lies within metadata (inline,
-        resident) has no runs.
+        encrypted, or compressed where it cannot be told as encoded runs. A file whose data lies
+        within metadata (inline, resident) has no runs.
         """
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:

@@ -12,7 +12,6 @@ from stillblock.extents import normalise
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.allocation import Claims, clear_runs
-from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.damage import Verdict, damage_is_unresolved
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
@@ -85,7 +84,7 @@ class Summary(NamedTuple):
 def open_ntfs(disk: Disk) -> "Ntfs":
     """Return the NTFS volume on a disk or partition."""
     with damage_is_unresolved("NTFS"):
-        return Ntfs(CachedDisk(disk))
+        return Ntfs(disk)
 
 
 class Ntfs:
@@ -258,7 +257,7 @@ class Ntfs:
             self._check_settled()
             self._metadata()
             summary = self._summary(node.number)
-            if summary.node != node:
+            if summary.node is not node and summary.node != node:
                 raise UnresolvedError(f"MFT record {node.number} is another file's now")
             if summary.reason:
                 raise UnresolvedError(summary.reason)

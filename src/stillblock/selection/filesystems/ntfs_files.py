@@ -32,6 +32,8 @@ _FILES_KEPT: Final = 64
 _RECORDS_AT_ONCE: Final = 64
 _BLOCKS_KEPT: Final = 128
 """8 MiB of records of 1 KiB, the usual size."""
+_BITMAP_SPARE: Final = 1 << 20
+"""A bitmap may be allocated ahead of the records."""
 _READ_AHEAD: Final = 1 << 20
 _REPARSE_BYTES_MAX: Final = 16 * 1024
 """NTFS's own limit of a reparse point."""
@@ -142,6 +144,8 @@ class MasterFileTable:
                 runs += piece.runs(cluster_count=geometry.cluster_count)
                 self._blocks.clear()
                 self._stream = stream_of_what_is_known()
+        if any(run.lcn is None for run in runs):
+            raise UnresolvedError("the $MFT has holes: it is damaged")
         if (runs[-1].vcn + runs[-1].clusters) * cluster_size != allocated:
             raise UnresolvedError("a piece of the $MFT's runs is missing: it is damaged")
         return stream_of_what_is_known()
@@ -190,7 +194,7 @@ class MasterFileTable:
         pieces = self.file(MFT).pieces.get((INDEX_BITMAP, b""))
         if pieces is None:
             raise UnresolvedError("the $MFT has no bitmap: it is damaged")
-        bitmap = self.content(pieces, size_max=1 << 29)
+        bitmap = self.content(pieces, size_max=self.record_count // 8 + _BITMAP_SPARE)
         if len(bitmap) * 8 < self.record_count:
             raise UnresolvedError("the $MFT's bitmap is too short: it is damaged")
         return bitmap

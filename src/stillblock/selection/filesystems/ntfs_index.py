@@ -18,6 +18,8 @@ from stillblock.selection.filesystems.ntfs_records import (
 _I30: Final = "$I30".encode("utf-16-le")
 _BLOCK_SIZES: Final = tuple(1 << power for power in range(9, 17))
 _BITMAP_BYTES_MAX: Final = 64 << 20
+_PIECE_BYTES: Final = 64 * 1024
+_PIECES_KEPT: Final = 32
 _HAS_BLOCKS, _HAS_CHILD, _IS_LAST = 1, 1, 2
 
 _HEADER: Final = Struct("<IIIB")
@@ -55,6 +57,7 @@ def directory_names(table: MasterFileTable, directory: File) -> Iterator[Name]:
     used = table.content(
         directory.pieces.get((INDEX_BITMAP, _I30), []) or root, size_max=_BITMAP_BYTES_MAX
     )
+    blocks_read = _ReadAhead(stream)
     visited: set[int] = set()
     while pending:
         vcn = pending.pop()
@@ -64,23 +67,37 @@ def directory_names(table: MasterFileTable, directory: File) -> Iterator[Name]:
         if block >> 3 >= len(used) or not used[block >> 3] >> (block & 7) & 1:
             raise UnresolvedError(f"{what} has a damaged index: block {vcn} is not in use")
         visited.add(block)
-        data = _block(stream, block * block_size, block_size, vcn=vcn, what=what)
+        raw = blocks_read.read(offset=block * block_size, length=block_size)
+        data = join_sectors(raw, magic=b"INDX", what=f"{what}: index block {vcn}")
+        if int.from_bytes(data[16:24], "little") != vcn:
+            raise UnresolvedError(f"{what} has a damaged index: block {vcn} is another one")
         begin, end, _ = _bounds(data, header=24, what=what)
-        yield from _entries(data, begin, end, pending, what=what)
+        yield from _entries(bytes(data), begin, end, pending, what=what)
     # A block that no entry leads to holds names that nobody would see.
     if len(visited) != sum(byte.bit_count() for byte in used):
         raise UnresolvedError(f"{what} has a damaged index: blocks in use are not reached")
 
 
-def _block(stream: Stream, place: int, size: int, *, vcn: int, what: str) -> bytes:
-    raw = stream.read(offset=place, length=size)
-    data = join_sectors(raw, magic=b"INDX", what=f"{what}: index block {vcn}")
-    if int.from_bytes(data[16:24], "little") != vcn:
-        raise UnresolvedError(f"{what} has a damaged index: block {vcn} is another one")
-    return bytes(data)
+class _ReadAhead:
+    """A stream read in pieces of many blocks, of which the last are kept."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._pieces: dict[int, bytes] = {}
+
+    def read(self, *, offset: int, length: int) -> bytes:
+        """Return a block, which lies within one piece: both are powers of two."""
+        begin = offset % _PIECE_BYTES
+        piece = self._pieces.get(offset - begin)
+        if piece is None:
+            piece = self._stream.read(offset=offset - begin, length=_PIECE_BYTES)
+            self._pieces[offset - begin] = piece
+            if len(self._pieces) > _PIECES_KEPT:
+                del self._pieces[next(iter(self._pieces))]
+        return piece[begin : begin + length]
 
 
-def _bounds(data: bytes, *, header: int, what: str) -> tuple[int, int, int]:
+def _bounds(data: bytes | bytearray, *, header: int, what: str) -> tuple[int, int, int]:
     """Return where a node's entries begin and end, and its flags."""
     first, used, _, flags = _HEADER.unpack_from(data, header)
     if first & 7 or first < 16 or not first < used <= len(data) - header:

@@ -207,6 +207,9 @@ def parse_record(raw: bytes, *, number: int) -> Record:
         or attributes_offset + 4 > used
     ):
         raise UnresolvedError(f"MFT record {number} is damaged")
+    # NTFS 3.1 keeps the number in the record, before the marks of the sectors.
+    if marks >= 48 and int.from_bytes(data[44:48], "little") != number & 0xFFFFFFFF:
+        raise UnresolvedError(f"MFT record {number} is another one: it is damaged")
     return Record(
         number, sequence, bool(flags & 1), bool(flags & 2), base, bytes(data),
         attributes_offset, used,
@@ -280,6 +283,7 @@ def parse_boot_sector(sector: bytes) -> Geometry:
         or any(sector[0x0E:0x15])
         or not 0 < mft_lcn < sector_count // per_cluster
         or not 0 < mirror_lcn < sector_count // per_cluster
+        or mft_lcn * cluster_size + record_size > sector_count * sector_size
     ):
         raise UnresolvedError("its NTFS boot sector is damaged or of an unknown kind")
     return Geometry(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stillblock.extents import normalise
+from stillblock.extents import normalise, subtract
 from stillblock.model import Extents
 from stillblock.selection.filesystems import FileKind, Filesystem, Node, read_runs, walk
 
@@ -147,3 +147,24 @@ def patched(image: Path, changes: dict[int, bytes], *, name: str) -> Path:
             file.seek(offset)
             file.write(data)
     return copy
+
+
+def without(image: Path, extents: Extents, *, name: str) -> Path:
+    """A copy of an image with other bytes where nothing is kept: as if it had been overwritten."""
+    pattern = b"not kept"
+    return patched(
+        image,
+        {start: pattern * ((end - start) // len(pattern)) for start, end in extents},
+        name=name,
+    )
+
+
+def left_out_with(filesystem: Filesystem, paths: set[str]) -> Extents:
+    """What a snapshot without these files and without free space does not have."""
+    found = files(filesystem)
+    numbers = {found[path].number for path in paths}
+    extents = list(filesystem.free())
+    for node in found.values():
+        if node.number in numbers:
+            extents += data_extents(filesystem, node)
+    return subtract(normalise(extents), filesystem.fixed())

@@ -24,13 +24,18 @@ from unit.selection.filesystems.fuse import (
     digest,
     files,
     free_by_partclone,
+    left_out_with,
     looped,
     mounted,
     patched,
     run,
+    without,
 )
 
-pytestmark = [pytest.mark.needs("mkfs.exfat", "mount.exfat-fuse", "fsck.exfat", "losetup")]
+pytestmark = [
+    pytest.mark.needs("mkfs.exfat", "mount.exfat-fuse", "fsck.exfat", "losetup"),
+    pytest.mark.slow,
+]
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -174,6 +179,21 @@ def test_directories_and_all_before_the_clusters_are_kept(image: Path, filesyste
     assert fixed[0][0] == 0
     place = image.read_bytes().index("bottom".encode("utf-16-le"))
     assert intersect(((place, place + 12),), fixed)
+
+
+def test_all_else_is_whole_without_free_space_and_some_files(
+    image: Path, truth: dict[str, str], filesystem: Filesystem
+):
+    out = set(list(truth)[::2])
+    copy = without(image, left_out_with(filesystem, out), name="without.img")
+    run("fsck.exfat", "-n", copy)
+    with mount(copy) as top:
+        found = contents(top)
+    assert found.keys() == truth.keys()
+    assert {path: found[path] for path in truth if path not in out} == {
+        path: truth[path] for path in truth if path not in out
+    }
+    assert any(found[path] != truth[path] for path in out), "something must have been left out"
 
 
 def test_files_just_fsynced_on_a_mounted_volume_are_held(tmp_path: Path):

@@ -23,8 +23,10 @@ from unit.selection.filesystems.fuse import (
     digest,
     files,
     free_by_partclone,
+    left_out_with,
     patched,
     run,
+    without,
 )
 
 pytestmark = pytest.mark.needs("mkfs.fat", "mcopy", "mdel", "fsck.fat")
@@ -168,6 +170,21 @@ def test_all_before_the_clusters_and_all_directories_are_kept(image: Path, files
     for entry in (b"FILE00~1   ", b"BOTTOM     "):
         place = content.index(entry)
         assert intersect(((place, place + 32),), fixed) == ((place, place + 32),)
+
+
+def test_all_else_is_whole_without_free_space_and_some_files(
+    image: Path, truth: dict[str, str], filesystem: Filesystem, tmp_path: Path
+):
+    out = set(list(truth)[::2])
+    copy = without(image, left_out_with(filesystem, out), name="without.img")
+    run("fsck.fat", "-n", copy)
+    mtool("mcopy", copy, "-s", "-n", "::/tree", "::/in gaps", tmp_path)
+    found = contents(tmp_path)
+    assert found.keys() == truth.keys()
+    assert {path: found[path] for path in truth if path not in out} == {
+        path: truth[path] for path in truth if path not in out
+    }
+    assert any(found[path] != truth[path] for path in out), "something must have been left out"
 
 
 # Chains made by hand ----------------------------------------------------------------------------
@@ -331,6 +348,7 @@ def test_small_letters_of_a_short_name_are_those_that_mtools_shows(small: Path, 
 # Damage -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_damage_to_the_structures_makes_a_file_anothers(kind: str, tmp_path: Path):
     image = make(tmp_path / "tree.img", kind)
     tree = tmp_path / "tree"

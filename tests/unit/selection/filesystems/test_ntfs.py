@@ -23,9 +23,11 @@ from unit.selection.filesystems.fuse import (
     digest,
     files,
     free_by_partclone,
+    left_out_with,
     mounted,
     patched,
     run,
+    without,
 )
 
 pytestmark = [pytest.mark.needs("mkfs.ntfs", "ntfs-3g"), pytest.mark.slow]
@@ -237,9 +239,14 @@ def has_attribute_list(image: Path, name: str) -> bool:
     return len(records) > 1
 
 
-@pytest.mark.parametrize("cluster_size", [512, 65536])
-def test_other_cluster_sizes(tmp_path: Path, cluster_size: int):
-    image = make(tmp_path / "c.img", size=40 * MIB, options=("-c", str(cluster_size)))
+@pytest.mark.needs("partclone.ntfs")
+@pytest.mark.parametrize(
+    ("options", "cluster_size"),
+    [(("-c", "512"), 512), (("-c", "65536"), 65536), (("-s", "4096"), 4096)],
+    ids=["small clusters", "large clusters", "sectors of 4 KiB"],
+)
+def test_other_sizes(tmp_path: Path, options: tuple[str, ...], cluster_size: int):
+    image = make(tmp_path / "c.img", size=40 * MIB, options=options)
     with mount(image) as top:
         (top / "d").mkdir()
         for number in range(200):
@@ -247,6 +254,7 @@ def test_other_cluster_sizes(tmp_path: Path, cluster_size: int):
         truth = contents(top)
     filesystem = assert_all_files_are_read(image, truth)
     assert filesystem.identity.block_size == cluster_size
+    assert subtract(filesystem.free(), free_by_partclone(image, kind="ntfs")) == ()
 
 
 @pytest.mark.needs("ntfsfallocate")
@@ -390,6 +398,25 @@ def test_the_boot_sectors_are_kept(filesystem: Filesystem):
     fixed = filesystem.fixed()
     assert fixed[0][0] == 0
     assert fixed[-1] == (96 * MIB - 512, 96 * MIB)
+
+
+@pytest.mark.needs("ntfsfix")
+def test_all_else_is_whole_without_free_space_and_some_files(
+    image: Path, truth: dict[str, str], filesystem: Filesystem
+):
+    names_of: dict[int, set[str]] = {}
+    for path, node in files(filesystem).items():
+        names_of.setdefault(node.number, set()).add(path)
+    out = {path for paths in list(names_of.values())[::2] for path in paths}
+    copy = without(image, left_out_with(filesystem, out), name="without.img")
+    assert "processed successfully" in run("ntfsfix", "-n", copy)
+    with mount(copy) as top:
+        found = contents(top)
+    assert found.keys() == truth.keys()
+    assert {path: found[path] for path in truth if path not in out} == {
+        path: truth[path] for path in truth if path not in out
+    }
+    assert any(found[path] != truth[path] for path in out), "something must have been left out"
 
 
 # The volume in use ----------------------------------------------------------------------------

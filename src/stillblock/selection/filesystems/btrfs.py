@@ -1,0 +1,406 @@
+"""btrfs on one device: the tree with all its subvolumes, where files lie, what is free.
+
+What is read is the last commit, which nothing overwrites until the next: it is sound whenever it
+is looked at, for tree blocks are never written in place. Only what was synced since is elsewhere,
+in a log that the superblock names: then nothing is told. The top of the tree is that of the
+filesystem (subvolume 5), and subvolumes and snapshots are directories in it, so that every file
+that has a share in an extent is met by a walk.
+"""
+
+import os
+import stat
+import struct
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Final
+
+from stillblock.extents import normalise, subtract
+from stillblock.model import Extent, Extents
+from stillblock.selection.disk import Disk
+from stillblock.selection.filesystems.btrfs_format import (
+    CHUNK_DATA,
+    MIRROR_BYTES,
+    MIRRORS_AT,
+    Chunk,
+    read_superblock,
+)
+from stillblock.selection.filesystems.btrfs_trees import Root, Trees
+from stillblock.selection.filesystems.cache import CachedDisk
+from stillblock.selection.filesystems.filesystem import (
+    FileKind,
+    Identity,
+    Node,
+    Run,
+    UnresolvedError,
+    read_runs,
+)
+
+EXTENTS_MAX: Final = 1 << 20
+"""Of one file; some 200 MiB of them. A file in more pieces is beyond what a reader may hold."""
+FREE_EXTENTS_MAX: Final = 1 << 21
+_INODES_MAX: Final = 4096
+_ROOTS_MAX: Final = 1024
+"""Inodes and subvolumes that are remembered."""
+_RESERVED_BYTES: Final = 1 << 20
+"""At the start of the device, where the boot loader's and old filesystems' things are."""
+_SYMLINK_BYTES_MAX: Final = 4096
+
+_TREE_EXTENTS: Final = 2
+_TREE_FILES: Final = 5
+_TREE_BLOCK_GROUPS: Final = 11
+_SUBVOLUMES_FROM: Final = 256
+_NUMBER_INODE_BITS: Final = 40
+_NUMBER_TREE_BITS: Final = 23
+"""A node's number is its tree's and its inode's, in 63 bits: 8 million subvolumes ever made, a
+trillion inodes in each."""
+
+_INODE_ITEM: Final = 1
+_DIRECTORY_INDEX: Final = 96
+_EXTENT_DATA: Final = 108
+_ROOT_ITEM: Final = 132
+_ROOT_REFERENCE: Final = 156
+_EXTENT_ITEM: Final = 168
+_METADATA_ITEM: Final = 169
+_BLOCK_GROUP_ITEM: Final = 192
+
+_INODE: Final = struct.Struct("<QQQ8x8xIIII8x8x8x32x12x12xQI12x")
+assert _INODE.size == 160
+_DIRECTORY_ENTRY: Final = struct.Struct("<QBQ8xHHB")
+_ROOT_REFERENCE_HEAD: Final = struct.Struct("<Q8xH")
+_EXTENT_HEAD: Final = struct.Struct("<QQBBHB")
+_EXTENT_PLACE: Final = struct.Struct("<QQQQ")
+_EXTENT_INLINE, _EXTENT_REGULAR, _EXTENT_PREALLOCATED = 0, 1, 2
+
+_KINDS: Final = {
+    stat.S_IFREG: FileKind.REGULAR,
+    stat.S_IFDIR: FileKind.DIRECTORY,
+    stat.S_IFLNK: FileKind.SYMLINK,
+}
+
+
+def open_btrfs(disk: Disk) -> "Btrfs":
+    """Return the btrfs filesystem on a disk, partition or volume."""
+    return Btrfs(disk)
+
+
+class Btrfs:
+    """One btrfs filesystem."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = CachedDisk(disk)
+        self._superblock = read_superblock(self._disk)
+        self._read_trees: Trees | None = None
+        self._roots: OrderedDict[int, Root] = OrderedDict()
+        self._nodes: OrderedDict[int, Node] = OrderedDict()
+
+    @property
+    def identity(self) -> Identity:
+        """Which one it is."""
+        superblock = self._superblock
+        return Identity(
+            kind="btrfs",
+            label=superblock.label,
+            uuid=str(uuid.UUID(bytes=superblock.uuid)),
+            block_size=superblock.sector_size,
+            size=superblock.device_bytes,
+        )
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Files that are left out cannot be read: their checksums stay, their data does not."""
+        return ("what is left out of files reads as an I/O error, for its checksums stay",)
+
+    def root(self) -> Node:
+        """Return the top directory, of the filesystem and not of the default subvolume."""
+        node = self._node(_TREE_FILES, self._root(_TREE_FILES).directory)
+        if node.kind is not FileKind.DIRECTORY:
+            raise UnresolvedError("btrfs: the root is no directory")
+        return node
+
+    def children(self, directory: Node) -> Iterator[tuple[str, Node]]:
+        """Yield the names in a directory and what they lead to; subvolumes are directories."""
+        tree, inode = _parts(directory.number)
+        if directory.kind is not FileKind.DIRECTORY:
+            raise UnresolvedError(f"btrfs: inode {inode} is no directory")
+        what = f"directory {inode} of subvolume {tree}"
+        first = (inode, _DIRECTORY_INDEX, 0)
+        for item, value in self._trees.scan(self._root(tree), first):
+            if item[:2] != first[:2]:
+                break
+            if len(value) < _DIRECTORY_ENTRY.size:
+                raise UnresolvedError(f"btrfs: {what} is damaged")
+            number, kind, _, extra, length, _ = _DIRECTORY_ENTRY.unpack_from(value)
+            name = value[_DIRECTORY_ENTRY.size :][:length]
+            if (
+                len(value) != _DIRECTORY_ENTRY.size + length + extra
+                or not name
+                or b"/" in name
+                or b"\0" in name
+                or name in {b".", b".."}
+            ):
+                raise UnresolvedError(f"btrfs: {what} is damaged")
+            if kind == _INODE_ITEM:
+                yield os.fsdecode(name), self._node(tree, number)
+            elif kind == _ROOT_ITEM:
+                if self._is_mounted_at(number, tree, inode, name):
+                    yield os.fsdecode(name), self._node(number, self._root(number).directory)
+            else:
+                raise UnresolvedError(f"btrfs: {what} leads to something of kind {kind}")
+
+    def runs(self, node: Node) -> tuple[Run, ...]:
+        """Return where a regular file's data lies; compressed pieces are encoded runs."""
+        if node.kind is not FileKind.REGULAR:
+            raise UnresolvedError(f"btrfs: node {node.number} is no regular file")
+        runs: list[Run] = []
+        for offset, value in self._extents(node):
+            runs += self._runs_of(node, offset, value)
+            if len(runs) > EXTENTS_MAX:
+                raise UnresolvedError(f"btrfs: a file has more than {EXTENTS_MAX} extents")
+        return tuple(runs)
+
+    def read(self, node: Node, *, offset: int, length: int) -> bytes:
+        """Return data of a regular file, or the target of a link."""
+        if node.kind is FileKind.SYMLINK:
+            for at, value in self._extents(node):
+                content = _inline(node, value)
+                if at != 0 or content is None or node.size > _SYMLINK_BYTES_MAX:
+                    break
+                return content[: node.size][offset : offset + length]
+            raise UnresolvedError(f"btrfs: link {node.number} is damaged")
+        runs = self.runs(node)
+        if any(run.is_encoded for run in runs):
+            raise UnresolvedError("btrfs: compressed files are not read")
+        data = read_runs(self._disk, runs, size=node.size, offset=offset, length=length)
+        for at, value in self._extents(node):
+            content = _inline(node, value)
+            if content is not None:
+                # One that does not begin the file was never written by the kernel.
+                piece = content[offset:] if at == 0 else b""
+                piece = piece[: len(data)]
+                return piece + data[len(piece) :]
+        return data
+
+    def free(self) -> Extents:
+        """Return what no extent item holds, on every copy, and what no chunk holds."""
+        device_bytes = self._superblock.device_bytes
+        in_chunks = normalise(
+            (copy, copy + chunk.length) for chunk in self._trees.map.chunks for copy in chunk.copies
+        )
+        found = list(subtract(((0, device_bytes),), in_chunks))
+        used = self._used_by_block_groups()
+        chunks = iter(self._trees.map.chunks)
+        chunk: Chunk | None = next(chunks, None)
+        position = total = 0
+        if chunk is not None:
+            position = chunk.start
+        for start, end in self._allocated():
+            while chunk is not None and start >= chunk.end:
+                self._finish_chunk(chunk, position, total, used, found)
+                chunk = next(chunks, None)
+                total = 0
+                position = chunk.start if chunk is not None else 0
+            if chunk is None or start < position or end > chunk.end:
+                raise UnresolvedError(f"btrfs: the extent at address {start} is not in a chunk")
+            self._add_free(chunk, position, start, found)
+            position = end
+            total += end - start
+        while chunk is not None:
+            self._finish_chunk(chunk, position, total, used, found)
+            chunk = next(chunks, None)
+            total = 0
+            position = chunk.start if chunk is not None else 0
+        return subtract(normalise(found), self.fixed())
+
+    def fixed(self) -> Extents:
+        """Return the first MiB and the superblocks."""
+        device_bytes = self._superblock.device_bytes
+        return normalise(
+            (start, min(start + length, device_bytes))
+            for start, length in (
+                (0, _RESERVED_BYTES),
+                *((mirror, MIRROR_BYTES) for mirror in MIRRORS_AT),
+            )
+            if start < device_bytes
+        )
+
+    # Trees and inodes ---------------------------------------------------------------------------
+
+    @property
+    def _trees(self) -> Trees:
+        if self._read_trees is None:
+            if self._superblock.log_root:
+                raise UnresolvedError(
+                    "btrfs: files were synced since its last commit, and its log of them is not "
+                    "read; freeze it during the snapshot"
+                )
+            self._read_trees = Trees(self._disk, self._superblock)
+        return self._read_trees
+
+    def _root(self, tree: int) -> Root:
+        root = self._roots.get(tree)
+        if root is None:
+            root = self._trees.root(tree)
+            self._roots[tree] = root
+            if len(self._roots) > _ROOTS_MAX:
+                self._roots.popitem(last=False)
+        return root
+
+    def _is_mounted_at(self, tree: int, parent: int, directory: int, name: bytes) -> bool:
+        """Whether a subvolume is in that directory; in a snapshot of the directory it is not."""
+        if not _SUBVOLUMES_FROM <= tree < 1 << _NUMBER_TREE_BITS:
+            raise UnresolvedError(f"btrfs: a name leads to subvolume {tree}, which cannot be")
+        value = self._trees.in_root_tree((parent, _ROOT_REFERENCE, tree))
+        if value is None or len(value) < _ROOT_REFERENCE_HEAD.size:
+            return False
+        own_directory, length = _ROOT_REFERENCE_HEAD.unpack_from(value)
+        own_name = value[_ROOT_REFERENCE_HEAD.size :][:length]
+        return own_directory == directory and own_name == name and self._root(tree).references > 0
+
+    def _node(self, tree: int, inode: int) -> Node:
+        if not 0 < inode < 1 << _NUMBER_INODE_BITS:
+            raise UnresolvedError(f"btrfs: inode {inode} cannot be")
+        number = tree << _NUMBER_INODE_BITS | inode
+        node = self._nodes.get(number)
+        if node is None:
+            value = self._trees.get(self._root(tree), (inode, _INODE_ITEM, 0))
+            if value is None or len(value) != _INODE.size:
+                raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
+            generation, _, size, links, uid, gid, mode, seconds, nanoseconds = _INODE.unpack(value)
+            if size >= 1 << 63 or links == 0:
+                raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
+            node = Node(
+                number=number,
+                generation=generation,
+                kind=_KINDS.get(stat.S_IFMT(mode), FileKind.OTHER),
+                size=size,
+                links=links,
+                mode=stat.S_IMODE(mode),
+                uid=uid,
+                gid=gid,
+                modified_ns=(seconds - (seconds >> 63 << 64)) * 10**9 + nanoseconds,
+            )
+            self._nodes[number] = node
+            if len(self._nodes) > _INODES_MAX:
+                self._nodes.popitem(last=False)
+        return node
+
+    # Extents of files ---------------------------------------------------------------------------
+
+    def _extents(self, node: Node) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset in the file, item) of a file's extents."""
+        tree, inode = _parts(node.number)
+        first = (inode, _EXTENT_DATA, 0)
+        for item, value in self._trees.scan(self._root(tree), first):
+            if item[:2] != first[:2]:
+                break
+            if len(value) < _EXTENT_HEAD.size:
+                raise UnresolvedError(f"btrfs: inode {inode} has a damaged extent")
+            yield item[2], value
+
+    def _runs_of(self, node: Node, offset: int, value: bytes) -> list[Run]:
+        """Return the copies of one extent of a file; none if it is a hole or inline."""
+        _, _, compression, encryption, encoding, kind = _EXTENT_HEAD.unpack_from(value)
+        damaged = UnresolvedError(f"btrfs: node {node.number} has a damaged extent at {offset}")
+        if encryption or encoding:
+            raise UnresolvedError(f"btrfs: node {node.number} is encrypted or encoded")
+        if kind == _EXTENT_INLINE:
+            return []
+        if (
+            kind not in {_EXTENT_REGULAR, _EXTENT_PREALLOCATED}
+            or len(value) != _EXTENT_HEAD.size + _EXTENT_PLACE.size
+        ):
+            raise damaged
+        address, size, skip, length = _EXTENT_PLACE.unpack_from(value, _EXTENT_HEAD.size)
+        if length == 0 or offset + length >= 1 << 63:
+            raise damaged
+        if address == 0:
+            return []
+        if not compression:
+            if skip + length > size:
+                raise damaged
+            address, size = address + skip, length
+        chunk = self._trees.map.chunk(address, size, what=f"node {node.number}")
+        if not chunk.flags & CHUNK_DATA:
+            raise damaged
+        return [
+            Run(
+                offset,
+                size,
+                copy + (address - chunk.start),
+                kind == _EXTENT_PREALLOCATED,
+                compression != 0,
+            )
+            for copy in chunk.copies
+        ]
+
+    # Free space ---------------------------------------------------------------------------------
+
+    def _allocated(self) -> Iterator[Extent]:
+        """Yield the logical ranges that are in use, in order, disjoint."""
+        end = 0
+        size = self._superblock.node_size
+        for leaf in self._trees.leaves(self._root(_TREE_EXTENTS)):
+            for address, kind, offset, _, _ in leaf.items:
+                if kind == _EXTENT_ITEM:
+                    length = offset
+                elif kind == _METADATA_ITEM:
+                    length = size
+                else:
+                    continue
+                if address < end or length == 0:
+                    raise UnresolvedError(
+                        f"btrfs: the extent at address {address} overlaps another"
+                    )
+                end = address + length
+                yield address, end
+
+    def _used_by_block_groups(self) -> dict[tuple[int, int], int]:
+        """Return how much of each chunk is in use, as the filesystem counts it."""
+        in_own_tree = self._superblock.has_block_group_tree
+        root = self._root(_TREE_BLOCK_GROUPS if in_own_tree else _TREE_EXTENTS)
+        used: dict[tuple[int, int], int] = {}
+        for leaf in self._trees.leaves(root):
+            for item in leaf.items:
+                if item[1] == _BLOCK_GROUP_ITEM:
+                    used[item[0], item[2]] = int.from_bytes(leaf.value(item)[:8], "little")
+        return used
+
+    def _finish_chunk(
+        self,
+        chunk: Chunk,
+        position: int,
+        total: int,
+        used: dict[tuple[int, int], int],
+        found: list[Extent],
+    ) -> None:
+        self._add_free(chunk, position, chunk.end, found)
+        told = used.get((chunk.start, chunk.length))
+        if told != total:
+            raise UnresolvedError(
+                f"btrfs: the chunk at address {chunk.start} says that {told} bytes are in use, and "
+                f"{total} are"
+            )
+
+    def _add_free(self, chunk: Chunk, start: int, end: int, found: list[Extent]) -> None:
+        if start < end:
+            found.extend(
+                (copy + start - chunk.start, copy + end - chunk.start) for copy in chunk.copies
+            )
+            if len(found) > FREE_EXTENTS_MAX:
+                raise UnresolvedError(f"btrfs: more than {FREE_EXTENTS_MAX} free extents")
+
+
+def _parts(number: int) -> tuple[int, int]:
+    """Return (tree, inode) of a node's number."""
+    return number >> _NUMBER_INODE_BITS, number & ((1 << _NUMBER_INODE_BITS) - 1)
+
+
+def _inline(node: Node, value: bytes) -> bytes | None:
+    """Return the data that lies in an extent's item; None if it lies elsewhere."""
+    _, _, compression, encryption, encoding, kind = _EXTENT_HEAD.unpack_from(value)
+    if kind != _EXTENT_INLINE:
+        return None
+    if compression or encryption or encoding:
+        raise UnresolvedError(f"btrfs: node {node.number} is compressed, and not read")
+    return value[_EXTENT_HEAD.size :]

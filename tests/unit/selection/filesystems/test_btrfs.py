@@ -1,0 +1,406 @@
+"""btrfs: every file is found where its copies lie, and only what is free is called free."""
+
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from stillblock.extents import intersect, normalise, subtract, total_bytes, union, whole
+from stillblock.model import Extents
+from stillblock.selection.filesystems import (
+    FileKind,
+    Filesystem,
+    Run,
+    UnresolvedError,
+    open_filesystem,
+    read_runs,
+    walk,
+)
+from unit.selection.filesystems.btrfs_images import (
+    VARIANTS,
+    change_superblock,
+    chunks_of,
+    extents_of,
+    make,
+    overwrite,
+    physical,
+    superblock_of,
+    used_by_dump,
+    with_checksum,
+)
+from unit.selection.filesystems.churn import Churn
+from unit.selection.filesystems.damage_cases import DamagedDisk, check_damages, see
+from unit.selection.filesystems.mounting import (
+    MIB,
+    FileDisk,
+    Told,
+    copy_sparse,
+    digest,
+    fiemap,
+    mounted,
+    run,
+    told,
+)
+from unit.selection.filesystems.trees import grow_tree, write
+
+pytestmark = [pytest.mark.needs("mkfs.btrfs", "btrfs"), pytest.mark.slow]
+
+
+class Grown(NamedTuple):
+    """An image with the tree, what the kernel said of its files, and how it mapped them."""
+
+    image: Path
+    files: dict[str, Told]
+    maps: dict[str, list[Run]]
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory) -> Callable[[str], Grown]:
+    """`grown(variant)`: made once for all tests, which leave it as it is."""
+    folder = tmp_path_factory.mktemp("grown")
+
+    @functools.cache
+    def grow(variant: str) -> Grown:
+        image = make(folder / variant, *VARIANTS[variant])
+        with mounted(image) as top:
+            grow_tree(top)
+            os.sync()
+            files = told(top)
+            maps = {path: fiemap(top / path[1:]) for path in files}
+        return Grown(image, files, maps)
+
+    return grow
+
+
+def files_of(filesystem: Filesystem) -> dict[str, tuple[Run, ...]]:
+    return {
+        path: filesystem.runs(node)
+        for path, node in walk(filesystem)
+        if node.kind is FileKind.REGULAR
+    }
+
+
+def places(runs) -> Extents:
+    return normalise((run.start, run.start + run.length) for run in runs if run.start is not None)
+
+
+def pieces(offset: int, start: int, length: int) -> Iterator[tuple[int, int]]:
+    return ((offset + at, start + at) for at in range(0, length, 4096))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_file_is_found_where_the_kernel_put_it(grown, variant):
+    image, files, maps = grown(variant)
+    disk = FileDisk(image)
+    filesystem = open_filesystem(disk)
+    found = {path: node for path, node in walk(filesystem) if node.kind is FileKind.REGULAR}
+    chunks = chunks_of(image)
+
+    assert set(found) == set(files)
+    for path, node in found.items():
+        runs = filesystem.runs(node)
+        content = filesystem.read(node, offset=0, length=node.size)
+        seen = Told(
+            digest(content),
+            node.size,
+            node.links,
+            node.mode,
+            node.uid,
+            node.modified_ns,
+            node.number & ((1 << 40) - 1),
+        )
+        assert seen == files[path], path
+        # The kernel tells logical addresses.
+        mapped = {
+            piece
+            for run in maps[path]
+            for copy in physical(chunks, run.start)
+            for piece in pieces(run.offset, copy, run.length)
+        }
+        assert {p for run in runs for p in pieces(run.offset, run.start, run.length)} == mapped
+
+
+def test_each_copy_of_a_files_data_is_one_of_its_runs(grown):
+    image, files, _ = grown("two copies of data")
+    disk = FileDisk(image)
+    filesystem = open_filesystem(disk)
+    node = dict(walk(filesystem))["/huge"]
+    runs = filesystem.runs(node)
+    for copies in (runs[0::2], runs[1::2]):
+        content = read_runs(disk, copies, size=node.size, offset=0, length=node.size)
+        assert digest(content) == files["/huge"].digest
+    assert total_bytes(places(runs)) >= 2 * node.size
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_free_is_what_no_extent_has(grown, variant):
+    image = grown(variant).image
+    assert open_filesystem(FileDisk(image)).free() == subtract(
+        whole(256 * MIB), used_by_dump(image)
+    )
+
+
+def test_a_filesystem_whose_free_space_was_overwritten_is_as_good_as_before(grown, tmp_path):
+    image, files, _ = grown("as mkfs makes it")
+    copy = copy_sparse(image, tmp_path / "copy")
+    free = open_filesystem(FileDisk(copy)).free()
+    overwrite(copy, free)
+
+    run("btrfs", "check", "--check-data-csum", copy)
+    with mounted(copy) as top:
+        assert told(top) == files
+
+
+def test_links_and_folders_are_what_they_are(grown):
+    filesystem = open_filesystem(FileDisk(grown("as mkfs makes it").image))
+    nodes = dict(walk(filesystem))
+
+    def target(path: str) -> bytes:
+        return filesystem.read(nodes[path], offset=0, length=4096)
+
+    assert target("/odd/short link") == b"../tiny"
+    assert target("/odd/long link") == b"/" + b"long/" * 100
+    assert nodes["/odd"].kind is FileKind.DIRECTORY
+    assert nodes["/odd/pipe"].kind is FileKind.OTHER
+    assert filesystem.identity.label == "stills"
+    uuid = superblock_of(grown("as mkfs makes it").image).split("fsid")[1].split()[0]
+    assert filesystem.identity.uuid == uuid
+
+
+def test_subvolumes_and_snapshots_are_folders_and_claim_what_they_share(tmp_path):
+    image = make(tmp_path / "image")
+    with mounted(image) as top:
+        write(top / "file", random.Random(1).randbytes(100_000))
+        run("btrfs", "subvolume", "create", top / "mails")
+        write(top / "mails" / "mail", random.Random(2).randbytes(300_000))
+        run("btrfs", "subvolume", "create", top / "mails" / "inner")
+        write(top / "mails" / "inner" / "deep", random.Random(3).randbytes(100_000))
+        run("btrfs", "subvolume", "snapshot", top / "mails", top / "yesterday")
+        write(top / "mails" / "mail", b"new" * 4096, at=8192)
+        run("btrfs", "subvolume", "create", top / "gone")
+        write(top / "gone" / "file", random.Random(4).randbytes(100_000))
+        run("btrfs", "subvolume", "delete", top / "gone")
+        os.sync()
+        expected = set(told(top))
+    filesystem = open_filesystem(FileDisk(image))
+    files = files_of(filesystem)
+
+    # A snapshot does not hold the subvolumes that were below: it has empty folders in their place.
+    assert (
+        set(files) == expected == {"/file", "/mails/mail", "/mails/inner/deep", "/yesterday/mail"}
+    )
+    now, before = places(files["/mails/mail"]), places(files["/yesterday/mail"])
+    assert total_bytes(before) >= 300_000
+    assert 270_000 < total_bytes(intersect(now, before)) < total_bytes(before)
+    numbers = [node.number for _, node in walk(filesystem)]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_compressed_files_claim_what_their_pieces_take(tmp_path):
+    image = make(tmp_path / "image")
+    with mounted(image, options="compress-force=zstd") as top:
+        write(top / "text", b"the same again " * 100_000)
+        write(top / "noise", random.Random(1).randbytes(500_000))
+        run("cp", "--reflink=always", top / "text", top / "other text")
+        os.sync()
+        inodes = {path: file.number for path, file in told(top).items()}
+    filesystem = open_filesystem(FileDisk(image))
+    nodes = dict(walk(filesystem))
+
+    for path, inode in inodes.items():
+        assert places(filesystem.runs(nodes[path])) == extents_of(image, inode) != ()
+    text = filesystem.runs(nodes["/text"])
+    assert all(run.is_encoded for run in text)
+    assert 0 < total_bytes(places(text)) < 200_000
+    assert places(text) == places(filesystem.runs(nodes["/other text"]))
+    with pytest.raises(UnresolvedError, match="compressed"):
+        filesystem.read(nodes["/text"], offset=0, length=1)
+    assert filesystem.free() == subtract(whole(256 * MIB), used_by_dump(image))
+
+
+# In use -----------------------------------------------------------------------------------------
+
+
+def test_files_just_synced_are_held_while_mounted_and_free_space_is_given_when_frozen(tmp_path):
+    image = make(tmp_path / "image")
+    dice = random.Random(8)
+    with mounted(image) as top:
+        run("sync", "--file-system", top)
+        for i in range(60):
+            path = top / f"file{i}"
+            write(path, dice.randbytes(3000 * i + 4096))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        live = copy_sparse(image, tmp_path / "live")
+        run("fsfreeze", "--freeze", top)
+        try:
+            frozen = copy_sparse(image, tmp_path / "frozen")
+        finally:
+            run("fsfreeze", "--unfreeze", top)
+    replayed = copy_sparse(live, tmp_path / "replayed")
+    with mounted(replayed):
+        pass
+    data = places(
+        run for runs in files_of(open_filesystem(FileDisk(replayed))).values() for run in runs
+    )
+    assert total_bytes(data) >= sum(3000 * i + 4096 for i in range(60))
+
+    with pytest.raises(UnresolvedError, match="freeze"):
+        open_filesystem(FileDisk(live)).free()
+    with pytest.raises(UnresolvedError, match="freeze"):
+        open_filesystem(FileDisk(live)).root()
+    filesystem = open_filesystem(FileDisk(frozen))
+    held = places(run for runs in files_of(filesystem).values() for run in runs)
+    assert intersect(filesystem.free(), held) == ()
+    assert total_bytes(held) == total_bytes(data)
+    assert total_bytes(filesystem.free()) > 200 * MIB
+
+
+def test_what_a_busy_filesystem_has_committed_is_what_a_mount_would_find(tmp_path):
+    image = make(tmp_path / "image", "-m", "single", "-n", "4096")
+    copies = []
+    with mounted(image) as top:
+        churn = Churn(top, seed=9)
+        for i in range(3):
+            churn.run(120)
+            run("btrfs", "filesystem", "sync", top)
+            copies.append(copy_sparse(image, tmp_path / f"copy{i}"))
+    for copy in copies:
+        before = FileDisk(copy_sparse(copy, copy.with_suffix(".before")))
+        seen = open_filesystem(before)
+        contents = {
+            path: digest(seen.read(node, offset=0, length=node.size))
+            for path, node in walk(seen)
+            if node.kind is FileKind.REGULAR
+        }
+        overwrite(copy, seen.free())
+        with mounted(copy) as top:
+            assert {path: file.digest for path, file in told(top).items()} == contents
+
+
+# Damage -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory) -> Path:
+    """A small image that was unmounted."""
+    options = ("-m", "single", "-n", "4096")
+    image = make(tmp_path_factory.mktemp("settled") / "image", *options, size=128 * MIB)
+    with mounted(image) as top:
+        for i in range(40):
+            write(top / f"{'name' * 10}{i}", random.Random(i).randbytes(700 * i))
+        run("btrfs", "subvolume", "create", top / "sub")
+        write(top / "sub" / "file", random.Random(99).randbytes(50_000))
+        run("btrfs", "subvolume", "snapshot", top / "sub", top / "snapshot")
+        run("cp", "--reflink=always", top / "sub" / "file", top / "shared")
+    return image
+
+
+def tree_blocks(content: bytes) -> list[int]:
+    """Where sound tree blocks lie: those of the last commit, and older ones."""
+    fsid = content[65536 + 32 : 65536 + 48]
+    return [
+        at
+        for at in range(MIB, len(content), 4096)
+        if content.startswith(fsid, at + 32)
+        and with_checksum(content[at : at + 4096]) == content[at : at + 4096]
+    ]
+
+
+def test_damage_to_metadata_is_noticed_or_harmless(settled):
+    content = settled.read_bytes()
+    blocks = [(at, at + 4096) for at in tree_blocks(content)]
+    assert len(blocks) > 20
+    check_damages(content, normalise([(65536, 65536 + 1000), *blocks]), seed=31, count=700)
+
+
+def test_metadata_made_to_deceive_with_right_checksums_gives_nothing_away(settled):
+    """Somebody who writes the disk can make checksums right: then only what is said counts."""
+    content = settled.read_bytes()
+    blocks = [*tree_blocks(content), 65536]
+    dice = random.Random(33)
+    sound = see(DamagedDisk(content))
+    kept = union(sound.all_data, sound.fixed)
+    owners = {number: sound.data[path] or () for path, number in sound.numbers.items()}
+    seen = 0
+    for case in range(1000):
+        at = dice.choice(blocks)
+        block = bytearray(content[at : at + 4096])
+        telling = [i for i in range(32, 4096) if block[i]]
+        i = dice.choice(telling)
+        match dice.randrange(4):
+            case 0:
+                block[i] ^= 1 << dice.randrange(8)
+            case 1:
+                block[i] = dice.randrange(256)
+            case 2:
+                number = dice.choice((0, 1, 0x7FFFFFFF, 0xFFFFFFFF))
+                block[i : i + 4] = number.to_bytes(4, "little")[: 4096 - i]
+            case _:
+                length = min(dice.choice((4, 8, 17)), 4096 - i)
+                source = dice.choice(blocks) + dice.choice(telling)
+                block[i : i + length] = content[source : source + length]
+        disk = DamagedDisk(content, at=at, damage=with_checksum(bytes(block[:4096])))
+        try:
+            sight = see(disk)
+        except UnresolvedError:
+            continue
+        seen += 1
+        assert intersect(sight.left_out_as_free, kept) == (), case
+        for path, number in sight.numbers.items():
+            # A name that leads to another file is no damage: somebody renamed it.
+            foreign = normalise(
+                extent for owner, own in owners.items() if owner != number for extent in own
+            )
+            own = owners.get(number, ())
+            lost = intersect(sight.left_out_with(path), subtract(union(foreign, sound.fixed), own))
+            assert lost == (), f"case {case}: {path!r} would take {lost} with it"
+    assert seen > 50, "most of an inode is about other things than its extents"
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at", "by", "reason"),
+    [
+        (188, (1 << 12).to_bytes(8, "little"), "not known"),
+        (188, (1 << 40).to_bytes(8, "little"), "not known"),
+        (180, (1 << 5).to_bytes(8, "little"), "not known"),
+        (56, (1 << 32 | 1).to_bytes(8, "little"), "state"),
+        (136, (2).to_bytes(8, "little"), "2 devices"),
+        (196, (1).to_bytes(2, "little"), "xxhash"),
+        (148, (3).to_bytes(4, "little"), "impossible"),
+        (209, (1 << 40).to_bytes(8, "little"), "there are only"),
+        (811, b"\0" * 8, "chunks are damaged"),
+    ],
+)
+def test_what_is_not_understood_is_refused(settled, tmp_path, at, by, reason):
+    image = copy_sparse(settled, tmp_path / "image")
+    change_superblock(image, at=at, by=by)
+    with pytest.raises(UnresolvedError, match=reason):
+        open_filesystem(FileDisk(image))
+
+
+def test_several_devices_are_refused(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        path.write_bytes(b"")
+        os.truncate(path, 128 * MIB)
+    run("mkfs.btrfs", "-q", "-d", "raid1", "-m", "raid1", first, second)
+    with pytest.raises(UnresolvedError, match="2 devices"):
+        open_filesystem(FileDisk(first))
+
+
+def test_a_broken_copy_of_metadata_is_replaced_by_the_other(grown, tmp_path):
+    image = copy_sparse(grown("as mkfs makes it").image, tmp_path / "image")
+    sound = open_filesystem(FileDisk(image)).free()
+    metadata = [(length, copies) for _, length, copies in chunks_of(image) if len(copies) == 2]
+    assert metadata
+    overwrite(image, normalise((copies[0], copies[0] + length) for length, copies in metadata))
+
+    assert open_filesystem(FileDisk(image)).free() == sound

@@ -1,0 +1,301 @@
+"""Workers: real processes, with readers that crash, hang, eat memory, break out, and lie."""
+
+import os
+import struct
+import subprocess
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import pytest
+
+from stillblock.codec import CodecError
+from stillblock.errors import ClosedError, ExcludedError, OriginIOError
+from stillblock.selection.confinement import Limits
+from stillblock.selection.disk import Disk
+from stillblock.selection.filesystems import UnresolvedError
+from stillblock.selection.survey import SurveyRequest, SurveyTerm, TermKind
+from stillblock.selection.wire import (
+    FRAME_BYTES_MAX,
+    HEADER,
+    Kind,
+    WireError,
+    pack_document,
+    receive,
+    unpack_document,
+)
+from stillblock.selection.workers import Worker, _survey
+from unit.selection.partition_images import MIB, BytesDisk, blank
+
+REQUEST = SurveyRequest(
+    place_name="disk",
+    terms=(SurveyTerm(kind=TermKind.PATH, glob="/a"), SurveyTerm(kind=TermKind.FREE)),
+)
+
+
+def worker_of(reader: str, disk: Disk | None = None, limits: Limits | None = None) -> Worker:
+    return Worker(
+        disk or blank(MIB), reader=f"unit.selection.worker_readers:open_{reader}", limits=limits
+    )
+
+
+def failure_of(reader: str, limits: Limits | None = None) -> str:
+    with worker_of(reader, limits=limits) as worker, pytest.raises(UnresolvedError) as caught:
+        worker.survey(REQUEST)
+    assert worker.is_ended
+    return caught.value.message
+
+
+def label_of(reader: str, disk: Disk | None = None) -> str:
+    with worker_of(reader, disk) as worker:
+        return worker.identify().label
+
+
+def test_a_worker_answers_over_the_bytes_that_its_parent_gives_it() -> None:
+    disk = blank(MIB)
+    disk.content[:8] = bytes(range(8))
+    with worker_of("good", disk) as worker:
+        identity = worker.identify()
+        found = worker.survey(REQUEST)
+    assert (identity.label, identity.size) == ("0001020304050607", MIB)
+    assert found.identity == identity
+    assert [(group.terms, group.extents) for group in found.groups] == [((0,), ((4096, 8192),))]
+    assert found.free == ((16384, 32768),)
+    assert found.tallies[0].file_count == 1
+    assert found.caveats == ("a \\x1b[2J caveat",)
+
+
+def test_a_worker_starts_in_a_fraction_of_a_second() -> None:
+    """Of processor time: the machine may be busy."""
+    began = os.times()
+    label_of("good")
+    ended = os.times()
+    assert (
+        ended.children_user + ended.children_system - (began.children_user + began.children_system)
+        < 0.5
+    )
+
+
+# What readers do -------------------------------------------------------------------------------
+
+
+def test_a_reader_that_does_not_understand_says_why_and_no_terminal_is_harmed() -> None:
+    assert failure_of("refusing") == "the log is\\x1b[2J dirty"
+
+
+def test_a_defect_in_a_reader_is_a_reason() -> None:
+    assert failure_of("defective") == ("its reader failed with IndexError: list index out of range")
+
+
+def test_a_crash_is_a_reason() -> None:
+    assert failure_of("crashing") == "its reader broke off: it was ended by SIGSEGV"
+
+
+def test_an_end_without_an_answer_is_a_reason() -> None:
+    assert failure_of("exiting") == "its reader broke off: it ended with code 3"
+
+
+def test_a_reader_that_hangs_is_killed() -> None:
+    assert failure_of("hanging", Limits(wall_s=1.0)) == "its reader did not end within 1 s"
+
+
+def test_a_reader_that_computes_without_an_end_is_killed_though_nobody_watches() -> None:
+    assert failure_of("hanging", Limits(cpu_s=1)) == (
+        "its reader broke off: it used more than 1 s of processor time"
+    )
+
+
+@pytest.mark.parametrize("reader", ["greedy", "greedy_step_by_step"])
+def test_a_reader_that_eats_memory_fails_alone(reader: str) -> None:
+    assert failure_of(reader, Limits(memory_bytes=256 * MIB)) == (
+        "reading it needs more memory than 256 MiB"
+    )
+
+
+def test_a_reader_can_open_start_send_and_change_nothing() -> None:
+    assert label_of("breaking_out") == ""
+
+
+def test_a_reader_cannot_even_ask_for_its_limits() -> None:
+    assert label_of("bounded") == "cannot ask True"
+
+
+def test_reads_end_at_the_end_of_the_disk() -> None:
+    assert label_of("reading_past_the_end") == "4 0"
+
+
+class Failing(BytesDisk):
+    """Fails below byte 4096, with what it is told."""
+
+    error: Exception = OriginIOError("bad sector")
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        if offset < 4096:
+            raise self.error
+        return super().pread(offset=offset, length=length)
+
+
+@pytest.mark.parametrize("error", [OriginIOError("bad sector"), ExcludedError("bad sector")])
+def test_a_failed_read_reaches_the_reader_and_costs_only_itself(error: Exception) -> None:
+    disk = Failing(bytearray(b"good" * 4096))
+    disk.error = error
+    assert label_of("reading_badly", disk) == "bad sector, good"
+
+
+def test_a_volume_that_is_closed_meanwhile_ends_the_request() -> None:
+    disk = Failing(bytearray(b"good" * 4096))
+    disk.error = ClosedError("the volume was closed")
+    with worker_of("reading_badly", disk) as worker, pytest.raises(ClosedError):
+        worker.identify()
+    assert worker.is_ended
+
+
+@pytest.mark.parametrize("reader", ["lying", "oversized"])
+def test_an_answer_outside_the_filesystem_is_refused(reader: str) -> None:
+    assert "malformed answer" in failure_of(reader)
+
+
+def test_an_unknown_reader_is_a_reason() -> None:
+    assert failure_of("nothing_of_this_name").startswith("its reader broke off")
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    """Killed, a parent cannot clean up; its worker, busy with something else, must not stay."""
+    program = (
+        "import sys\n"
+        "from stillblock.selection.workers import Worker\n"
+        "from unit.selection.partition_images import blank\n"
+        "worker = Worker(blank(4096), reader='unit.selection.worker_readers:open_hanging')\n"
+        "worker.__enter__()\n"
+        "print(worker._process.pid, flush=True)\n"
+        "worker.identify()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 30
+    while _is_running(pid):
+        assert time.monotonic() < deadline, f"worker {pid} outlived its parent"
+        time.sleep(0.01)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+# What a worker that was taken over may say --------------------------------------------------------
+
+
+def answer(**changes: object) -> dict[str, object]:
+    identity = {
+        "kind": "ext4",
+        "label": "",
+        "uuid": "",
+        "block_size": 4096,
+        "size": MIB,
+        "is_case_sensitive": True,
+    }
+    tally = {
+        "file_count": 1,
+        "file_bytes": 1,
+        "unmapped_count": 0,
+        "unmapped_reason": "",
+        "linked_count": 0,
+    }
+    return {
+        "identity": identity,
+        "caveats": [],
+        "groups": [[0]],
+        "counts": [1, 0, 0, 0],
+        "tallies": [tally, tally],
+        "files_reason": "",
+        "free_reason": "",
+    } | changes
+
+
+GOOD = [4096, 8192]
+
+
+@pytest.mark.parametrize(
+    ("document", "numbers"),
+    [
+        (None, GOOD),
+        ({}, GOOD),
+        (answer(identity=None), GOOD),
+        (answer(groups=[[2]]), GOOD),
+        (answer(groups=[[-1]]), GOOD),
+        (answer(groups=[["0"]]), GOOD),
+        (answer(groups=[]), GOOD),
+        (answer(counts=[2, 0, 0, 0]), GOOD),
+        (answer(counts=[2, -1, 0, 0]), GOOD),
+        (answer(counts=[1, 0, 0]), GOOD),
+        (answer(tallies=[]), GOOD),
+        (answer(tallies=[{"file_count": -1}, {}]), GOOD),
+        (answer(caveats="x"), GOOD),
+        (answer(files_reason=5), GOOD),
+        (answer(), [8192, 4096]),
+        (answer(), [4096, 4096]),
+        (answer(), [4096, MIB + 1]),
+        (answer(counts=[2, 0, 0, 0]), [0, 8192, 4096, 9000]),
+        (answer(counts=[2, 0, 0, 0]), [0, 8192, 8192, 9000]),
+    ],
+)
+def test_an_answer_that_breaks_the_form_is_refused(document: object, numbers: list[int]) -> None:
+    payload = pack_document(document) + array("Q", numbers).tobytes()
+    found, found_numbers = unpack_document(payload)
+    with pytest.raises((WireError, CodecError)):
+        _survey(found, found_numbers, request=REQUEST, size=MIB)
+
+
+def test_an_answer_of_good_form_is_taken_and_its_text_cut() -> None:
+    document = answer(files_reason="x" * 10_000)
+    found, numbers = unpack_document(pack_document(document, [((4096, 8192),)]))
+    survey = _survey(found, numbers, request=REQUEST, size=MIB)
+    assert survey.groups[0].extents == ((4096, 8192),)
+    assert len(survey.files_reason) < 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEADER.pack(99, 0),
+        HEADER.pack(Kind.ANSWER, FRAME_BYTES_MAX + 1),
+        struct.pack("<BBBBI", Kind.ANSWER, 0, 0, 0, 0xFFFFFFFF),
+    ],
+)
+def test_a_frame_that_is_none_is_refused_before_its_payload_is_taken(data: bytes) -> None:
+    def take(length: int) -> bytes:
+        nonlocal data
+        assert length <= len(data)
+        taken, data = data[:length], data[length:]
+        return taken
+
+    with pytest.raises(WireError):
+        receive(take)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\x05\0\0\0{}",
+        b"\x02\0\0\0{}x",
+        b"\x02\0\0\0{!",
+        b"\x02\0\0\0\xff\xff",
+        struct.pack("<I", 200_000) + b"[" * 200_000,
+    ],
+)
+def test_a_document_that_is_none_is_refused(payload: bytes) -> None:
+    with pytest.raises(WireError):
+        unpack_document(payload)

@@ -57,6 +57,7 @@ format: setup-test ## Rewrite the sources in the one format
 
 .PHONY: test-long
 test-long: setup-test build ## The deep model runs and soak tests; takes the better part of an hour
+	@tools/bootstrap long
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
 
 .PHONY: soak

@@ -3,7 +3,7 @@
 Offsets, lengths and extents are bytes; extents are half-open `(start, end)`. Every call releases the GIL.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Self, final
 
 Extents = list[tuple[int, int]]
@@ -14,7 +14,7 @@ def crc32c(data: bytes, seed: int = 0) -> int:
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
-    "excluded", "recovery_needed", "restore_running", "closed", "internal".
+    "excluded", "recovery_needed", "restore_running", "not_quiet", "closed", "internal".
     """
 
 @final
@@ -202,8 +202,22 @@ class Volume:
         low: Sequence[tuple[int, int]] = ...,
         meta: bytes,
         pause_limit_ms: int = 2000,
+        quiet_ms: int | None = None,
+        passed: Callable[[], object] | None = None,
     ) -> Instant:
-        """Take a snapshot; what `low` has of the selection is given up first when the store is full."""
+        """Take a snapshot; what `low` has of the selection is given up first when the store is full.
+
+        With `quiet_ms` only if no watched write came for so long; `passed` is called once writes go on again.
+        """
+    def watch_writes(self, *, ranges: Sequence[tuple[int, int]] | None = None) -> None:
+        """Look at writes of these ranges, or of the whole disk, from now on."""
+    def unwatch_writes(self) -> None: ...
+    def quiet_ns(self) -> int | None:
+        """How long no watched write came; None if nobody watches."""
+    def watch_reads(self, *, length: int) -> None:
+        """Remember where the live disk is read by requests of just this length; 0: look no more."""
+    def reads_seen(self) -> list[int]:
+        """The offsets of such reads."""
     def epochs(self) -> list[Epoch]: ...
     def set_epoch_meta(self, *, epoch: int, meta: bytes) -> None: ...
     def selection(self, *, epoch: int) -> Extents:

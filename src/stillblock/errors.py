@@ -148,6 +148,12 @@ class StoreOnVolumeError(RefusedError):
     code = "store_on_volume"
 
 
+class FreezeRefusedError(RefusedError):
+    """Freezing what was asked for would do harm, or nothing for this volume."""
+
+    code = "freeze_refused"
+
+
 class StoreNotEmptyError(RefusedError):
     """The directory meant for a new store holds something."""
 
@@ -229,6 +235,21 @@ class RecoveryNeededError(StillblockError):
     """The last server was killed and left acknowledged writes that somebody has to decide about."""
 
     code = "recovery_needed"
+    blame = Blame.PEER
+
+
+class NotQuietError(StillblockError):
+    """Writes came all the time while a quiet moment was waited for; nothing was taken."""
+
+    code = "not_quiet"
+    blame = Blame.PEER
+    is_retryable = True
+
+
+class QuiesceError(StillblockError):
+    """A filesystem, guest or application could not be quiesced; nothing was taken."""
+
+    code = "quiesce"
     blame = Blame.PEER
 
 
@@ -327,6 +348,7 @@ _NATIVE_KINDS: Final[dict[str, type[StillblockError]]] = {
     "excluded": ExcludedError,
     "recovery_needed": RecoveryNeededError,
     "restore_running": RestoreRunningError,
+    "not_quiet": NotQuietError,
     "closed": ClosedError,
     "internal": InternalError,
 }

@@ -7,7 +7,7 @@ import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from stillblock import native
 from stillblock.config import Config
@@ -15,6 +15,7 @@ from stillblock.errors import LockedError, UsageError
 from stillblock.model import (
     BLOCK_SIZE_DEFAULT,
     PAUSE_LIMIT_MS_DEFAULT,
+    Consistency,
     Extents,
     OnFull,
     Receipt,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+Level = Literal["barrier", "idle", "filesystem", "application"]
+"""How consistent a snapshot should be."""
 _PIECE_BYTES: Final = 8 * 1024 * 1024
 """Long reads are made in pieces of this size: memory stays bounded, calls stay few."""
 
@@ -185,6 +188,8 @@ class Volume:
         only_these: bool = False,
         pause_limit_ms: int = PAUSE_LIMIT_MS_DEFAULT,
         description: str = "",
+        consistency: Level | None = None,
+        or_barrier: bool | None = None,
         wait: bool = True,
     ) -> Snapshot:
         """Take a snapshot, durable when this returns; without a name, named by the UTC time.
@@ -192,8 +197,9 @@ class Volume:
         The terms follow the volume's standing rules, the inclusions first; with `only_these` they
         stand alone. What only `include_low` selects is given up first when the store is full. With
         `wait` its selection is final: files and free space are resolved after the instant.
-        Raise `RuleError`, `NameTakenError`, or `PauseTimeoutError` when writes could not be held
-        within the limit.
+        `consistency` and `or_barrier` stand in for the volume's standing ones. Raise `RuleError`,
+        `NameTakenError`, `PauseTimeoutError` when writes could not be held within the limit, or
+        `QuiesceError`, `NotQuietError`, `FreezeRefusedError` when the level cannot be reached.
         """
         receipt = snapshots.create_snapshot(
             self._opened,
@@ -203,6 +209,8 @@ class Volume:
                 only_these=only_these,
                 pause_limit_ms=pause_limit_ms,
                 description=description,
+                consistency=None if consistency is None else Consistency(consistency),
+                or_barrier=or_barrier,
             ),
         )
         taken = Snapshot(self, receipt.snapshot)

@@ -186,6 +186,78 @@ class DamagedCopy:
     end: int
 
 
+class Consistency(StrEnum):
+    """How consistent an instant is for the users of the disk. `barrier` holds at every level."""
+
+    BARRIER = "barrier"
+    """All writes acknowledged before the instant, none after: as after a power cut."""
+    IDLE = "idle"
+    """And nothing had been written for a while."""
+    FILESYSTEM = "filesystem"
+    """And filesystems, mounted here or in a guest, wrote out what they had and held still."""
+    APPLICATION = "application"
+    """And applications prepared for it by hooks, and filesystems, if any are named, held still."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsistencySettings:
+    """A volume's standing wishes about its instants; times in milliseconds."""
+
+    level: Consistency = Consistency.BARRIER
+    or_barrier: bool = False
+    """Fall back to `barrier` where the level cannot be reached, instead of taking nothing."""
+    quiet_ms: int = 200
+    """`idle`: for how long nothing may have been written."""
+    idle_limit_ms: int = 30_000
+    """`idle`: how long to wait for that."""
+    mounts: tuple[str, ...] = ()
+    """`filesystem`: mount points on this volume to freeze."""
+    agent: str | None = None
+    """`filesystem`: socket of the QEMU guest agent in the guest that uses this volume."""
+    agent_mounts: tuple[str, ...] = ()
+    """Mount points in the guest to freeze; empty: all it has."""
+    freeze_limit_ms: int = 10_000
+    """After this a filesystem is thawed, whatever happened."""
+    hooks: str | None = None
+    """`application`: a directory of executables."""
+    hook_limit_ms: int = 30_000
+    """How long each hook may take."""
+
+
+class StepKind(StrEnum):
+    """What was done around an instant."""
+
+    IDLE = "idle"
+    HOOK_BEFORE = "hook-before"
+    HOOK_AFTER = "hook-after"
+    FREEZE = "freeze"
+    THAW = "thaw"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuiesceStep:
+    """One thing that was done around an instant, and how it went."""
+
+    kind: StepKind
+    what: str
+    """The mount point, the agent's socket, the name of the hook."""
+    duration_ns: int
+    is_ok: bool = True
+    detail: str = ""
+    """Who did it, what went wrong, what a hook said."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quiescing:
+    """How an instant came about: the level asked and reached, and every step."""
+
+    asked: Consistency
+    reached: Consistency
+    shortfall: str = ""
+    """Why the level was not reached; empty if it was."""
+    steps: tuple[QuiesceStep, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeConfig:
     """What the store itself remembers about its volume; enough to import it elsewhere."""
@@ -197,6 +269,7 @@ class VolumeConfig:
     """When all preserved content was last read and compared with its checksums."""
     damaged: tuple[DamagedCopy, ...] = ()
     """Preserved content that was found to fail them."""
+    consistency: ConsistencySettings = ConsistencySettings()
 
 
 class VolumeState(StrEnum):
@@ -389,6 +462,9 @@ class SnapshotRecord:
     terms: tuple[TermOutcome, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     consistency: str = "barrier"
+    """The level that was reached."""
+    quiescing: Quiescing | None = None
+    """How; None of a snapshot of an older version."""
     pause_ns: int | None = None
     in_flight: int | None = None
     commit_ns: int | None = None
@@ -461,6 +537,10 @@ class SnapshotInfo:
     """Why nothing of it can be read; empty if its header is there."""
     accepted: str = ""
     """Which doubt somebody accepted, and their note."""
+    consistency: str = "barrier"
+    """The level that was reached."""
+    shortfall: str = ""
+    """Why that is less than was asked for; empty if it is not."""
     is_final: bool = True
     """False: it is being narrowed, and cannot be read, cloned or restored yet."""
 
@@ -483,7 +563,9 @@ class Receipt:
     damaged: Extents
     """Kept, and known to fail its checksum."""
     consistency: str
-    """`barrier`: all writes acknowledged before the instant, none after; as after a power cut."""
+    """The level reached. `barrier`: all writes acknowledged before the instant, none after."""
+    quiescing: Quiescing | None
+    """The level asked and every step; None of a snapshot of an older version."""
     pause_ns: int | None
     """Time writes were held; None if the server died before it could be written down."""
     in_flight: int | None

@@ -9,7 +9,7 @@ from stillblock import _native
 from stillblock.errors import StillblockError, from_native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from stillblock.model import Extents
@@ -215,13 +215,54 @@ class Volume:
             self.inner.flush()
 
     def snapshot(
-        self, *, selection: Extents, low: Extents = (), meta: bytes, pause_limit_ms: int
+        self,
+        *,
+        selection: Extents,
+        low: Extents = (),
+        meta: bytes,
+        pause_limit_ms: int,
+        quiet_ms: int | None = None,
+        passed: Callable[[], object] | None = None,
     ) -> Instant:
-        """Take an instant; durable when it returns. `low` is given up first on a full store."""
+        """Take an instant; durable when it returns. `low` is given up first on a full store.
+
+        With `quiet_ms` only if no watched write came for so long, else `NotQuietError`. `passed`
+        is called once writes go on again, before the snapshot is durable.
+        """
         with _translated():
             return self.inner.snapshot(
-                selection=selection, low=low, meta=meta, pause_limit_ms=pause_limit_ms
+                selection=selection,
+                low=low,
+                meta=meta,
+                pause_limit_ms=pause_limit_ms,
+                quiet_ms=quiet_ms,
+                passed=passed,
             )
+
+    def watch_writes(self, *, ranges: Extents | None = None) -> None:
+        """Look at writes of these ranges, or of the whole disk, from now on."""
+        with _translated():
+            self.inner.watch_writes(ranges=ranges)
+
+    def unwatch_writes(self) -> None:
+        """Look no more."""
+        with _translated():
+            self.inner.unwatch_writes()
+
+    def quiet_ns(self) -> int | None:
+        """Return how long no watched write came; None if nobody watches."""
+        with _translated():
+            return self.inner.quiet_ns()
+
+    def watch_reads(self, *, length: int) -> None:
+        """Remember where the live disk is read by requests of just this length; 0: no more."""
+        with _translated():
+            self.inner.watch_reads(length=length)
+
+    def reads_seen(self) -> list[int]:
+        """Return the offsets of such reads."""
+        with _translated():
+            return self.inner.reads_seen()
 
     def epochs(self) -> list[Epoch]:
         """Return every instant the store knows, oldest first."""

@@ -22,7 +22,7 @@ def test_every_argument_and_option_has_help():
 
 
 def test_every_command_has_help():
-    for noun in ("volume", "rules", "snapshot", "bookmark", "restore"):
+    for noun in ("volume", "rules", "snapshot", "bookmark", "restore", "hook"):
         app = build()[noun]
         for verb in app:
             if not verb.startswith("-"):

@@ -53,6 +53,9 @@ pub enum Error {
     /// Writes did not drain in time; the snapshot was not taken, writes go on.
     #[error("{0}")]
     PauseTimeout(String),
+    /// Writes came while quiet was asked for; the snapshot was not taken.
+    #[error("{0}")]
+    NotQuiet(String),
     /// A snapshot's content that could not be kept.
     #[error("{message}")]
     Lost {
@@ -93,6 +96,7 @@ impl Error {
             Self::NotFound(_) => "not_found",
             Self::InUse(_) => "in_use",
             Self::PauseTimeout(_) => "pause_timeout",
+            Self::NotQuiet(_) => "not_quiet",
             Self::Lost { .. } => "snapshot_lost",
             Self::Excluded(_) => "excluded",
             Self::RecoveryNeeded(_) => "recovery_needed",

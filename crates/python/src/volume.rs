@@ -243,7 +243,9 @@ impl Volume {
         detached(py, || self.0.flush())
     }
 
-    #[pyo3(signature = (*, selection, low=Vec::new(), meta, pause_limit_ms=2000))]
+    #[pyo3(signature = (*, selection, low=Vec::new(), meta, pause_limit_ms=2000, quiet_ms=None,
+        passed=None))]
+    #[allow(clippy::too_many_arguments)] // keywords in Python
     fn snapshot(
         &self,
         py: Python<'_>,
@@ -251,6 +253,8 @@ impl Volume {
         low: Ranges,
         meta: Vec<u8>,
         pause_limit_ms: u64,
+        quiet_ms: Option<u64>,
+        passed: Option<Py<PyAny>>,
     ) -> PyResult<Instant> {
         let request = core::SnapshotRequest {
             selection: self.blocks(&selection)?,
@@ -258,7 +262,33 @@ impl Volume {
             meta,
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
-        detached(py, || self.0.snapshot(request)).map(Instant::from)
+        let told = passed.map(|call| -> Box<dyn FnOnce() + Send> { Box::new(move || tell(&call)) });
+        let moment = core::Moment { quiet: quiet_ms.map(Duration::from_millis), passed: told };
+        detached(py, || self.0.snapshot_at(request, moment)).map(Instant::from)
+    }
+
+    #[pyo3(signature = (*, ranges=None))]
+    fn watch_writes(&self, ranges: Option<Ranges>) -> PyResult<()> {
+        let blocks = ranges.map(|ranges| self.blocks(&ranges)).transpose()?;
+        self.0.watch_writes(blocks);
+        Ok(())
+    }
+
+    fn unwatch_writes(&self) {
+        self.0.unwatch_writes();
+    }
+
+    fn quiet_ns(&self) -> Option<u64> {
+        self.0.quiet().map(core::nanoseconds)
+    }
+
+    #[pyo3(signature = (*, length))]
+    fn watch_reads(&self, length: u64) {
+        self.0.watch_reads(length);
+    }
+
+    fn reads_seen(&self) -> Vec<u64> {
+        self.0.reads_seen()
     }
 
     fn epochs(&self, py: Python<'_>) -> PyResult<Vec<Epoch>> {
@@ -509,4 +539,13 @@ impl View {
     fn close(&self) {
         self.0.close();
     }
+}
+
+/// Call back into Python from a thread of the engine; what it raises is nobody's to catch there.
+fn tell(call: &Py<PyAny>) {
+    Python::attach(|py| {
+        if let Err(error) = call.call0(py) {
+            error.write_unraisable(py, Some(call.bind(py)));
+        }
+    });
 }

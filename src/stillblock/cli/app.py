@@ -41,6 +41,7 @@ _NOUNS: Final = {
     "snapshot": "A volume's chosen blocks as they were at one instant.",
     "bookmark": "What is left of a snapshot for increments: what changed since.",
     "restore": "Put a snapshot back in place.",
+    "hook": "What runs before and after an instant: the hooks that come with stillblock.",
 }
 
 SUMMARIES: Final = {**_ROOT, **_NOUNS}

@@ -33,6 +33,7 @@ from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
+    Consistency,
     Receipt,
     Reference,
     SnapshotInfo,
@@ -63,6 +64,8 @@ def create(
     only_these: bool = False,
     pause_limit: Annotated[int, Parameter(name="--pause-limit")] = PAUSE_LIMIT_MS_DEFAULT,
     description: str = "",
+    consistency: Consistency | None = None,
+    or_barrier: bool | None = None,
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
     dry_run: bool = False,
     common: Common = _COMMON,
@@ -82,6 +85,11 @@ def create(
         Longest time in milliseconds that writes may be held; past it nothing is taken.
     description
         A remark to keep with it.
+    consistency
+        How consistent; default: as `volume set` says. barrier: as after a power cut; idle: at a
+        quiet moment; filesystem: with filesystems or the guest frozen; application: with hooks.
+    or_barrier
+        Where that cannot be reached, take a barrier snapshot that says so, instead of none.
     wait
         Wait until the rules are resolved; else a serve process goes on by itself.
     dry_run
@@ -97,6 +105,8 @@ def create(
         only_these=only_these,
         pause_limit_ms=pause_limit,
         description=description,
+        consistency=consistency,
+        or_barrier=or_barrier,
     )
     with open_session(common.config(), reference.volume) as session:
         if dry_run:
@@ -110,6 +120,12 @@ def create(
             with output.working(f"{receipt.snapshot.reference} is taken; resolving its rules"):
                 receipt = session.wait_final(receipt)
     output.result("receipt", receipt, lambda out: _render_created(out, receipt))
+    found = receipt.quiescing
+    if found is not None and found.shortfall:
+        output.warn(
+            f"{receipt.snapshot.reference} is {found.reached}-consistent, "
+            f"not {found.asked}: {found.shortfall}"
+        )
     if receipt.is_default:
         output.remark(f"nobody gave rules: {DEFAULT_TOLD.format(volume=reference.volume)}")
 
@@ -321,6 +337,8 @@ def _volumes(volume: str | None, common: Common) -> list[str]:
 
 def _flags(info: SnapshotInfo) -> str:
     notes = [
+        "" if info.consistency == Consistency.BARRIER else info.consistency,
+        "LESS CONSISTENT than asked" if info.shortfall else "",
         "protected" if info.is_protected else "",
         "narrowing" if info.state is SnapshotState.NARROWING else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
@@ -379,6 +397,8 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("SUSPECT", info.suspect_reason),
             ("matters less", size_exact(info.low_bytes) if info.low_bytes else ""),
             ("accepted", info.accepted),
+            ("consistency", info.consistency),
+            ("LESS than asked", info.shortfall),
             ("notes", _flags(info)),
             ("description", info.description),
             ("read it at", uri),
@@ -394,7 +414,7 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("snapshot", info.reference),
             ("id", info.id),
             ("instant", format_instant(info.created_unix_ns)),
-            ("consistency", found.consistency),
+            ("consistency", _consistency(found)),
             ("writers waited", "" if found.pause_ns is None else _pause(found)),
             ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
             ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
@@ -419,6 +439,21 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     if found.terms:
         out.line()
         show_terms(out, found.terms)
+    if found.quiescing is not None and found.quiescing.steps:
+        out.line()
+        out.table(
+            ("STEP", "OF", ">TOOK", "RESULT"),
+            [
+                (
+                    str(step.kind),
+                    step.what,
+                    format_duration(step.duration_ns),
+                    step.detail if step.is_ok else f"FAILED: {step.detail}",
+                )
+                for step in found.quiescing.steps
+            ],
+            empty="",
+        )
     out.line()
     if found.left_out:
         out.line("What is not in this snapshot, and why:")
@@ -454,6 +489,12 @@ def _render_lost(out: Output, info: SnapshotInfo) -> None:
     )
     if len(rows) > len(shown):
         out.line(f"and {len(rows) - len(shown)} more; --json lists all")
+
+
+def _consistency(found: Receipt) -> str:
+    if found.quiescing is None or not found.quiescing.shortfall:
+        return found.consistency
+    return f"{found.consistency}, not {found.quiescing.asked}: {found.quiescing.shortfall}"
 
 
 def _pause(found: Receipt) -> str:

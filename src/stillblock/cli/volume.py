@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from stillblock.cli import upkeep
 from stillblock.cli.app import new_app
@@ -22,6 +22,8 @@ from stillblock.cli.output import (
 from stillblock.errors import InUseError, UsageError
 from stillblock.model import (
     BLOCK_SIZE_DEFAULT,
+    Consistency,
+    ConsistencySettings,
     OnFull,
     StoreUsage,
     UsageLevel,
@@ -29,6 +31,7 @@ from stillblock.model import (
     format_size,
 )
 from stillblock.operations import imports, usage, volumes
+from stillblock.operations.consistency import ConsistencyRequest
 from stillblock.operations.usage import PolicyRequest
 from stillblock.service.client import find_server
 from stillblock.service.session import open_session
@@ -37,6 +40,8 @@ app = new_app("volume")
 
 _COMMON: Final = Common()
 _CHANGE: Final = Change()
+_CONSISTENCY: Final = Group.create_ordered("Consistency of its snapshots")
+_LISTED: Final = Parameter(group=_CONSISTENCY, consume_multiple=False, negative="")
 
 
 @app.command
@@ -138,6 +143,7 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
         info = session.show_volume()
         exports = session.exports().exports
         found = session.store_usage()
+        standing = session.consistency()
 
     def render(out: Output) -> None:
         out.pairs(
@@ -154,6 +160,7 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
                 ("bookmarks", str(info.bookmark_count)),
                 ("kept for them", format_size(info.store_bytes)),
                 *_usage_rows(found),
+                *_consistency_rows(standing.settings),
                 (
                     "made",
                     f"{format_instant(info.created_unix_ns)} ({age(info.created_unix_ns)} ago)",
@@ -166,7 +173,16 @@ def show(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
         for export in exports:
             out.line(export.uri)
 
-    output.result("volume", {"volume": info, "exports": exports, "store": found}, render)
+    output.result(
+        "volume",
+        {
+            "volume": info,
+            "exports": exports,
+            "store": found,
+            "consistency": standing.settings,
+        },
+        render,
+    )
     if text := usage.describe(found):
         output.warn(text)
 
@@ -178,9 +194,19 @@ def set_(
     *,
     store_policy: OnFull | None = None,
     store_limit: Annotated[int | None, SIZE] = None,
+    consistency: Annotated[Consistency | None, Parameter(group=_CONSISTENCY)] = None,
+    or_barrier: Annotated[bool | None, Parameter(group=_CONSISTENCY)] = None,
+    quiet_time: Annotated[int | None, Parameter(group=_CONSISTENCY)] = None,
+    idle_limit: Annotated[int | None, Parameter(group=_CONSISTENCY)] = None,
+    freeze_mount: Annotated[tuple[str, ...] | None, _LISTED] = None,
+    guest_agent: Annotated[str | None, Parameter(group=_CONSISTENCY)] = None,
+    guest_mount: Annotated[tuple[str, ...] | None, _LISTED] = None,
+    freeze_limit: Annotated[int | None, Parameter(group=_CONSISTENCY)] = None,
+    hooks: Annotated[str | None, Parameter(group=_CONSISTENCY)] = None,
+    hook_limit: Annotated[int | None, Parameter(group=_CONSISTENCY)] = None,
     common: Common = _COMMON,
 ) -> None:
-    """Change what happens when the store is full; in force at once, also while it is served.
+    """Change how a volume behaves; in force at once, also while it is served.
 
     Parameters
     ----------
@@ -189,14 +215,55 @@ def set_(
         changes wait until there is room; fail: they get an I/O error.
     store_limit
         What the store may take; 0: as much as its filesystem has.
+    consistency
+        The level of its snapshots: barrier, idle, filesystem or application.
+    or_barrier
+        Where that cannot be reached, fall back to barrier and say so, instead of taking nothing.
+    quiet_time
+        idle: milliseconds without a write.
+    idle_limit
+        idle: how many milliseconds to wait for that.
+    freeze_mount
+        filesystem: a mount point on this volume to freeze, as often as needed; "" for none.
+    guest_agent
+        filesystem: the socket of the QEMU guest agent of the guest that uses it; "" for none.
+    guest_mount
+        A mount point to freeze in the guest, as often as needed; default: all it has.
+    freeze_limit
+        Milliseconds after which everything is thawed, whatever happened.
+    hooks
+        application: a directory of executables, run before and after the instant; "" for none.
+    hook_limit
+        Milliseconds that each hook may take, and that applications are held prepared.
     """
-    if store_policy is None and store_limit is None:
-        raise UsageError("say what to change: --store-policy or --store-limit")
+    wanted = ConsistencyRequest(
+        level=consistency,
+        or_barrier=or_barrier,
+        quiet_ms=quiet_time,
+        idle_limit_ms=idle_limit,
+        mounts=freeze_mount,
+        agent=guest_agent,
+        agent_mounts=guest_mount,
+        freeze_limit_ms=freeze_limit,
+        hooks=hooks,
+        hook_limit_ms=hook_limit,
+    )
+    has_policy = store_policy is not None or store_limit is not None
+    has_consistency = wanted != ConsistencyRequest()
+    if not has_policy and not has_consistency:
+        raise UsageError("say what to change, for example --store-policy or --consistency")
     output, config = Output(common), common.config()
     request = PolicyRequest(on_full=store_policy, limit_bytes=store_limit)
     with open_session(config, volume_of(volume)) as session:
-        found = session.set_store_policy(request)
-    output.result("store-usage", found, lambda out: out.pairs(_usage_rows(found)))
+        if has_consistency:
+            session.set_consistency(wanted)
+        found = session.set_store_policy(request) if has_policy else session.store_usage()
+        standing = session.consistency()
+    output.result(
+        "volume-settings",
+        {"store": found, "consistency": standing.settings},
+        lambda out: out.pairs((*_usage_rows(found), *_consistency_rows(standing.settings))),
+    )
     if text := usage.describe(found):
         output.warn(text)
 
@@ -323,6 +390,22 @@ def _show_released(output: Output, done: volumes.Released) -> None:
         lambda out: out.line(
             f"released {done.volume}: {done.origin} is complete, any tool can use it"
         ),
+    )
+
+
+def _consistency_rows(found: ConsistencySettings) -> tuple[tuple[str, str], ...]:
+    level = f"{found.level}, or barrier" if found.or_barrier else str(found.level)
+    guest = ", ".join(found.agent_mounts) or "all filesystems"
+    is_idle = found.level is Consistency.IDLE
+    quiet = f"{found.quiet_ms} ms without a write, within {found.idle_limit_ms} ms"
+    is_frozen = bool(found.mounts or found.agent)
+    return (
+        ("consistency", level),
+        ("quiet time", quiet if is_idle else ""),
+        ("freezes", ", ".join(found.mounts)),
+        ("freezes by agent", f"{guest} of {found.agent}" if found.agent else ""),
+        ("freeze limit", f"{found.freeze_limit_ms} ms" if is_frozen else ""),
+        ("hooks", f"{found.hooks}, {found.hook_limit_ms} ms each" if found.hooks else ""),
     )
 
 

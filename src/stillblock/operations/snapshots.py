@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from stillblock.errors import ProtectedError, UsageError
+from stillblock.consistency.quiesce import quiesced
+from stillblock.errors import ProtectedError, QuiesceError, UsageError
 from stillblock.extents import total_bytes
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     PAUSE_LIMIT_MS_MAX,
     Changes,
+    Consistency,
+    ConsistencySettings,
     Extents,
     LeftOut,
+    Quiescing,
     Receipt,
     RuleTerm,
     SnapshotInfo,
     SnapshotRecord,
     TermOutcome,
 )
+from stillblock.operations.consistency import occasion, settings_for
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import (
     Instant,
@@ -46,6 +51,10 @@ class SnapshotRequest:
     only_these: bool = False
     pause_limit_ms: int = PAUSE_LIMIT_MS_DEFAULT
     description: str = ""
+    consistency: Consistency | None = None
+    """None: the volume's standing level."""
+    or_barrier: bool | None = None
+    """Whether to fall back where the level cannot be reached; None: as the volume says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +73,7 @@ class SnapshotPlan:
     pause_limit_ms: int
     low: Extents = ()
     """What of it is given up first when the store is full."""
+    consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
     pending: str = ""
     """What the frozen view has to tell: the snapshot then holds less. Empty: it holds this."""
     is_default: bool = False
@@ -159,6 +169,7 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         notes=explained.notes,
         pause_limit_ms=request.pause_limit_ms,
         low=explained.low,
+        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
         pending=explained.pending,
         is_default=rules.is_default,
     )
@@ -170,6 +181,8 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     Ranges and partitions are resolved before the instant: they hold from the first write after it.
     What needs a filesystem is resolved afterwards, in a thread: until then the receipt is not
     final, and the snapshot can be neither read nor restored.
+    Raise `QuiesceError`, `NotQuietError` or `FreezeRefusedError`, with nothing taken, if the level
+    of consistency cannot be reached and no fallback is wanted.
     """
     with volume.lock:
         plan = plan_snapshot(volume, request)
@@ -185,15 +198,32 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
             versions=versions(),
         )
         record = with_left_out(record, plan.left_out)
-        instant = volume.engine.snapshot(
-            selection=plan.extents,
-            low=plan.low,
-            meta=encode_snapshot(record),
-            pause_limit_ms=plan.pause_limit_ms,
+        around = occasion(
+            volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents
         )
+        with quiesced(around, volume.engine) as moment:
+            instant = moment.take(
+                lambda quiet_ms, passed: volume.engine.snapshot(
+                    selection=plan.extents,
+                    low=plan.low,
+                    meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
+                    pause_limit_ms=plan.pause_limit_ms,
+                    quiet_ms=quiet_ms,
+                    passed=passed,
+                )
+            )
+            quiescing = moment.outcome()
+        if quiescing.shortfall and not plan.consistency.or_barrier:
+            # Right, but not what was asked for.
+            volume.engine.delete_snapshot(epoch=instant.epoch)
+            raise QuiesceError(
+                f"{volume.name}: {quiescing.asked} was not held until the instant: "
+                f"{quiescing.shortfall}; nothing was taken",
+                hint="raise the limit, or add --or-barrier to keep such a snapshot",
+            )
         # Committed. The length of the pause is known only now; a crash here loses the number.
         record = replace(
-            record,
+            _with_quiescing(record, quiescing),
             pause_ns=instant.pause_ns,
             in_flight=instant.in_flight,
             commit_ns=instant.commit_ns,
@@ -211,8 +241,13 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         snapshot=plan.name,
         selected_bytes=plan.selected_bytes,
         pause_ns=instant.pause_ns,
+        consistency=str(quiescing.reached),
     )
     return receipt
+
+
+def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRecord:
+    return replace(record, consistency=str(quiescing.reached), quiescing=quiescing)
 
 
 def list_snapshots(volume: OpenVolume) -> SnapshotList:
@@ -244,6 +279,7 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         lost=tuple(snapshot.epoch.lost),
         damaged=tuple(snapshot.epoch.damaged),
         consistency=record.consistency,
+        quiescing=record.quiescing,
         pause_ns=record.pause_ns,
         in_flight=record.in_flight,
         commit_ns=record.commit_ns,
@@ -389,5 +425,7 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         damaged_bytes=total_bytes(tuple(epoch.damaged)),
         damage=epoch.damage,
         accepted=epoch.accepted,
+        consistency=record.consistency,
+        shortfall="" if record.quiescing is None else record.quiescing.shortfall,
         is_final=record.is_final,
     )

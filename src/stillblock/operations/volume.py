@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from stillblock import native, selection
 from stillblock.catalog import Catalog
+from stillblock.consistency import leftover
 from stillblock.errors import (
     CatalogError,
     LockedError,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from stillblock.operations.verification import Verification
 
 _LOG: Final = logging.getLogger("stillblock.operations")
+_THAW_LEFT_S: Final = 2.0
+"""How long an opening waits for what was left frozen; then it is thawed beside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +156,7 @@ class OpenVolume:
         self.narrowings = Narrowings()
         """Those under way; they end with the volume."""
         self._is_closed = False
+        self._buffer_dir: Path | None = None
 
     @classmethod
     def open(cls, config: Config, name: str, options: EngineOptions | None = None) -> Self:
@@ -170,12 +174,14 @@ class OpenVolume:
                 recover=chosen.recover,
             )
         volume = cls(config, entry, engine)
+        volume._buffer_dir = chosen.buffer_dir
         try:
             settings = volume.settings()
             if settings.name != name:  # imported under another name
                 volume.store_settings(replace(settings, name=name))
             verification.remember_damage(engine, settings.damaged)
             registry.follow(config, entry, engine.origin)
+            volume.thaw_left()
         except BaseException:
             volume.close()
             raise
@@ -215,6 +221,39 @@ class OpenVolume:
     def is_served(self) -> bool:
         """Whether clients may be writing to it."""
         return not isinstance(self.hooks, NoExports)
+
+    @property
+    def frozen_note(self) -> Path:
+        """Where it is written down what is frozen for an instant."""
+        return self._config.run_dir / f"{self.name}.frozen"
+
+    def thaw_left(self) -> None:
+        """Thaw what a server that was killed with all its guards left frozen."""
+        if not self.frozen_note.exists():
+            return
+
+        def work() -> None:
+            for what in leftover.thaw(self.frozen_note):
+                self.event("thawed_what_was_left_frozen", what=what)
+
+        # A thaw writes to this very disk, whose clients may be waiting for us to serve it.
+        thread = threading.Thread(target=work, name="thaw-left", daemon=True)
+        thread.start()
+        thread.join(_THAW_LEFT_S)
+
+    def own_places(self) -> dict[str, Path]:
+        """Return every directory that we write to on behalf of any volume, by what it is."""
+        places = {
+            "state directory": self._config.state_dir,
+            "socket directory": self._config.run_dir,
+            "store": Path(self._entry.store),
+        }
+        if self._buffer_dir is not None:
+            places["write buffer"] = self._buffer_dir
+        with Catalog(self._config.catalog_path) as catalog:
+            for entry in catalog.volumes():
+                places[f"store of {entry.name}"] = Path(entry.store)
+        return places
 
     # What the store remembers
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         StoreUsage,
         VolumeInfo,
     )
+    from stillblock.operations.consistency import ConsistencyRequest, StandingConsistency
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
     from stillblock.operations.usage import PolicyRequest
@@ -102,6 +103,14 @@ class Session(abc.ABC):
     def set_store_policy(self, request: PolicyRequest) -> StoreUsage:
         """Change what happens when the store is full, or how much it may take."""
         return self.call(verbs.SET_STORE_POLICY, request)
+
+    def consistency(self) -> StandingConsistency:
+        """Return how snapshots are prepared if they do not say otherwise."""
+        return self.call(verbs.SHOW_CONSISTENCY, NoRequest())
+
+    def set_consistency(self, request: ConsistencyRequest) -> StandingConsistency:
+        """Change how snapshots are prepared."""
+        return self.call(verbs.SET_CONSISTENCY, request)
 
     def resize(self) -> Resized:
         """Take over the origin's present length."""

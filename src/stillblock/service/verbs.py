@@ -21,6 +21,7 @@ from stillblock.model import (
 )
 from stillblock.operations import (
     bookmarks,
+    consistency,
     explaining,
     narrowing,
     recovery,
@@ -107,6 +108,24 @@ SET_STORE_POLICY: Final = Verb(
     request=usage.PolicyRequest,
     result=StoreUsage,
     run=usage.set_policy,
+)
+SHOW_CONSISTENCY: Final = Verb(
+    name="show_consistency",
+    method="GET",
+    path="/consistency",
+    summary="How snapshots are prepared if they do not say otherwise.",
+    request=NoRequest,
+    result=consistency.StandingConsistency,
+    run=lambda volume, _: consistency.show_consistency(volume),
+)
+SET_CONSISTENCY: Final = Verb(
+    name="set_consistency",
+    method="PATCH",
+    path="/consistency",
+    summary="Change how snapshots are prepared.",
+    request=consistency.ConsistencyRequest,
+    result=consistency.StandingConsistency,
+    run=consistency.set_consistency,
 )
 RESIZE: Final = Verb(
     name="resize",

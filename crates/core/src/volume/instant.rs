@@ -7,6 +7,7 @@
 
 use super::commit::FrozenClasses;
 use super::restore::PreparedRestore;
+use super::watch::Moment;
 use super::{Committer, Restoring, State, Volume};
 use crate::bitmap::Bitmap;
 use crate::epochs::Epoch;
@@ -69,9 +70,14 @@ struct Flip {
 impl Volume {
     /// Take a snapshot of the selected blocks as they are at one instant during this call.
     pub fn snapshot(&self, request: SnapshotRequest) -> Result<Instant> {
+        self.snapshot_at(request, Moment::default())
+    }
+
+    /// As [`Volume::snapshot`], at a moment that somebody prepared.
+    pub fn snapshot_at(&self, request: SnapshotRequest, moment: Moment<'_>) -> Result<Instant> {
         self.told(self.role().and_then(|mut committer| {
             self.finish_restore_first(&mut committer)?;
-            self.take_instant(&mut committer, request, None)
+            self.take_instant(&mut committer, request, None, moment)
         }))
     }
 
@@ -81,6 +87,7 @@ impl Volume {
         committer: &mut Committer,
         request: SnapshotRequest,
         restore: Option<&PreparedRestore>,
+        moment: Moment<'_>,
     ) -> Result<Instant> {
         // Half of what can be read back: a restore lists its blocks beside the selection.
         let low = Arc::new(request.low.intersection(&request.selection));
@@ -101,7 +108,7 @@ impl Volume {
         let drained = self.drain_before_instant(committer);
         let flipped = drained.and_then(|()| {
             let on_flip = |state: &mut State| Self::note_flip(state, room_pages);
-            self.flip(epoch, &selection, request.pause_limit, on_flip)
+            self.flip(epoch, &selection, request.pause_limit, moment.quiet, on_flip)
         });
         let flip = match flipped {
             Ok(flip) => flip,
@@ -115,6 +122,9 @@ impl Volume {
         };
         committer.epoch_max = epoch;
         let opened = Clock::now();
+        if let Some(passed) = moment.passed {
+            passed();
+        }
         let committed = self.commit_instant(
             committer,
             epoch,
@@ -168,6 +178,7 @@ impl Volume {
         epoch: u32,
         selection: &Arc<ExtentSet>,
         limit: Duration,
+        quiet: Option<Duration>,
         on_flip: impl FnOnce(&mut State),
     ) -> Result<Flip> {
         let blocks = self.block_count(self.size_bytes());
@@ -182,12 +193,16 @@ impl Volume {
         let closed = Clock::now();
         state.is_gate_closed = true;
         let in_flight = state.straight_in_flight;
-        if let Err(error) = self.wait_drained(&mut state, closed, limit) {
+        let is_quiet = quiet.map_or(Ok(()), |wanted| state.check_quiet(wanted));
+        let drained = is_quiet.and_then(|()| self.wait_drained(&mut state, closed, limit));
+        if let Err(error) = drained {
             state.is_gate_closed = false;
             drop(state);
             self.gate_opened.notify_all();
             return Err(error);
         }
+        let is_drained = state.straight_in_flight == 0 || is_broken(Rule::DrainBeforeInstant);
+        assert!(is_drained, "P2: no write is in flight at the instant");
         let frozen = state.freeze_classes();
         let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
         let old_pending = std::mem::replace(&mut state.pending, pending);

@@ -42,6 +42,7 @@ mod room;
 #[cfg(test)]
 mod tests;
 mod upkeep;
+mod watch;
 mod write;
 
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
@@ -51,6 +52,7 @@ pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
 pub use room::{LIMIT_BYTES_MIN, StoreUsage};
 pub use upkeep::Effort;
+pub use watch::Moment;
 
 pub use crate::journal::{OnFull, StorePolicy};
 
@@ -111,6 +113,8 @@ struct State {
     store_failure: String,
     /// Log space for first changes that are still to be recorded.
     room: room::Room,
+    /// Somebody wants to know when the last write came.
+    watched_writes: Option<watch::WatchedWrites>,
     is_closed: bool,
     /// Somebody waits for the committer to run now.
     is_kicked: bool,
@@ -245,6 +249,8 @@ pub struct Volume {
     punching: RwLock<()>,
     /// Copies that were found to fail their checksum.
     rotten: Mutex<check::Rotten>,
+    /// Somebody wants to know whether reads come through here.
+    watched_reads: watch::WatchedReads,
     /// Held while the origin is synced.
     syncing: Mutex<()>,
     /// Syncs of the origin so far.

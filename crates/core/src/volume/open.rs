@@ -445,6 +445,7 @@ impl Parts {
             is_kicked: false,
             is_stopping: false,
             is_upkeep_wanted: false,
+            watched_writes: None,
         };
         let volume = Volume {
             uuid: decided.uuid,
@@ -464,6 +465,7 @@ impl Parts {
             index: RwLock::new(loaded.index),
             index_version: AtomicU64::new(0),
             punching: RwLock::new(()),
+            watched_reads: super::watch::WatchedReads::default(),
             rotten: Mutex::default(),
             syncing: Mutex::new(()),
             syncs_begun: AtomicU64::new(0),

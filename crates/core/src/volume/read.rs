@@ -33,6 +33,7 @@ impl State {
 impl Volume {
     /// Fill `buffer` from `offset`.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.watched_reads.note(offset, buffer.len());
         let is_covered = {
             let state = self.state.lock();
             Self::check_range(&state, offset, to_u64(buffer.len()))?;
@@ -51,6 +52,7 @@ impl Volume {
 
     /// As [`Volume::read`] if no device must be waited for; false if one must.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<bool> {
+        self.watched_reads.note(offset, buffer.len());
         let blocks = self.extent_of(offset, to_u64(buffer.len()));
         let version = {
             let state = self.state.lock();

@@ -9,7 +9,7 @@
 use super::commit::runs_of;
 use super::past::Patience;
 use super::room::Claim;
-use super::{Committer, SnapshotRequest, Volume};
+use super::{Committer, Moment, SnapshotRequest, Volume};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::journal::Entry;
@@ -79,7 +79,8 @@ impl Volume {
             meta: request.meta.clone(),
             pause_limit: request.pause_limit,
         };
-        let instant = self.take_instant(&mut committer, safety, Some(&prepared))?;
+        let instant =
+            self.take_instant(&mut committer, safety, Some(&prepared), Moment::default())?;
         drop(committer);
         let status = self.restore_status();
         Ok(status.unwrap_or(RestoreStatus {

@@ -1,13 +1,14 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
 mod full;
+mod moments;
 mod narrowing;
 mod resizing;
 mod upkeep;
 
 use super::host::System;
 use super::open::{Cache, CreateRequest, OpenRequest, Recover, create, open_on};
-use super::{RestoreRequest, SnapshotRequest, StorePolicy, Volume};
+use super::{Moment, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
 use crate::error::{Error, Result};
 use crate::export::STATE_ZERO;
 use crate::extent::{Extent, ExtentSet};
@@ -293,7 +294,8 @@ fn a_discard_does_not_take_what_a_snapshot_selected_meanwhile() {
     let trimmer = Arc::clone(&volume);
     let trim = std::thread::spawn(move || trimmer.trim(0, 512 * 4096, false));
     let_it_wait();
-    let taken = volume.take_instant(&mut role, snapshot_request(everything()), None);
+    let taken =
+        volume.take_instant(&mut role, snapshot_request(everything()), None, Moment::default());
     let epoch = taken.expect("snapshot").epoch;
     drop(role);
     trim.join().expect("no panic").expect("trim");

@@ -119,8 +119,8 @@ impl Volume {
     fn write_piece(&self, offset: u64, data: &[u8], patience: Patience) -> Result<bool> {
         let (mut at, mut rest) = (offset, data);
         while !rest.is_empty() {
-            let mut state = self.admit()?;
             let extent = self.extent_of(at, to_u64(rest.len()));
+            let mut state = self.admit(extent)?;
             let (way, run_end) = state.way_run(extent);
             let run_bytes = (run_end * self.block_size - at).min(to_u64(rest.len()));
             let (run, _) = rest.split_at(to_usize(run_bytes));
@@ -158,8 +158,8 @@ impl Volume {
         Ok(true)
     }
 
-    /// The state, once the gate is open and writes are accepted.
-    fn admit(&self) -> Result<MutexGuard<'_, State>> {
+    /// The state, once the gate is open and writes of these blocks are accepted.
+    fn admit(&self, blocks: Extent) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state.lock();
         while state.is_gate_closed {
             self.gate_opened.wait(&mut state);
@@ -168,6 +168,7 @@ impl Volume {
             return Err(Error::Closed);
         }
         Self::check_writable(&state)?;
+        state.note_write(blocks);
         Ok(state)
     }
 
@@ -271,7 +272,7 @@ impl Volume {
     ) -> Result<u64> {
         drop(state);
         let role = self.role()?;
-        let state = self.admit()?;
+        let state = self.admit(Extent::single(block))?;
         let size_bytes = state.size_bytes;
         let seen = (state.buffer.newest_sequence(block), state.version());
         let block_end = ((block + 1) * self.block_size).min(size_bytes);
@@ -284,7 +285,7 @@ impl Volume {
         let length = to_usize(end - at);
         let skip = to_usize(at - start_out);
         patched[skip..skip + length].copy_from_slice(&data[..length]);
-        let mut state = self.admit()?;
+        let mut state = self.admit(Extent::single(block))?;
         let now = (state.buffer.newest_sequence(block), state.version());
         let has_room = state.buffer.free_count() > 0 && self.may_take_slot(&state, block);
         if now != seen || state.way(block) != Way::Slots || !has_room {
@@ -566,8 +567,9 @@ impl Volume {
     fn change_whole(&self, blocks: Extent, content: Content<'_>) -> Result<()> {
         let mut start = blocks.start;
         while start < blocks.end {
-            let mut state = self.admit()?;
-            let (way, run_end) = state.way_run(Extent::new(start, blocks.end));
+            let rest = Extent::new(start, blocks.end);
+            let mut state = self.admit(rest)?;
+            let (way, run_end) = state.way_run(rest);
             let size_bytes = state.size_bytes;
             match way {
                 Way::Straight => {
@@ -607,7 +609,8 @@ impl Volume {
         let inner = round_in(offset, length, self.block_size, size_bytes);
         let mut start = inner.start;
         while start < inner.end {
-            let (run, is_needed) = self.admit()?.trim_run(Extent::new(start, inner.end));
+            let rest = Extent::new(start, inner.end);
+            let (run, is_needed) = self.admit(rest)?.trim_run(rest);
             if !is_needed {
                 self.change_whole(run, Content::Discard { upto: offset + length })?;
             }

@@ -1,0 +1,357 @@
+"""The order of things around an instant: hooks, freezes, the instant, thaws, hooks.
+
+`quiesced` is the one way in. Freezes come before the gate closes, so that what they write passes
+through the volume like any write; thaws begin as soon as the gate is open again, while the snapshot
+is still being made durable. Whatever happens in between, everybody is let go.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+from stillblock.consistency import leftover
+from stillblock.consistency.applications import Applications
+from stillblock.consistency.freeze import MountFreeze
+from stillblock.consistency.guest import GuestFreeze
+from stillblock.consistency.leftover import Frozen
+from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
+from stillblock.errors import NotQuietError, QuiesceError, RefusedError, UsageError
+from stillblock.model import (
+    Consistency,
+    ConsistencySettings,
+    Extents,
+    QuiesceStep,
+    Quiescing,
+    StepKind,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+T = TypeVar("T")
+
+LIMIT_MS_MIN: Final = 10
+LIMIT_MS_MAX: Final = 600_000
+"""Ten minutes: nobody should hold an application still for longer by accident."""
+_MOUNTS_MAX: Final = 16
+_NS_PER_MS: Final = 1_000_000
+_DETAIL_CHARS_MAX: Final = 16 * 1024
+"""Of what all steps say so much is kept, or for each step"""
+_DETAIL_CHARS_MIN: Final = 200
+"""so much: a record is kept in the journal, whose entries have a limit."""
+_UNDECIDED: Final = "the server ended before it could be said"
+
+
+class WatchedVolume(WatchedReads, Protocol):
+    """A volume that can tell how quiet it is, and where it is read."""
+
+    def watch_writes(self, *, ranges: Extents | None = None) -> None:
+        """Look at writes of these ranges, or of the whole disk, from now on."""
+
+    def unwatch_writes(self) -> None:
+        """Look no more."""
+
+    def quiet_ns(self) -> int | None:
+        """Return how long no watched write came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occasion:
+    """What an instant is for."""
+
+    volume: str
+    snapshot: str
+    settings: ConsistencySettings
+    """The standing ones, with the level and the fallback that were asked for this time."""
+    own_places: Mapping[str, Path] = field(default_factory=dict)
+    """Directories that we write to: what holds one of them is never frozen."""
+    note: Path | None = None
+    """Where it is written down what is frozen, for the next server."""
+    selection: Extents | None = None
+    """`idle`: the ranges that have to be quiet; None: the whole disk."""
+
+
+def check_settings(settings: ConsistencySettings) -> None:
+    """Raise `UsageError` for settings that could not work."""
+    limits = {
+        "quiet time": settings.quiet_ms,
+        "idle limit": settings.idle_limit_ms,
+        "freeze limit": settings.freeze_limit_ms,
+        "hook limit": settings.hook_limit_ms,
+    }
+    for what, value in limits.items():
+        if not LIMIT_MS_MIN <= value <= LIMIT_MS_MAX:
+            raise UsageError(f"{what} {value} ms is out of range ({LIMIT_MS_MIN}-{LIMIT_MS_MAX})")
+    paths = [*settings.mounts, *filter(None, (settings.agent, settings.hooks))]
+    for path in paths:
+        if not Path(path).is_absolute():
+            raise UsageError(f"{path} is not an absolute path; the server has its own directory")
+    if len(settings.mounts) > _MOUNTS_MAX:
+        raise UsageError(f"{len(settings.mounts)} mounts to freeze; {_MOUNTS_MAX} may be")
+    if settings.agent_mounts and settings.agent is None:
+        raise UsageError("mount points of a guest are given, but no agent to freeze them")
+    is_frozen = bool(settings.mounts or settings.agent)
+    if settings.level is Consistency.FILESYSTEM and not is_frozen:
+        raise UsageError(
+            "consistency filesystem needs to know what to freeze: --freeze-mount or --guest-agent"
+        )
+    if settings.level is Consistency.APPLICATION and settings.hooks is None:
+        raise UsageError("consistency application needs a directory of hooks: --hooks")
+
+
+class Moment:
+    """An instant that is being prepared; `take` takes it, `outcome` tells how it went."""
+
+    def __init__(self, occasion: Occasion, volume: WatchedVolume) -> None:
+        self._occasion = occasion
+        self._settings = occasion.settings
+        self._volume = volume
+        self._mounts: list[Mount] = []
+        self._freezes: list[MountFreeze | GuestFreeze] = []
+        self._applications: Applications | None = None
+        self._steps: list[QuiesceStep] = []
+        self._shortfalls: list[str] = []
+        self._passed_ns: int | None = None
+        self._releasing: threading.Thread | None = None
+        self._release_lock = threading.Lock()
+
+    # Before
+
+    def prepare(self) -> None:
+        """Bring everybody to hold still. What fails is a shortfall, or ends it."""
+        level = self._settings.level
+        with self._or_barrier():
+            if level is Consistency.APPLICATION and self._settings.hooks is not None:
+                self._prepare_applications(Path(self._settings.hooks))
+            if level in {Consistency.FILESYSTEM, Consistency.APPLICATION}:
+                self._freeze()
+        if self._shortfalls:
+            # Half of it held still for nothing.
+            self.release()
+
+    def _prepare_applications(self, directory: Path) -> None:
+        self._applications = Applications(
+            directory,
+            limit_ms=self._settings.hook_limit_ms,
+            hold_ms=self._settings.hook_limit_ms,
+            environment={
+                "STILLBLOCK_VOLUME": self._occasion.volume,
+                "STILLBLOCK_SNAPSHOT": self._occasion.snapshot,
+                "STILLBLOCK_LIMIT_MS": str(self._settings.hook_limit_ms),
+            },
+        )
+        try:
+            self._applications.begin()
+        finally:
+            self._take_steps(self._applications)
+
+    def _freeze(self) -> None:
+        limit_ms = self._settings.freeze_limit_ms
+        # All are looked at before the first is frozen: looking takes time, and reads.
+        for path in self._settings.mounts:
+            mount = open_checked(
+                Path(path),
+                self._volume,
+                volume_name=self._occasion.volume,
+                own_places=self._occasion.own_places,
+                timeout_s=limit_ms / 1000,
+            )
+            self._mounts.append(mount)
+        freezes: list[MountFreeze | GuestFreeze] = [
+            MountFreeze(mount, limit_ms=limit_ms) for mount in self._mounts
+        ]
+        if self._settings.agent is not None:
+            freezes.append(
+                GuestFreeze(
+                    Path(self._settings.agent),
+                    mounts=self._settings.agent_mounts,
+                    limit_ms=limit_ms,
+                )
+            )
+        if self._occasion.note is not None:
+            frozen = Frozen(mounts=self._settings.mounts, agent=self._settings.agent)
+            leftover.note(self._occasion.note, frozen)
+        for freeze in freezes:
+            begun_ns = time.monotonic_ns()
+            try:
+                self._steps.append(freeze.begin())
+            except QuiesceError as error:
+                took_ns = time.monotonic_ns() - begun_ns
+                self._steps.append(
+                    QuiesceStep(
+                        kind=StepKind.FREEZE,
+                        what=freeze.what,
+                        duration_ns=took_ns,
+                        is_ok=False,
+                        detail=error.message,
+                    )
+                )
+                raise
+            self._freezes.append(freeze)
+
+    @contextmanager
+    def _or_barrier(self) -> Iterator[None]:
+        try:
+            yield
+        except (QuiesceError, RefusedError) as error:
+            if not self._settings.or_barrier:
+                raise
+            self._shortfalls.append(str(error))
+
+    # The instant
+
+    def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
+        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never."""
+        if self._settings.level is not Consistency.IDLE:
+            return snapshot(None, self._passed)
+        begun_ns = time.monotonic_ns()
+        limit_ns = begun_ns + self._settings.idle_limit_ms * _NS_PER_MS
+        self._volume.watch_writes(ranges=self._occasion.selection)
+        try:
+            while self._wait_quiet(limit_ns):
+                try:
+                    taken = snapshot(self._settings.quiet_ms, self._passed)
+                except NotQuietError:
+                    continue
+                self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
+                return taken
+        finally:
+            self._volume.unwatch_writes()
+        words = (
+            f"there was no time of {self._settings.quiet_ms} ms without a write within "
+            f"{self._settings.idle_limit_ms} ms"
+        )
+        self._note_idle(begun_ns, words, is_ok=False)
+        if not self._settings.or_barrier:
+            raise NotQuietError(
+                f"{self._occasion.volume}: {words}; nothing was taken",
+                hint="ask for a shorter --quiet-time, a longer --idle-limit, or add --or-barrier",
+            )
+        self._shortfalls.append(words)
+        return snapshot(None, self._passed)
+
+    def _wait_quiet(self, limit_ns: int) -> bool:
+        """Wait until it has been quiet for long enough; false if the limit comes first."""
+        wanted_ns = self._settings.quiet_ms * _NS_PER_MS
+        while True:
+            left_ns = wanted_ns - (self._volume.quiet_ns() or 0)
+            if left_ns <= 0:
+                return time.monotonic_ns() < limit_ns
+            if time.monotonic_ns() + left_ns >= limit_ns:
+                return False
+            time.sleep(left_ns / 1e9)
+
+    def _note_idle(self, begun_ns: int, detail: str, *, is_ok: bool = True) -> None:
+        self._steps.append(
+            QuiesceStep(
+                kind=StepKind.IDLE,
+                what=self._occasion.volume,
+                duration_ns=time.monotonic_ns() - begun_ns,
+                is_ok=is_ok,
+                detail=detail,
+            )
+        )
+
+    def _passed(self) -> None:
+        """Let everybody go on while the snapshot is being made durable. Called by the engine."""
+        self._passed_ns = time.monotonic_ns()
+        if self._freezes or self._applications is not None:
+            self._releasing = threading.Thread(target=self.release, name="release", daemon=True)
+            self._releasing.start()
+
+    # After
+
+    def release(self) -> None:
+        """Thaw, then run the hooks' `after`; once, whoever calls first."""
+        with self._release_lock:
+            freezes, self._freezes = self._freezes, []
+            for freeze in reversed(freezes):
+                step = freeze.end()
+                if step is not None:
+                    self._steps.append(step)
+                self._judge(freeze.thawed_ns, freeze.shortfall)
+            mounts, self._mounts = self._mounts, []
+            for mount in mounts:
+                mount.close()
+            # A freeze that failed is not in the list: its guard may still wait for it.
+            if self._occasion.note is not None and not self._has_failed_freeze():
+                leftover.forget(self._occasion.note)
+            applications, self._applications = self._applications, None
+            if applications is not None:
+                applications.end()
+                self._take_steps(applications)
+                self._judge(applications.released_ns, applications.shortfall)
+                if applications.failure:
+                    self._shortfalls.append(applications.failure)
+
+    def _has_failed_freeze(self) -> bool:
+        kinds = {StepKind.FREEZE, StepKind.THAW}
+        return any(step.kind in kinds and not step.is_ok for step in self._steps)
+
+    def _take_steps(self, applications: Applications) -> None:
+        self._steps += applications.steps
+        applications.steps = []
+
+    def _judge(self, ended_ns: int | None, shortfall: str) -> None:
+        """Who let go by itself did so in time only if the instant had passed by then."""
+        is_late = self._passed_ns is not None and (ended_ns or 0) > self._passed_ns
+        if shortfall and not is_late:
+            self._shortfalls.append(shortfall)
+
+    def wait_released(self) -> None:
+        """Return once everybody was let go."""
+        if self._releasing is not None:
+            self._releasing.join()
+        self.release()
+
+    @property
+    def undecided(self) -> Quiescing:
+        """What to write down with the instant, while it is not known whether it was in time."""
+        asked = self._settings.level
+        is_barrier = asked is Consistency.BARRIER
+        return Quiescing(
+            asked=asked,
+            reached=Consistency.BARRIER,
+            shortfall="" if is_barrier else "; ".join(self._shortfalls) or _UNDECIDED,
+        )
+
+    def outcome(self) -> Quiescing:
+        """Return how it went, everybody being let go."""
+        self.wait_released()
+        asked = self._settings.level
+        return Quiescing(
+            asked=asked,
+            reached=Consistency.BARRIER if self._shortfalls else asked,
+            shortfall="; ".join(self._shortfalls),
+            steps=_within_budget(self._steps),
+        )
+
+
+def _within_budget(steps: list[QuiesceStep]) -> tuple[QuiesceStep, ...]:
+    """Cut what was said, its beginning first, so that the record of a snapshot stays small."""
+    share = max(_DETAIL_CHARS_MIN, _DETAIL_CHARS_MAX // max(1, len(steps)))
+    return tuple(
+        step if len(step.detail) <= share else replace(step, detail="..." + step.detail[-share:])
+        for step in steps
+    )
+
+
+@contextmanager
+def quiesced(occasion: Occasion, volume: WatchedVolume) -> Iterator[Moment]:
+    """Prepare an instant, and let everybody go in the end.
+
+    Raise `UsageError`, `FreezeRefusedError` or `QuiesceError`, with nothing held still, if the
+    level cannot be reached and no fallback was asked for.
+    """
+    check_settings(occasion.settings)
+    moment = Moment(occasion, volume)
+    try:
+        moment.prepare()
+        yield moment
+    finally:
+        moment.wait_released()

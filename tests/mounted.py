@@ -1,0 +1,121 @@
+"""A served disk that the kernel has mounted: NBD, nbdfuse, a loop device, a filesystem."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from serving import MIB, Served, run, try_run, volume_of
+
+MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
+SIZE = {"ext4": 64 * MIB, "xfs": 320 * MIB}
+WAIT_S = 20.0
+
+
+@dataclass
+class Mounted:
+    """A filesystem at `point`, on a loop device over a FUSE file over NBD."""
+
+    point: Path
+    loop: str
+    fuse: subprocess.Popen[bytes]
+    probes: list[threading.Thread] = field(default_factory=list)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file and make it durable, as a program does that must not lose it."""
+        with (self.point / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def can_write(self, timeout_s: float = WAIT_S) -> bool:
+        """Whether a write ends in time: that of a frozen filesystem waits."""
+        thread = threading.Thread(target=self.write, args=("probe", b"x"), daemon=True)
+        self.probes.append(thread)
+        thread.start()
+        thread.join(timeout_s)
+        return not thread.is_alive()
+
+    def unmount(self) -> None:
+        """Unmount, once writes that waited for a thaw are done; lazily if nothing else helps."""
+        for thread in self.probes:
+            thread.join(WAIT_S)
+        if try_run("umount", str(self.point)).code != 0:
+            run("umount", "--lazy", str(self.point))
+
+
+def require_mounts() -> None:
+    """Skip where loop devices, FUSE or mounts are not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("host: mounting needs root")
+    if not Path("/dev/fuse").exists() or not Path("/dev/loop-control").exists():
+        pytest.skip("host: no FUSE or no loop devices")
+
+
+def mkfs(path: Path, kind: str, *options: str) -> None:
+    run(*MAKE[kind], *options, str(path))
+
+
+@contextmanager
+def formatted(kind: str = "ext4", *options: str, size: int | None = None) -> Iterator[Served]:
+    """A volume that holds one filesystem, not served yet."""
+    require_mounts()
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-"))
+        beside = stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-"))
+        origin = Path(beside) / "disk.img"
+        origin.touch()
+        os.truncate(origin, size or SIZE[kind])
+        mkfs(origin, kind, *options)
+        yield stack.enter_context(volume_of(origin, folder))
+
+
+@contextmanager
+def mounted(served: Served, *options: str, snapshot: str | None = None) -> Iterator[Mounted]:
+    """Mount what a server exports; all of it is undone in the end, also if the server is gone."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-mount-")))
+        folder.chmod(0o755)  # servers that use the mount are other users
+        (folder / "fuse").mkdir()
+        (folder / "point").mkdir()
+        file = folder / "fuse" / "disk"
+        read_only = ["--readonly"] if snapshot else []
+        fuse = subprocess.Popen(["nbdfuse", *read_only, str(file), served.uri(snapshot)])
+        stack.callback(_end, fuse, folder / "fuse")
+        for _ in range(400):
+            if file.exists():
+                break
+            assert fuse.poll() is None, "nbdfuse ended"
+            try:
+                fuse.wait(timeout=0.05)
+            except subprocess.TimeoutExpired:
+                pass
+        attached = try_run("losetup", "--find", "--show", *(["-r"] if snapshot else []), str(file))
+        if attached.code != 0:
+            pytest.skip(f"host: no loop devices: {attached.err.strip()}")
+        loop = attached.out.strip()
+        stack.callback(try_run, "losetup", "--detach", loop)
+        mount = ["mount", *(["-o", ",".join(options)] if options else [])]
+        run(*mount, loop, str(folder / "point"))
+        disk = Mounted(point=folder / "point", loop=loop, fuse=fuse)
+        stack.callback(disk.unmount)
+        stack.callback(fuse.send_signal, signal.SIGCONT)
+        yield disk
+
+
+def _end(fuse: subprocess.Popen[bytes], folder: Path) -> None:
+    try_run("fusermount3", "-u", "-z", str(folder))
+    try:
+        fuse.wait(timeout=WAIT_S)
+    except subprocess.TimeoutExpired:
+        fuse.kill()
+        fuse.wait()

@@ -262,3 +262,30 @@ def test_a_disk_without_a_filesystem_is_kept_whole_without_a_word(config, volume
         receipt = take(session, "a", wait=False)
     assert receipt.snapshot.is_final, "there is nothing to wait for"
     assert (receipt.rules, receipt.is_default, receipt.left_out) == ((), False, ())
+
+
+def test_a_forecast_without_changes_has_nothing_to_tell(session):
+    assert session.forecast().instant_count == 0
+    session.set_rules(RulesRequest(terms=EVERYTHING))
+    take(session, "a")
+    seen = session.forecast()
+    assert (seen.changed_bytes, seen.candidates) == (0, ())
+
+
+def test_a_forecast_finds_the_directory_that_changes(opened, origin):
+    session = LocalSession(opened)
+    session.set_rules(RulesRequest(terms=EVERYTHING))
+    take(session, "a")
+    secret = where_the_secret_is(origin)
+    for start, end in secret:
+        opened.engine.pwrite(b"\xcc" * (end - start), offset=start)
+    opened.engine.pwrite(b"\xcc" * 4096, offset=0 + 24 * (1 << 20) - 4096)
+    seen = session.forecast()
+    assert seen.changed_bytes == total_bytes(secret) + 4096
+    assert seen.notes == ()
+    best = seen.candidates[0]
+    assert best.term == "path:/var/cache"
+    assert best.share > 0.9
+    saved = session.explain(RulesRequest(terms=excluding(best.term)))
+    assert total_bytes(intersect(secret, saved.extents)) <= 5 * 4096, "only notes.tmp is left"
+    assert session.show_volume().snapshot_count == 1

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         StoreUsage,
         VolumeInfo,
     )
+    from stillblock.operations.forecast import Forecast
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
     from stillblock.operations.usage import PolicyRequest
@@ -154,6 +155,10 @@ class Session(abc.ABC):
     def explain(self, request: RulesRequest) -> Explanation:
         """Return what rules come to on the disk now."""
         return self.call(verbs.EXPLAIN, request)
+
+    def forecast(self) -> Forecast:
+        """Return what excluding each directory, free space and swap would save a day."""
+        return self.call(verbs.FORECAST, NoRequest())
 
     # Snapshots
 

@@ -22,6 +22,7 @@ from stillblock.model import (
 from stillblock.operations import (
     bookmarks,
     explaining,
+    forecast,
     narrowing,
     recovery,
     restore,
@@ -215,6 +216,15 @@ EXPLAIN: Final = Verb(
     request=rules.RulesRequest,
     result=rules.Explanation,
     run=explaining.explain,
+)
+FORECAST: Final = Verb(
+    name="forecast",
+    method="POST",
+    path="/rules/forecast",
+    summary="What excluding each directory, free space and swap would save a day.",
+    request=NoRequest,
+    result=forecast.Forecast,
+    run=lambda volume, _: forecast.forecast(volume),
 )
 LIST_SNAPSHOTS: Final = Verb(
     name="list_snapshots",

@@ -20,7 +20,7 @@ export PYO3_PYTHON := $(CURDIR)/.venv/bin/python
 
 BIN := .venv/bin
 STAMPS := .venv/stamps
-PYTHON_SOURCES := src tests $(wildcard bench) $(wildcard tools)
+PYTHON_SOURCES := src tests $(wildcard bench) $(wildcard fuzz) $(wildcard tools)
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates \( -name '*.rs' -o -name Cargo.toml \) -not -path '*/tests/*')
 # nextest isolates each test in a process of its own; cargo test runs the same tests without it.
 CARGO_TEST := $(shell if cargo nextest --version >/dev/null 2>&1; then echo "nextest run"; else echo test; fi)

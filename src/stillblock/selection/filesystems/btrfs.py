@@ -1,10 +1,10 @@
 """btrfs on one device: the tree with all its subvolumes, where files lie, what is free.
 
 What is read is the last commit, which nothing overwrites until the next: it is sound whenever it
-is looked at, for tree blocks are never written in place. Only what was synced since is elsewhere,
-in a log that the superblock names: then nothing is told. The top of the tree is that of the
-filesystem (subvolume 5), and subvolumes and snapshots are directories in it, so that every file
-that has a share in an extent is met by a walk.
+is looked at, for tree blocks are never written in place. What was synced since lies in a log that
+the superblock names, and is kept. The top of the tree is that of the filesystem (subvolume 5), and
+subvolumes and snapshots are directories in it, so that every file that has a share in an extent is
+met by a walk.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
-from stillblock.extents import normalise, subtract
+from stillblock.extents import normalise, subtract, union
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.btrfs_format import (
@@ -25,6 +25,14 @@ from stillblock.selection.filesystems.btrfs_format import (
     Chunk,
     read_superblock,
 )
+from stillblock.selection.filesystems.btrfs_items import (
+    DIRECTORY_INDEX,
+    EXTENT_DATA,
+    INODE_ITEM,
+    FileExtent,
+    parse_entry,
+)
+from stillblock.selection.filesystems.btrfs_log import SyncedLog, read_log
 from stillblock.selection.filesystems.btrfs_trees import Root, Trees
 from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.filesystem import (
@@ -55,10 +63,6 @@ _NUMBER_TREE_BITS: Final = 23
 """A node's number is its tree's and its inode's, in 63 bits: 8 million subvolumes ever made, a
 trillion inodes in each."""
 
-_INODE_ITEM: Final = 1
-_DIRECTORY_INDEX: Final = 96
-_EXTENT_DATA: Final = 108
-_ROOT_ITEM: Final = 132
 _ROOT_REFERENCE: Final = 156
 _EXTENT_ITEM: Final = 168
 _METADATA_ITEM: Final = 169
@@ -66,12 +70,7 @@ _BLOCK_GROUP_ITEM: Final = 192
 
 _INODE: Final = struct.Struct("<QQQ8x8xIIII8x8x8x32x12x12xQI12x")
 assert _INODE.size == 160
-_DIRECTORY_ENTRY: Final = struct.Struct("<QBQ8xHHB")
 _ROOT_REFERENCE_HEAD: Final = struct.Struct("<Q8xH")
-_EXTENT_HEAD: Final = struct.Struct("<QQBBHB")
-_EXTENT_PLACE: Final = struct.Struct("<QQQQ")
-_EXTENT_INLINE, _EXTENT_REGULAR, _EXTENT_PREALLOCATED = 0, 1, 2
-
 _KINDS: Final = {
     stat.S_IFREG: FileKind.REGULAR,
     stat.S_IFDIR: FileKind.DIRECTORY,
@@ -91,6 +90,7 @@ class Btrfs:
         self._disk = CachedDisk(disk)
         self._superblock = read_superblock(self._disk)
         self._read_trees: Trees | None = None
+        self._read_log = SyncedLog((), frozenset())
         self._roots: OrderedDict[int, Root] = OrderedDict()
         self._nodes: OrderedDict[int, Node] = OrderedDict()
 
@@ -108,8 +108,11 @@ class Btrfs:
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Files that are left out cannot be read: their checksums stay, their data does not."""
-        return ("what is left out of files reads as an I/O error, for its checksums stay",)
+        """What is left out reads as an error; what was synced since the last commit is kept."""
+        checksums = "what is left out of files reads as an I/O error, for its checksums stay"
+        if self._superblock.log_root:
+            return (checksums, "what was synced since its last commit is kept, whatever it is")
+        return (checksums,)
 
     def root(self) -> Node:
         """Return the top directory, of the filesystem and not of the default subvolume."""
@@ -123,63 +126,44 @@ class Btrfs:
         tree, inode = _parts(directory.number)
         if directory.kind is not FileKind.DIRECTORY:
             raise UnresolvedError(f"btrfs: inode {inode} is no directory")
-        what = f"directory {inode} of subvolume {tree}"
-        first = (inode, _DIRECTORY_INDEX, 0)
+        first = (inode, DIRECTORY_INDEX, 0)
         for item, value in self._trees.scan(self._root(tree), first):
             if item[:2] != first[:2]:
                 break
-            if len(value) < _DIRECTORY_ENTRY.size:
-                raise UnresolvedError(f"btrfs: {what} is damaged")
-            number, kind, _, extra, length, _ = _DIRECTORY_ENTRY.unpack_from(value)
-            name = value[_DIRECTORY_ENTRY.size :][:length]
-            if (
-                len(value) != _DIRECTORY_ENTRY.size + length + extra
-                or not name
-                or b"/" in name
-                or b"\0" in name
-                or name in {b".", b".."}
-            ):
-                raise UnresolvedError(f"btrfs: {what} is damaged")
-            if kind == _INODE_ITEM:
-                yield os.fsdecode(name), self._node(tree, number)
-            elif kind == _ROOT_ITEM:
-                if self._is_mounted_at(number, tree, inode, name):
-                    yield os.fsdecode(name), self._node(number, self._root(number).directory)
-            else:
-                raise UnresolvedError(f"btrfs: {what} leads to something of kind {kind}")
+            entry = parse_entry(value)
+            name = os.fsdecode(entry.name)
+            if entry.kind == INODE_ITEM:
+                yield name, self._node(tree, entry.number)
+            elif self._is_mounted_at(entry.number, tree, inode, entry.name):
+                yield name, self._node(entry.number, self._root(entry.number).directory)
 
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a regular file's data lies; compressed pieces are encoded runs."""
         if node.kind is not FileKind.REGULAR:
             raise UnresolvedError(f"btrfs: node {node.number} is no regular file")
         runs: list[Run] = []
-        for offset, value in self._extents(node):
-            runs += self._runs_of(node, offset, value)
+        for offset, extent in self._extents(node):
+            if not extent.is_inline and extent.address:
+                runs += self._runs_of(node, offset, extent)
             if len(runs) > EXTENTS_MAX:
                 raise UnresolvedError(f"btrfs: a file has more than {EXTENTS_MAX} extents")
         return tuple(runs)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link."""
-        if node.kind is FileKind.SYMLINK:
-            for at, value in self._extents(node):
-                content = _inline(node, value)
-                if at != 0 or content is None or node.size > _SYMLINK_BYTES_MAX:
-                    break
-                return content[: node.size][offset : offset + length]
-            raise UnresolvedError(f"btrfs: link {node.number} is damaged")
-        runs = self.runs(node)
-        if any(run.is_encoded for run in runs):
+        if _parts(node.number) in self._log.inodes:
+            raise UnresolvedError("btrfs: a file that was synced since the last commit is not read")
+        extents = list(self._extents(node))
+        if any(extent.is_compressed for _, extent in extents):
             raise UnresolvedError("btrfs: compressed files are not read")
-        data = read_runs(self._disk, runs, size=node.size, offset=offset, length=length)
-        for at, value in self._extents(node):
-            content = _inline(node, value)
-            if content is not None:
-                # One that does not begin the file was never written by the kernel.
-                piece = content[offset:] if at == 0 else b""
-                piece = piece[: len(data)]
-                return piece + data[len(piece) :]
-        return data
+        inline = extents[0][1].inline if extents and extents[0][0] == 0 else b""
+        if node.kind is FileKind.SYMLINK:
+            if not 0 < node.size <= min(_SYMLINK_BYTES_MAX, len(inline)):
+                raise UnresolvedError(f"btrfs: link {node.number} is damaged")
+            return inline[: node.size][offset : offset + length]
+        data = read_runs(self._disk, self.runs(node), size=node.size, offset=offset, length=length)
+        piece = inline[offset : offset + len(data)]
+        return piece + data[len(piece) :]
 
     def free(self) -> Extents:
         """Return what no extent item holds, on every copy, and what no chunk holds."""
@@ -213,9 +197,9 @@ class Btrfs:
         return subtract(normalise(found), self.fixed())
 
     def fixed(self) -> Extents:
-        """Return the first MiB and the superblocks."""
+        """Return the first MiB, the superblocks, and what was synced since the last commit."""
         device_bytes = self._superblock.device_bytes
-        return normalise(
+        reserved = normalise(
             (start, min(start + length, device_bytes))
             for start, length in (
                 (0, _RESERVED_BYTES),
@@ -223,19 +207,24 @@ class Btrfs:
             )
             if start < device_bytes
         )
+        return union(reserved, self._log.held)
 
     # Trees and inodes ---------------------------------------------------------------------------
 
     @property
     def _trees(self) -> Trees:
         if self._read_trees is None:
+            trees = Trees(self._disk, self._superblock)
             if self._superblock.log_root:
-                raise UnresolvedError(
-                    "btrfs: files were synced since its last commit, and its log of them is not "
-                    "read; freeze it during the snapshot"
-                )
-            self._read_trees = Trees(self._disk, self._superblock)
+                self._read_log = read_log(trees, self._superblock)
+            self._read_trees = trees
         return self._read_trees
+
+    @property
+    def _log(self) -> SyncedLog:
+        """What was synced since the last commit; it is read with the trees."""
+        assert self._trees is not None, "asked for so that it was read"
+        return self._read_log
 
     def _root(self, tree: int) -> Root:
         root = self._roots.get(tree)
@@ -263,7 +252,7 @@ class Btrfs:
         number = tree << _NUMBER_INODE_BITS | inode
         node = self._nodes.get(number)
         if node is None:
-            value = self._trees.get(self._root(tree), (inode, _INODE_ITEM, 0))
+            value = self._trees.get(self._root(tree), (inode, INODE_ITEM, 0))
             if value is None or len(value) != _INODE.size:
                 raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
             generation, _, size, links, uid, gid, mode, seconds, nanoseconds = _INODE.unpack(value)
@@ -287,49 +276,30 @@ class Btrfs:
 
     # Extents of files ---------------------------------------------------------------------------
 
-    def _extents(self, node: Node) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset in the file, item) of a file's extents."""
+    def _extents(self, node: Node) -> Iterator[tuple[int, FileExtent]]:
+        """Yield (offset in the file, extent) of a file, in order."""
         tree, inode = _parts(node.number)
-        first = (inode, _EXTENT_DATA, 0)
+        first = (inode, EXTENT_DATA, 0)
         for item, value in self._trees.scan(self._root(tree), first):
             if item[:2] != first[:2]:
                 break
-            if len(value) < _EXTENT_HEAD.size:
-                raise UnresolvedError(f"btrfs: inode {inode} has a damaged extent")
-            yield item[2], value
+            yield item[2], FileExtent.parse(value)
 
-    def _runs_of(self, node: Node, offset: int, value: bytes) -> list[Run]:
-        """Return the copies of one extent of a file; none if it is a hole or inline."""
-        _, _, compression, encryption, encoding, kind = _EXTENT_HEAD.unpack_from(value)
-        damaged = UnresolvedError(f"btrfs: node {node.number} has a damaged extent at {offset}")
-        if encryption or encoding:
-            raise UnresolvedError(f"btrfs: node {node.number} is encrypted or encoded")
-        if kind == _EXTENT_INLINE:
-            return []
-        if (
-            kind not in {_EXTENT_REGULAR, _EXTENT_PREALLOCATED}
-            or len(value) != _EXTENT_HEAD.size + _EXTENT_PLACE.size
-        ):
-            raise damaged
-        address, size, skip, length = _EXTENT_PLACE.unpack_from(value, _EXTENT_HEAD.size)
-        if length == 0 or offset + length >= 1 << 63:
-            raise damaged
-        if address == 0:
-            return []
-        if not compression:
-            if skip + length > size:
-                raise damaged
-            address, size = address + skip, length
-        chunk = self._trees.map.chunk(address, size, what=f"node {node.number}")
-        if not chunk.flags & CHUNK_DATA:
-            raise damaged
+    def _runs_of(self, node: Node, offset: int, extent: FileExtent) -> list[Run]:
+        """Return the copies of one extent of a file."""
+        address, length = extent.address + extent.skip, extent.length
+        if extent.is_compressed:
+            address, length = extent.address, extent.size
+        chunk = self._trees.map.chunk(address, length, what=f"node {node.number}")
+        if not chunk.flags & CHUNK_DATA or offset + extent.length >= 1 << 63:
+            raise UnresolvedError(f"btrfs: node {node.number} has a damaged extent at {offset}")
         return [
             Run(
                 offset,
-                size,
+                length,
                 copy + (address - chunk.start),
-                kind == _EXTENT_PREALLOCATED,
-                compression != 0,
+                extent.is_unwritten,
+                extent.is_compressed,
             )
             for copy in chunk.copies
         ]
@@ -394,13 +364,3 @@ class Btrfs:
 def _parts(number: int) -> tuple[int, int]:
     """Return (tree, inode) of a node's number."""
     return number >> _NUMBER_INODE_BITS, number & ((1 << _NUMBER_INODE_BITS) - 1)
-
-
-def _inline(node: Node, value: bytes) -> bytes | None:
-    """Return the data that lies in an extent's item; None if it lies elsewhere."""
-    _, _, compression, encryption, encoding, kind = _EXTENT_HEAD.unpack_from(value)
-    if kind != _EXTENT_INLINE:
-        return None
-    if compression or encryption or encoding:
-        raise UnresolvedError(f"btrfs: node {node.number} is compressed, and not read")
-    return value[_EXTENT_HEAD.size :]

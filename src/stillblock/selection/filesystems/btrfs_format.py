@@ -119,6 +119,8 @@ class Superblock:
     chunk_root_level: int
     chunk_root_generation: int
     log_root: int
+    """Address of the tree of logs; 0: nothing was synced since the commit."""
+    log_level: int
     sector_size: int
     node_size: int
     device: int
@@ -158,7 +160,7 @@ def read_superblock(disk: Disk) -> Superblock:
         checksum_type,
         root_level,
         chunk_root_level,
-        _log_level,
+        log_level,
         device_item,
         label,
         metadata_uuid,
@@ -201,6 +203,7 @@ def read_superblock(disk: Disk) -> Superblock:
         chunk_root_level=chunk_root_level,
         chunk_root_generation=chunk_root_generation,
         log_root=log_root,
+        log_level=log_level,
         sector_size=sector_size,
         node_size=node_size,
         device=device,

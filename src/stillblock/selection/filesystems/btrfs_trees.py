@@ -22,13 +22,13 @@ from stillblock.selection.filesystems.btrfs_format import (
     parse_block,
     parse_chunk,
 )
+from stillblock.selection.filesystems.btrfs_items import ROOT_ITEM
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 
 _LEVELS_MAX: Final = 8
 _CACHE_BYTES: Final = 4 << 20
 """Of blocks as they lie on the disk; their items as Python holds them are three times that."""
 
-_ROOT_ITEM: Final = 132
 _ROOT: Final = struct.Struct("<160xQQQ8x8x8xQI17xBB")
 """Generation, root directory, address, flags, references, drop level, level."""
 _KEY_MAX: Final = (1 << 64) - 1
@@ -62,16 +62,21 @@ class Trees:
     def root(self, tree: int) -> Root:
         """Return the root of a tree by its object id; raise if there is none."""
         found = None
-        for item, value in self.scan(self._root_tree, (tree, _ROOT_ITEM, 0)):
-            if item[:2] != (tree, _ROOT_ITEM):
+        for item, value in self.scan(self._root_tree, (tree, ROOT_ITEM, 0)):
+            if item[:2] != (tree, ROOT_ITEM):
                 break
-            if len(value) < _ROOT.size:
-                raise UnresolvedError(f"btrfs: tree {tree} has a damaged root")
-            generation, directory, address, _flags, references, _, level = _ROOT.unpack_from(value)
-            found = Root(address, level, generation, directory, references)
+            found = self.parse_root(value)
         if found is None:
             raise UnresolvedError(f"btrfs: there is no tree {tree}")
         return found
+
+    @staticmethod
+    def parse_root(value: bytes) -> Root:
+        """Return the root that an item tells."""
+        if len(value) < _ROOT.size:
+            raise UnresolvedError("btrfs: a tree has a damaged root")
+        generation, directory, address, _flags, references, _, level = _ROOT.unpack_from(value)
+        return Root(address, level, generation, directory, references)
 
     def get(self, root: Root, key: Key) -> bytes | None:
         """Return the value of a key."""
@@ -91,8 +96,15 @@ class Trees:
                 item = leaf.items[i]
                 yield item, leaf.value(item)
 
-    def leaves(self, root: Root, first: Key = (0, 0, 0)) -> Iterator[Block]:
-        """Yield the leaves that may hold keys from `first` on, in order; none is empty."""
+    def leaves(
+        self, root: Root, first: Key = (0, 0, 0), *, blocks: list[int] | None = None
+    ) -> Iterator[Block]:
+        """Yield the leaves that may hold keys from `first` on, in order; none is empty.
+
+        The addresses of all blocks on the way are added to `blocks`.
+        """
+        blocks = [] if blocks is None else blocks
+        blocks.append(root.address)
         block = self._block(root.address, level=root.level, generation=root.generation)
         if not block.items:
             return
@@ -119,6 +131,7 @@ class Trees:
             path.append((parent, i))
             ends.append(end)
             pointer = parent.items[i]
+            blocks.append(pointer[3])
             block = self._block(pointer[3], level=parent.level - 1, generation=pointer[4])
             # A block begins with the key that its parent has for it and ends before the next one's.
             if not block.items or block.items[0][:3] != pointer[:3] or block.items[-1][:3] >= end:

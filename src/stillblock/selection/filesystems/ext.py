@@ -12,13 +12,15 @@ from stillblock.extents import normalise
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.cache import CachedDisk
-from stillblock.selection.filesystems.damage import damage_is_unresolved
+from stillblock.selection.filesystems.damage import Verdict, damage_is_unresolved
+from stillblock.selection.filesystems.ext_claims import check_claims
 from stillblock.selection.filesystems.ext_directory import DirectoryBlocks
 from stillblock.selection.filesystems.ext_groups import Groups
 from stillblock.selection.filesystems.ext_inode import (
     BlockMap,
     Flag,
     Inode,
+    has_blocks,
     inline_tail,
     parse_inode,
 )
@@ -54,6 +56,8 @@ def open_ext(disk: Disk) -> "ExtFilesystem":
     with damage_is_unresolved("the filesystem"):
         superblock = read_superblock(cached)
         if Compat.HAS_JOURNAL not in superblock.compat:
+            if Incompat.RECOVER in superblock.incompat:
+                raise UnresolvedError("it has a journal to replay, and says that it has none")
             if not superblock.is_clean:
                 raise UnresolvedError(
                     "it was mounted or not unmounted, and has no journal that tells what is in "
@@ -79,6 +83,7 @@ class ExtFilesystem:
         self._map = BlockMap(disk, superblock)
         self._recent: dict[int, Inode] = {}
         self._fixed: Extents | None = None
+        self._check_claims = Verdict(self._find_claims)
 
     @property
     def identity(self) -> Identity:
@@ -135,6 +140,7 @@ class ExtFilesystem:
                 return ()
             if node.kind is not FileKind.REGULAR:
                 return ()
+            self._check_claims()
             return self._map.runs(inode)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
@@ -147,7 +153,7 @@ class ExtFilesystem:
         with damage_is_unresolved(f"inode {node.number}"):
             if inode.has_inline_data:
                 return self._inline(inode)[offset : offset + length]
-            if node.kind is FileKind.SYMLINK and self._is_fast_link(inode):
+            if node.kind is FileKind.SYMLINK and not has_blocks(inode):
                 return inode.body[: node.size][offset : offset + length]
             runs = self._map.runs(inode)
             return read_runs(self._disk, runs, size=node.size, offset=offset, length=length)
@@ -155,6 +161,7 @@ class ExtFilesystem:
     def free(self) -> Extents:
         """Return the blocks that no bitmap has in use."""
         with damage_is_unresolved("a block bitmap"):
+            self._check_claims()
             return self._groups.free()
 
     def fixed(self) -> Extents:
@@ -164,6 +171,10 @@ class ExtFilesystem:
                 self._fixed = self._find_fixed()
         return self._fixed
 
+    def _find_claims(self) -> None:
+        if not self._superblock.has_checksums:
+            check_claims(self._disk, self._superblock, self._groups)
+
     def _find_fixed(self) -> Extents:
         superblock = self._superblock
         extents: list[Extent] = list(self._groups.fixed)
@@ -172,8 +183,10 @@ class ExtFilesystem:
             numbers.append(superblock.journal_inode)
         for number in numbers:
             inode = self._inode(number)
-            extents += self._map.tree_blocks(inode)
-            for run in self._map.runs(inode):
+            runs, tree = self._map.follow(inode)
+            size = superblock.block_size
+            extents += [(block * size, (block + 1) * size) for block in tree]
+            for run in runs:
                 if run.start is not None:
                     extents.append((run.start, run.start + run.length))
         if superblock.mmp_block:
@@ -199,10 +212,6 @@ class ExtFilesystem:
         if inode.node.generation != node.generation:
             raise UnresolvedError(f"inode {node.number} is another file by now")
         return inode
-
-    def _is_fast_link(self, inode: Inode) -> bool:
-        is_mapped = inode.flags & (Flag.EXTENTS | Flag.EA_INODE)
-        return inode.node.size < _INLINE_BYTES and not is_mapped
 
     def _inline(self, inode: Inode) -> bytes:
         size = inode.node.size

@@ -16,11 +16,12 @@ from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.ext_superblock import Incompat, Superblock
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 
-_BLOCK_UNINIT: Final = 0x2
+_INODE_UNINIT, _BLOCK_UNINIT = 0x1, 0x2
 _DESCRIPTOR: Final = struct.Struct("<IIIHHHHIHHHH")
 _DESCRIPTOR_HIGH: Final = struct.Struct("<IIIHHHHIHHI")
 _CHECKSUM_AT: Final = 0x1E
 _CLEAR_BITS: Final = re.compile(b"0+")
+_SET_BITS: Final = re.compile(b"1+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,9 @@ class Descriptor:
     inode_bitmap: int
     inode_table: int
     free_clusters: int
+    free_inodes: int
+    has_no_inodes: bool
+    """None is in use, and its inode bitmap was never written."""
     is_bitmap_computed: bool
     """The bitmap was never written: what is in use is the group's own metadata."""
     bitmap_checksum: int
@@ -82,6 +86,21 @@ class Groups:
         cluster_bytes = block_size * self._superblock.cluster_blocks
         fixed = round_out(self._fixed, block_size=cluster_bytes, size=end)
         return subtract(normalise((a, min(b, end)) for a, b in found), fixed)
+
+    def used_inodes(self) -> Iterator[int]:
+        """Yield the numbers of inodes in use, in order."""
+        superblock = self._superblock
+        per_group = superblock.inodes_per_group
+        for group, descriptor in enumerate(self._descriptors()):
+            if descriptor.has_no_inodes:
+                continue
+            place = descriptor.inode_bitmap * superblock.block_size
+            bits = _bits(self._disk.pread(offset=place, length=-(-per_group // 8)))[:per_group]
+            if bits.count(b"0") != descriptor.free_inodes:
+                raise UnresolvedError(f"the inode bitmap of group {group} is damaged")
+            for match in _SET_BITS.finditer(bits):
+                for index in range(*match.span()):
+                    yield group * per_group + index + 1
 
     def _to_bytes(self, group: int, start: int, end: int) -> Extent:
         block_size, ratio = self._superblock.block_size, self._superblock.cluster_blocks
@@ -194,7 +213,7 @@ class Groups:
             inode_bitmap,
             inode_table,
             free_clusters,
-            _free_inodes,
+            free_inodes,
             _directories,
             flags,
             _exclude_bitmap,
@@ -209,6 +228,7 @@ class Groups:
             inode_bitmap |= high[1] << 32
             inode_table |= high[2] << 32
             free_clusters |= high[3] << 16
+            free_inodes |= high[4] << 16
             bitmap_checksum |= high[8] << 16
         has_checksum = superblock.has_descriptor_checksums
         if has_checksum and checksum != self._checksum(group, raw):
@@ -218,6 +238,8 @@ class Groups:
             inode_bitmap=inode_bitmap,
             inode_table=inode_table,
             free_clusters=free_clusters,
+            free_inodes=free_inodes,
+            has_no_inodes=has_checksum and bool(flags & _INODE_UNINIT),
             is_bitmap_computed=has_checksum and bool(flags & _BLOCK_UNINIT),
             bitmap_checksum=bitmap_checksum,
         )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from stillblock.model import Extent
 from stillblock.native import crc32c
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.ext_superblock import Superblock
@@ -69,6 +68,8 @@ class Inode:
     """`i_block`: 60 bytes of extents, block numbers or data."""
     extra: bytes
     """What follows the first 128 bytes: timestamps, then attributes."""
+    attributes_block: int
+    """0 if it has none."""
     checksum_seed: int
 
     @property
@@ -92,11 +93,11 @@ def parse_inode(number: int, raw: bytes, superblock: Superblock) -> Inode:
         _version,
         body,
         generation,
-        _attributes,
+        attributes,
         size_high,
         _fragment,
         sectors_high,
-        _attributes_high,
+        attributes_high,
         uid_high,
         gid_high,
         checksum,
@@ -145,7 +146,16 @@ def parse_inode(number: int, raw: bytes, superblock: Superblock) -> Inode:
         gid=gid | gid_high << 16,
         modified_ns=modified * 1_000_000_000 + nanoseconds,
     )
-    return Inode(node, flags, sectors, body, raw[128:], seed)
+    attributes_block = attributes | attributes_high << 32
+    return Inode(node, flags, sectors, body, raw[128:], attributes_block, seed)
+
+
+def has_blocks(inode: Inode) -> bool:
+    """Whether an inode's body is a map of blocks, not a link's target or a device's number."""
+    kind = inode.node.kind
+    if kind is FileKind.SYMLINK:
+        return bool(inode.flags & Flag.EXTENTS) or inode.node.size >= len(inode.body)
+    return kind is not FileKind.OTHER
 
 
 class BlockMap:
@@ -161,14 +171,10 @@ class BlockMap:
 
         Raise `UnresolvedError` for blocks outside the filesystem, or more than the inode says.
         """
-        return self._follow(inode)[0]
+        return self.follow(inode)[0]
 
-    def tree_blocks(self, inode: Inode) -> tuple[Extent, ...]:
-        """Return the blocks, in bytes, that hold not an inode's data but the way to it."""
-        size = self._block_size
-        return tuple((block * size, (block + 1) * size) for block in self._follow(inode)[1])
-
-    def _follow(self, inode: Inode) -> tuple[tuple[Run, ...], list[int]]:
+    def follow(self, inode: Inode) -> tuple[tuple[Run, ...], list[int]]:
+        """Return an inode's runs, and the numbers of the blocks that hold the way to them."""
         if inode.has_inline_data:
             return (), []
         tree: list[int] = []

@@ -31,6 +31,8 @@ _JOURNAL_BLOCKS_MIN: Final = 1024
 _BLOCK_COUNT_MAX: Final = 1 << 20
 """Journalled blocks whose places are kept: 4 GiB of journal, some 150 MiB of memory."""
 _SUPERBLOCK_BYTES: Final = 1024
+_PIECE_BYTES: Final = 1024 * 1024
+"""Of the log, looked through at once."""
 _CHECKSUM_AT: Final = 0xFC
 
 _COMPAT_CHECKSUM: Final = 0x1
@@ -189,6 +191,7 @@ class _Log:
     def replay(self) -> dict[int, int]:
         """Return where the last committed copy of each journalled block lies."""
         if self.start == 0:
+            self._check_end(self._sequence)
             self._check_fast_commits(self._sequence)
             return {}
         copies: dict[int, tuple[int, int]] = {}
@@ -233,7 +236,38 @@ class _Log:
             if read > self._end - self._first:
                 raise self._damaged("it goes round more than once")
             position = self._wrapped(position + consumed)
+        self._check_end(sequence)
         self._check_fast_commits(sequence)
+
+    def _check_end(self, sequence: int) -> None:
+        """Raise if the log goes on after the transaction before `sequence`, where it seemed to end.
+
+        What is left of earlier rounds has lower numbers, and the transaction that was being written
+        has that number and no commit. Anything else says that a block before it is damaged.
+        """
+        for position, block_start in self._magic_places():
+            _, kind, number = _HEADER.unpack(block_start)
+            ahead = (number - sequence) & 0xFFFFFFFF
+            if 0 < ahead < 1 << 31 or (ahead == 0 and kind == _COMMIT):
+                raise self._damaged(
+                    f"it seems to end before transaction {sequence}, and block {position} is of "
+                    f"transaction {number}"
+                )
+
+    def _magic_places(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the position and header of every block of the log that begins with the number."""
+        size = self._block_size
+        for run in self._runs:
+            assert run.start is not None
+            for begin in range(0, run.length, _PIECE_BYTES):
+                length = min(_PIECE_BYTES, run.length - begin)
+                piece = self._disk.pread(offset=run.start + begin, length=length)
+                at = piece.find(_MAGIC_BYTES)
+                while at >= 0:
+                    position, within = divmod(run.offset + begin + at, size)
+                    if within == 0 and self._first <= position < self._end:
+                        yield position, piece[at : at + _HEADER.size]
+                    at = piece.find(_MAGIC_BYTES, at + 1)
 
     def _descriptor(
         self, transaction: _Transaction, block: bytes, position: int, sequence: int

@@ -26,7 +26,6 @@ from unit.selection.filesystems.btrfs_images import (
     chunks_of,
     extents_of,
     make,
-    overwrite,
     physical,
     superblock_of,
     used_by_dump,
@@ -34,6 +33,13 @@ from unit.selection.filesystems.btrfs_images import (
 )
 from unit.selection.filesystems.churn import Churn
 from unit.selection.filesystems.damage_cases import DamagedDisk, check_damages, see
+from unit.selection.filesystems.leaving_out import (
+    UNREADABLE,
+    a_third_and_free,
+    digests_without,
+    overwrite,
+    regular_files,
+)
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
@@ -249,15 +255,71 @@ def test_files_just_synced_are_held_while_mounted_and_free_space_is_given_when_f
     )
     assert total_bytes(data) >= sum(3000 * i + 4096 for i in range(60))
 
-    with pytest.raises(UnresolvedError, match="freeze"):
-        open_filesystem(FileDisk(live)).free()
-    with pytest.raises(UnresolvedError, match="freeze"):
+    for copy, log in ((live, 1), (frozen, 0)):
+        filesystem = open_filesystem(FileDisk(copy))
+        free = filesystem.free()
+        assert intersect(free, data) == ()
+        assert total_bytes(free) > 200 * MIB
+        assert len(filesystem.caveats) == 1 + log
+    filesystem = open_filesystem(FileDisk(live))
+    committed = places(run for runs in files_of(filesystem).values() for run in runs)
+    assert subtract(data, union(filesystem.fixed(), committed)) == ()
+    assert subtract(data, committed) != (), "the log has them"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_was_synced_since_the_commit_survives_what_is_left_out(tmp_path, seed):
+    """A third of the files and all free space are overwritten; all other files are as replayed."""
+    image = make(tmp_path / "image")
+    with mounted(image, options="commit=300") as top:
+        churn = Churn(top, seed=seed)
+        churn.run(100)
+        run("btrfs", "filesystem", "sync", top)
+        dice = random.Random(seed)
+        for path in dice.sample(regular_files(top), 12):
+            # A page written anew, an extent shared with a new file, a file made: each synced.
+            write(path, dice.randbytes(5000), at=dice.randrange(20) * 4096)
+            run("cp", "--reflink=always", path, clone := path.with_name(f"synced{path.name[:20]}"))
+            write(fresh := path.with_name(f"fresh{path.name[:20]}"), dice.randbytes(30_000))
+            for synced in (path, clone, fresh):
+                with synced.open("rb") as file:
+                    os.fsync(file.fileno())
+        live = copy_sparse(image, tmp_path / "live")
+    disk = FileDisk(copy_sparse(live, tmp_path / "seen"))
+    filesystem = open_filesystem(disk)
+    assert len(filesystem.caveats) == 2, "there is a log"
+    excluded, left_out = a_third_and_free(see(disk))
+    assert total_bytes(subtract(left_out, filesystem.free())) > 0
+
+    replayed = digests_without(copy_sparse(live, tmp_path / "replayed"), ())
+    after = digests_without(copy := copy_sparse(live, tmp_path / "after"), left_out)
+
+    assert UNREADABLE not in replayed.values()
+    assert set(after) == set(replayed)
+    changed = {path for path in after if after[path] != replayed[path]}
+    assert changed <= excluded
+    assert changed, "something was left out"
+    run("btrfs", "check", copy)
+
+
+def test_a_log_that_renames_a_file_leaves_its_filesystem_unresolved(tmp_path):
+    image = make(tmp_path / "image")
+    with mounted(image, options="commit=300") as top:
+        write(top / "report", b"words" * 10_000)
+        run("btrfs", "filesystem", "sync", top)
+        write(top / "report", b"more", at=8192)
+        (top / "report").rename(top / "archive")
+        with (top / "archive").open("rb") as file:
+            os.fsync(file.fileno())
+        live = copy_sparse(image, tmp_path / "live")
+    replayed = copy_sparse(live, tmp_path / "replayed")
+    with mounted(replayed) as top:
+        assert {path.name for path in top.iterdir()} == {"archive"}, "the log has it"
+
+    with pytest.raises(UnresolvedError, match="another name"):
         open_filesystem(FileDisk(live)).root()
-    filesystem = open_filesystem(FileDisk(frozen))
-    held = places(run for runs in files_of(filesystem).values() for run in runs)
-    assert intersect(filesystem.free(), held) == ()
-    assert total_bytes(held) == total_bytes(data)
-    assert total_bytes(filesystem.free()) > 200 * MIB
+    with pytest.raises(UnresolvedError, match="another name"):
+        open_filesystem(FileDisk(live)).fixed()
 
 
 def test_what_a_busy_filesystem_has_committed_is_what_a_mount_would_find(tmp_path):

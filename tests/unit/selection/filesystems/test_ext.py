@@ -259,6 +259,59 @@ def test_a_file_whose_data_is_not_plain_has_no_known_runs(tmp_path, flag, words)
     assert filesystem.runs(nodes["/other"])
 
 
+@pytest.mark.parametrize(
+    ("field_of_inode", "to", "words"),
+    [
+        ("block[0]", "other", "two owners"),
+        ("block[IND]", "other", "two owners"),
+        ("block[0]", "directory", "two owners"),
+        ("block[0]", "table", "tables"),
+        ("block[0]", "free", "maps call free"),
+        ("block[0]", "beyond", "none of its own"),
+        ("blocks", "few", "more blocks than it has"),
+    ],
+)
+def test_without_checksums_a_pointer_that_leads_astray_is_noticed(
+    tmp_path, field_of_inode, to, words
+):
+    """The block's true owner tells: it may be a directory, which claims nothing otherwise."""
+    image = make(tmp_path / "image", "-t", "ext2", "-b", "1024", size=8 * MIB)
+    with mounted(image) as top:
+        write(top / "file", b"x" * 30_000)
+        write(top / "other", bytes(5000))
+        (top / "directory").mkdir()
+    free = free_in(dumped(image))
+    value = {
+        "other": blocks_by_debugfs(image, "/other")[1],
+        "directory": blocks_by_debugfs(image, "/directory")[0],
+        "table": int(dumped(image).split("Inode table at ")[1].split("-")[0]),
+        "free": free[-1][0] // 1024,
+        "beyond": 8 * 1024,
+        "few": 4,
+    }[to]
+    assert open_filesystem(FileDisk(image)).free() == free
+    run("debugfs", "-w", "-R", f"set_inode_field /file {field_of_inode} {value}", image)
+    filesystem = open_filesystem(FileDisk(image))
+    with pytest.raises(UnresolvedError, match=words):
+        filesystem.free()
+    nodes = dict(walk(filesystem))
+    with pytest.raises(UnresolvedError, match=words):
+        filesystem.runs(nodes["/other"])
+
+
+def test_names_without_their_key_are_letters(tmp_path):
+    """As ciphertext they may hold slashes, which would make them names of something else."""
+    image = make(tmp_path / "image", *PLAIN, size=8 * MIB)
+    with mounted(image) as top:
+        (top / "secret").mkdir()
+        write(top / "secret" / "AAAA", b"x")
+    block = blocks_by_debugfs(image, "/secret")[0]
+    patch(image, block * 1024 + 24 + 8, b"a/..")
+    assert "holds the name" in refusal(image)
+    run("debugfs", "-w", "-R", "set_inode_field /secret flags 0x80800", image)
+    assert "/secret/YS8uLg" in dict(walk(open_filesystem(FileDisk(image))))
+
+
 def test_a_mounted_filesystem_without_a_journal_is_refused(tmp_path):
     image = make(tmp_path / "image", "-t", "ext2", size=16 * MIB)
     with mounted(image) as top:

@@ -24,7 +24,14 @@ from stillblock.selection.filesystems import (
 )
 from stillblock.selection.filesystems.ext_journal import apply_journal
 from stillblock.selection.filesystems.ext_superblock import read_superblock
-from unit.selection.filesystems.ext_images import blocks_by_debugfs, dumped, field, free_in, make
+from unit.selection.filesystems.ext_images import (
+    MAGIC,
+    blocks_by_debugfs,
+    dumped,
+    field,
+    free_in,
+    make,
+)
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
@@ -40,7 +47,6 @@ from unit.selection.filesystems.trees import write
 
 pytestmark = [pytest.mark.needs("mkfs.ext4", "dumpe2fs", "debugfs", "e2fsck"), pytest.mark.slow]
 
-MAGIC = bytes.fromhex("c03b3998")
 LIVE = {
     "ext4": (("-b", "4096"), ""),
     "ext4, 1 KiB": (("-b", "1024"), ""),
@@ -111,7 +117,7 @@ def fsynced(path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(("options", "how"), LIVE.values(), ids=LIVE)
 def test_files_just_fsynced_on_a_mounted_disk_are_in_use(tmp_path, options, how):
     """Without the journal the maps on the disk say that those blocks are free."""
-    image = make(tmp_path / "image", *options, size=64 * MIB)
+    image = make(tmp_path / "image", *options, size=32 * MIB)
     with mounted(image, options=how) as top:
         for index in range(60):
             # Blocks that begin with the journal's magic number are escaped in it.
@@ -129,7 +135,7 @@ def test_files_just_fsynced_on_a_mounted_disk_are_in_use(tmp_path, options, how)
 @pytest.mark.parametrize("options", [("-b", "1024"), ("-b", "1024", "-t", "ext3")], ids=str)
 def test_a_log_that_goes_round_is_read_to_its_end(tmp_path, options):
     """The smallest journal there is, with files and directories that come and go: revocations."""
-    image = make(tmp_path / "image", *options, "-J", "size=1", size=48 * MIB)
+    image = make(tmp_path / "image", *options, "-J", "size=1", size=24 * MIB)
     starts = []
     with mounted(image) as top:
         for turn in range(4):
@@ -311,6 +317,18 @@ def test_a_journal_that_is_not_empty_although_nothing_needs_it_is_refused(tmp_pa
         file.seek(1024 + 0x60)
         file.write(bytes([features & ~0x4]))
     assert "superblock says" in refusal(image)
+
+
+def test_a_journal_to_replay_that_is_not_said_to_exist_is_refused(tmp_path):
+    """Found by mutation: the bit for the journal was gone, and the maps were taken as they lay."""
+    image = journalled(tmp_path, "journal_write -b B one", options=UNCHECKED, version=1)
+    with image.open("r+b") as file:
+        file.seek(1024 + 0x5C)
+        features = file.read(1)[0]
+        assert features & 0x4
+        file.seek(1024 + 0x5C)
+        file.write(bytes([features & ~0x4]))
+    assert "says that it has none" in refusal(image)
 
 
 def test_a_journal_beyond_what_memory_is_for_is_refused(tmp_path, monkeypatch):

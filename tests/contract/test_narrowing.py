@@ -179,6 +179,21 @@ def test_a_snapshot_is_deleted_while_it_is_narrowed(session, stalled):
     assert [s.name for s in session.list_snapshots().snapshots] == ["a"]
 
 
+def test_a_volume_closes_while_a_reader_is_busy_and_the_next_opening_goes_on(
+    config, volume, stalled, monkeypatch
+):
+    begun, go_on = stalled
+    monkeypatch.setattr(narrowing, "STOP_WAIT_S", 0.1)
+    opened = OpenVolume.open(config, volume)
+    take(LocalSession(opened), "a", wait=False, terms=CACHE)
+    assert begun.wait(30)
+    opened.close()
+    go_on.set()
+    with open_session(config, volume) as session:
+        final = session.wait_final(session.receipt("a"))
+    assert {part.because for part in final.left_out} == {"path:/var/cache/**"}
+
+
 def test_what_cannot_be_resolved_is_kept_and_the_receipt_says_why(session, monkeypatch):
     def fail(*_, **__):
         raise StillblockError("the reader met a dragon")

@@ -36,6 +36,8 @@ WAIT_MS_MAX: Final = 10_000
 """One request to wait lasts at most this long, so that a stop is not held up."""
 LET_SETTLE_S: Final = 10.0
 """How long a verb that needs a final selection waits for it before it refuses."""
+STOP_WAIT_S: Final = 5.0
+"""How long a volume that closes waits for narrowings: they do no harm if they end later."""
 NOT_SELECTED: Final = "not selected at the instant"
 
 
@@ -176,14 +178,18 @@ class Narrowings:
             job.wait(None)
 
     def stop(self) -> None:
-        """Stop all, and wait until they did; none begins any more."""
+        """Stop all, and wait a little until they did; none begins any more.
+
+        One whose reader computes notices at its next read of the disk, which is closed by then.
+        """
         with self._lock:
             self._is_closed = True
             jobs = tuple(self._jobs.values())
         for job in jobs:
             job.cancel()
+        deadline = time.monotonic() + STOP_WAIT_S
         for job in jobs:
-            job.wait(None)
+            job.wait(max(0.0, deadline - time.monotonic()))
 
 
 def resume_narrowing(volume: OpenVolume) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from disks import MARKER, ext4_disk
-from stillblock.errors import NarrowingError, NotFoundError, StillblockError
+from stillblock.errors import NarrowingError, NotFoundError, RuleError, StillblockError
 from stillblock.extents import complement, intersect, total_bytes
 from stillblock.model import RuleTerm, SnapshotState
 from stillblock.operations import narrowing
@@ -277,6 +277,17 @@ def test_a_disk_without_a_filesystem_is_kept_whole_without_a_word(config, volume
         receipt = take(session, "a", wait=False)
     assert receipt.snapshot.is_final, "there is nothing to wait for"
     assert (receipt.rules, receipt.is_default, receipt.left_out) == ((), False, ())
+
+
+@pytest.mark.parametrize("text", ["path:/home/**", "free", "zero"])
+def test_a_restore_of_files_is_refused_rather_than_done_to_all_of_the_filesystem(session, text):
+    take(session, "a")
+    only = (RuleTerm(include=True, text=text),)
+    with pytest.raises(RuleError, match="not files"):
+        session.start_restore(RestoreRequest(snapshot="a", only=only))
+    assert not session.restore_status().is_running
+    named = RestoreRequest(snapshot="a", only=(RuleTerm(include=True, text="fs:root"),))
+    assert session.plan_restore(named).write_bytes == 0
 
 
 def test_a_forecast_without_changes_has_nothing_to_tell(session):

@@ -79,6 +79,13 @@ def test_without_waiting_the_snapshot_is_final_at_the_latest_at_the_next_command
     assert found["state"] == "ok"
 
 
+def test_a_forecast_names_terms_to_use_and_takes_no_others(run, web):
+    assert "take a snapshot" in run("rules", "explain", "web", "--forecast").out
+    assert run("snapshot", "create", "web@a").code == 0
+    assert run("rules", "explain", "web", "--forecast", "--json").json["instant_count"] == 1
+    assert run("rules", "explain", "web", "--forecast", "--exclude", "free").code == 2
+
+
 def test_a_dry_run_says_that_it_is_an_upper_bound(run, web):
     ran = run("snapshot", "create", "web@a", "--dry-run", "--exclude", "free")
     assert ran.code == 0

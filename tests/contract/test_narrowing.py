@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from disks import MARKER, ext4_disk
-from stillblock.errors import NarrowingError, NotFoundError, StillblockError
+from stillblock.errors import NarrowingError, NotFoundError, RuleError, StillblockError
 from stillblock.extents import complement, intersect, total_bytes
 from stillblock.model import RuleTerm, SnapshotState
 from stillblock.operations import narrowing
@@ -179,6 +179,21 @@ def test_a_snapshot_is_deleted_while_it_is_narrowed(session, stalled):
     assert [s.name for s in session.list_snapshots().snapshots] == ["a"]
 
 
+def test_a_volume_closes_while_a_reader_is_busy_and_the_next_opening_goes_on(
+    config, volume, stalled, monkeypatch
+):
+    begun, go_on = stalled
+    monkeypatch.setattr(narrowing, "STOP_WAIT_S", 0.1)
+    opened = OpenVolume.open(config, volume)
+    take(LocalSession(opened), "a", wait=False, terms=CACHE)
+    assert begun.wait(30)
+    opened.close()
+    go_on.set()
+    with open_session(config, volume) as session:
+        final = session.wait_final(session.receipt("a"))
+    assert {part.because for part in final.left_out} == {"path:/var/cache/**"}
+
+
 def test_what_cannot_be_resolved_is_kept_and_the_receipt_says_why(session, monkeypatch):
     def fail(*_, **__):
         raise StillblockError("the reader met a dragon")
@@ -262,3 +277,41 @@ def test_a_disk_without_a_filesystem_is_kept_whole_without_a_word(config, volume
         receipt = take(session, "a", wait=False)
     assert receipt.snapshot.is_final, "there is nothing to wait for"
     assert (receipt.rules, receipt.is_default, receipt.left_out) == ((), False, ())
+
+
+@pytest.mark.parametrize("text", ["path:/home/**", "free", "zero"])
+def test_a_restore_of_files_is_refused_rather_than_done_to_all_of_the_filesystem(session, text):
+    take(session, "a")
+    only = (RuleTerm(include=True, text=text),)
+    with pytest.raises(RuleError, match="not files"):
+        session.start_restore(RestoreRequest(snapshot="a", only=only))
+    assert not session.restore_status().is_running
+    named = RestoreRequest(snapshot="a", only=(RuleTerm(include=True, text="fs:root"),))
+    assert session.plan_restore(named).write_bytes == 0
+
+
+def test_a_forecast_without_changes_has_nothing_to_tell(session):
+    assert session.forecast().instant_count == 0
+    session.set_rules(RulesRequest(terms=EVERYTHING))
+    take(session, "a")
+    seen = session.forecast()
+    assert (seen.changed_bytes, seen.candidates) == (0, ())
+
+
+def test_a_forecast_finds_the_directory_that_changes(opened, origin):
+    session = LocalSession(opened)
+    session.set_rules(RulesRequest(terms=EVERYTHING))
+    take(session, "a")
+    secret = where_the_secret_is(origin)
+    for start, end in secret:
+        opened.engine.pwrite(b"\xcc" * (end - start), offset=start)
+    opened.engine.pwrite(b"\xcc" * 4096, offset=0 + 24 * (1 << 20) - 4096)
+    seen = session.forecast()
+    assert seen.changed_bytes == total_bytes(secret) + 4096
+    assert seen.notes == ()
+    best = seen.candidates[0]
+    assert best.term == "path:/var/cache"
+    assert best.share > 0.9
+    saved = session.explain(RulesRequest(terms=excluding(best.term)))
+    assert total_bytes(intersect(secret, saved.extents)) <= 5 * 4096, "only notes.tmp is left"
+    assert session.show_volume().snapshot_count == 1

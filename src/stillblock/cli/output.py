@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,8 +17,7 @@ from stillblock.errors import CancelledError, ConfirmationNeededError
 from stillblock.model import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from stillblock.cli.options import Change, Common
     from stillblock.model import LeftOut, RuleTerm, TermOutcome
@@ -93,9 +92,14 @@ class Output:
             self._out.print(table)
         print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
 
-    def working(self, text: str) -> AbstractContextManager[object]:
-        """Show that something goes on, where somebody watches."""
-        return self.err.status(text) if self.shows_progress else nullcontext()
+    @contextmanager
+    def working(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Show that something goes on, where somebody watches; gives what changes the words."""
+        if not self.shows_progress:
+            yield lambda _: None
+            return
+        with self.err.status(Text(text)) as status:
+            yield lambda changed: status.update(Text(changed))
 
     def remark(self, text: str) -> None:
         """Say something that is not the result."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import shlex
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
@@ -19,7 +20,7 @@ from stillblock.cli.output import (
     show_unresolved,
 )
 from stillblock.errors import UsageError
-from stillblock.model import format_size
+from stillblock.model import format_duration, format_size
 from stillblock.operations.rules import (
     EVERYTHING,
     Explanation,
@@ -28,6 +29,11 @@ from stillblock.operations.rules import (
     list_presets,
 )
 from stillblock.service.session import open_session
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from stillblock.operations.forecast import Forecast
 
 app = new_app("rules")
 
@@ -80,9 +86,13 @@ def explain(
     terms: Terms = (),
     only_these: bool = False,
     extents: bool = False,
+    forecast: bool = False,
     common: Common = _COMMON,
 ) -> None:
     """Show what rules come to on the disk now, before anything is taken.
+
+    While clients write, files and free space are told from a snapshot that is taken for it and
+    deleted at once.
 
     Parameters
     ----------
@@ -90,10 +100,20 @@ def explain(
         Start afresh instead of appending to the standing rules.
     extents
         List every resolved extent.
+    forecast
+        Show instead which directories, and whether free space or swap, make up what changed since
+        the oldest snapshot or bookmark: what excluding each would save a day.
     """
     output = Output(common)
+    if forecast:
+        if terms or only_these or extents:
+            raise UsageError("--forecast looks at what changed, not at terms")
+        with open_session(common.config(), volume_of(volume)) as session, _working(output):
+            seen = session.forecast()
+        output.result("forecast", seen, lambda out: _render_forecast(out, seen))
+        return
     request = RulesRequest(terms=terms, only_these=only_these)
-    with open_session(common.config(), volume_of(volume)) as session:
+    with open_session(common.config(), volume_of(volume)) as session, _working(output):
         found = session.explain(request)
     output.result("explanation", found, lambda out: _render(out, found, with_extents=extents))
     for note in found.notes:
@@ -134,6 +154,39 @@ def _render(out: Output, found: Explanation, *, with_extents: bool) -> None:
     if with_extents:
         out.line()
         out.table((">START", ">END", ">SIZE"), extents_rows(found.extents), empty="no extents")
+
+
+def _working(output: Output) -> AbstractContextManager[object]:
+    return output.working("reading the filesystems")
+
+
+def _render_forecast(out: Output, seen: Forecast) -> None:
+    if not seen.instant_count:
+        out.line("nothing is known of changes yet: take a snapshot, and look again later")
+        return
+    out.line(
+        f"{format_size(seen.changed_bytes)} changed in {_span(seen.span_ns)}, "
+        f"counted anew after each of {counted(seen.instant_count, 'instant')}"
+    )
+    rows = [
+        (
+            f"--exclude {shlex.quote(candidate.term)}",
+            f"{candidate.share * 100:.0f} %",
+            format_size(candidate.changed_bytes),
+            format_size(candidate.bytes_a_day),
+        )
+        for candidate in seen.candidates
+    ]
+    if rows:
+        out.line()
+        out.table(("WITH", ">SHARE", ">CHANGED", ">SAVES A DAY"), rows, empty="")
+    for note in seen.notes:
+        out.line(f"note: {note}")
+
+
+def _span(span_ns: int) -> str:
+    hours = span_ns / 3_600_000_000_000
+    return format_duration(span_ns) if hours < 1 else f"{hours:.1f} h"
 
 
 def _default(standing: StandingRules) -> str:

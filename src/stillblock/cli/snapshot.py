@@ -43,6 +43,7 @@ from stillblock.model import (
     format_instant,
     format_size,
 )
+from stillblock.operations.narrowing import NarrowingProgress
 from stillblock.operations.snapshots import SnapshotPlan, SnapshotRequest
 from stillblock.service.session import open_session
 
@@ -117,8 +118,11 @@ def create(
             return
         receipt = session.create_snapshot(request, wait=False)
         if wait and not receipt.snapshot.is_final:
-            with output.working(f"{receipt.snapshot.reference} is taken; resolving its rules"):
-                receipt = session.wait_final(receipt)
+            text = f"{receipt.snapshot.reference} is taken; resolving its rules"
+            with output.working(text) as say:
+                receipt = session.wait_final(
+                    receipt, told=lambda progress: say(f"{text}{_reading(progress)}")
+                )
     output.result("receipt", receipt, lambda out: _render_created(out, receipt))
     found = receipt.quiescing
     if found is not None and found.shortfall:
@@ -324,6 +328,15 @@ def diff(
             )
 
     output.result("changes", found, render)
+
+
+def _reading(progress: NarrowingProgress) -> str:
+    """Return how far it is: filesystems are counted, zeros are looked for in bytes."""
+    if not progress.total:
+        return ""
+    if progress.reading == "zero":
+        return f": zeros, {percent(progress.done, progress.total)}"
+    return f": {progress.reading}, {progress.done + 1} of {progress.total}"
 
 
 def _volumes(volume: str | None, common: Common) -> list[str]:

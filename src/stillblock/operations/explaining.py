@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ from stillblock.operations.rules import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stillblock import selection
+    from stillblock.model import Extents
     from stillblock.operations.volume import OpenVolume
 
 
@@ -30,29 +35,32 @@ def explain(volume: OpenVolume, request: RulesRequest) -> Explanation:
     found = replace(explain_terms(volume, rules.terms), is_default=rules.is_default)
     if found.is_final:
         return found
-    told = _on_a_probe(volume, found) if volume.is_served else _at_rest(volume, found)
+    with disk_at_rest(volume, found.extents) as disk:
+        told = explain_frozen(disk, found.rules, found.pending, volume=volume.name)
     return replace(told, is_default=rules.is_default)
 
 
-def _at_rest(volume: OpenVolume, found: Explanation) -> Explanation:
-    """Resolve on the live disk: nobody else has it, so it holds still."""
-    return explain_frozen(LiveDisk(volume.engine), found.rules, found.pending, volume=volume.name)
+@contextmanager
+def disk_at_rest(volume: OpenVolume, extents: Extents) -> Iterator[selection.Disk]:
+    """Give what these extents hold now, while it does not change: a snapshot where clients write.
 
-
-def _on_a_probe(volume: OpenVolume, found: Explanation) -> Explanation:
+    The rest of the disk may be an error to read. Nothing is left of the snapshot afterwards.
+    """
+    if not volume.is_served:
+        yield LiveDisk(volume.engine)
+        return
     record = SnapshotRecord(name="probe", id=new_id(), purpose=SnapshotPurpose.PROBE)
     engine = volume.engine
     instant = engine.snapshot(
-        selection=found.extents,
-        low=found.extents,
+        selection=extents,
+        low=extents,
         meta=encode_snapshot(record),
         pause_limit_ms=PAUSE_LIMIT_MS_DEFAULT,
     )
     try:
         view = engine.view(epoch=instant.epoch, excluded_reads="error")
         try:
-            disk = FrozenDisk(view, is_cancelled=lambda: False)
-            return explain_frozen(disk, found.rules, found.pending, volume=volume.name)
+            yield FrozenDisk(view, is_cancelled=lambda: False)
         finally:
             view.close()
     finally:

@@ -36,6 +36,8 @@ WAIT_MS_MAX: Final = 10_000
 """One request to wait lasts at most this long, so that a stop is not held up."""
 LET_SETTLE_S: Final = 10.0
 """How long a verb that needs a final selection waits for it before it refuses."""
+STOP_WAIT_S: Final = 5.0
+"""How long a volume that closes waits for narrowings: they do no harm if they end later."""
 NOT_SELECTED: Final = "not selected at the instant"
 
 
@@ -55,6 +57,11 @@ class NarrowingProgress:
     snapshot: str
     is_final: bool
     is_running: bool
+    reading: str = ""
+    """What of the disk is being read."""
+    done: int = 0
+    """Filesystems, or bytes where zeros are looked for."""
+    total: int = 0
     failure: str = ""
     """Why it stopped before the end; the next opening of the volume tries again."""
 
@@ -65,6 +72,8 @@ class Narrowing:
     def __init__(self, volume: OpenVolume, snapshot: Snapshot) -> None:
         self.epoch = snapshot.epoch.epoch
         self.failure = ""
+        self.at: tuple[str, int, int] = ("", 0, 0)
+        """What is being read, and how much of how much is done."""
         self._volume = volume
         self._name = snapshot.record.name
         self._rules, self._pending = snapshot.record.rules, snapshot.record.pending
@@ -103,12 +112,23 @@ class Narrowing:
         finally:
             self._ended.set()
 
+    def _note(self, reading: str, done: int, total: int) -> None:
+        if self._cancelled.is_set():
+            raise ClosedError("nobody waits for the rules to be resolved any more")
+        self.at = (reading, done, total)
+
     def _resolve(self) -> tuple[Explanation | None, str]:
         """Return what the rules mean on the frozen view, or nothing and why that is not known."""
         view = self._volume.engine.view(epoch=self.epoch, excluded_reads="error")
         try:
             disk = FrozenDisk(view, is_cancelled=self._cancelled.is_set)
-            found = explain_frozen(disk, self._rules, self._pending, volume=self._volume.name)
+            found = explain_frozen(
+                disk,
+                self._rules,
+                self._pending,
+                volume=self._volume.name,
+                progress=self._note,
+            )
         except (ClosedError, NotFoundError):
             raise
         except StillblockError as error:
@@ -176,14 +196,18 @@ class Narrowings:
             job.wait(None)
 
     def stop(self) -> None:
-        """Stop all, and wait until they did; none begins any more."""
+        """Stop all, and wait a little until they did; none begins any more.
+
+        One whose reader computes notices at its next read of the disk, which is closed by then.
+        """
         with self._lock:
             self._is_closed = True
             jobs = tuple(self._jobs.values())
         for job in jobs:
             job.cancel()
+        deadline = time.monotonic() + STOP_WAIT_S
         for job in jobs:
-            job.wait(None)
+            job.wait(max(0.0, deadline - time.monotonic()))
 
 
 def resume_narrowing(volume: OpenVolume) -> None:
@@ -202,7 +226,11 @@ def wait_narrowing(volume: OpenVolume, request: WaitNarrowingRequest) -> Narrowi
     if job is not None:
         job.wait(max(0, min(request.timeout_ms, WAIT_MS_MAX)) / 1000)
         snapshot = volume.snapshot(snapshot.record.id)
+    reading, done, total = ("", 0, 0) if job is None else job.at
     return NarrowingProgress(
+        reading=reading,
+        done=done,
+        total=total,
         volume=volume.name,
         snapshot=snapshot.record.name,
         is_final=snapshot.record.is_final,

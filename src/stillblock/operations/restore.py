@@ -155,12 +155,20 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         disk = SnapshotDisk(view, volume.engine)
         asked = held
         if request.only:
-            asked = explain_on(
+            named = explain_on(
                 disk,
                 request.only,
                 volume=volume.name,
                 block_size=volume.engine.block_size,
-            ).extents
+            )
+            if not named.is_final:
+                # Before the frozen view is read a file term means all that it could mean.
+                raise RuleError(
+                    "a restore in place takes ranges, partitions, volumes and whole filesystems, "
+                    f"not files: {', '.join(term.text for term in request.only)}",
+                    hint="mount the snapshot's export read-only and copy the files from there",
+                )
+            asked = named.extents
         wanted = intersect(asked, held)
         extents = volume.engine.restore_plan(epoch=epoch, request=wanted)
         parts = _by_partition(disk, extents)

@@ -13,6 +13,8 @@ from stillblock.operations.disks import LiveDisk
 from stillblock.selection.places import read_places
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stillblock.config import Config
     from stillblock.operations.volume import OpenVolume
 
@@ -199,14 +201,21 @@ def explain_on(
 
 
 def explain_frozen(
-    disk: selection.Disk, rules: tuple[RuleTerm, ...], pending: str, *, volume: str
+    disk: selection.Disk,
+    rules: tuple[RuleTerm, ...],
+    pending: str,
+    *,
+    volume: str,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Explanation:
     """Return what terms come to on a disk that holds still, given what they were before.
 
-    Never raises for what lies there: what cannot be resolved is included, and says so.
+    Never raises for what lies there: what cannot be resolved is included, and says so. `progress`
+    is told what is being read, and how much of how much is done.
     """
     left = selection.Pending.from_json(json.loads(pending))
-    return _explanation(selection.resolve_frozen(left, disk), rules, volume=volume)
+    resolved = selection.resolve_frozen(left, disk, progress=progress)
+    return _explanation(resolved, rules, volume=volume)
 
 
 def _explanation(

@@ -2,9 +2,10 @@
 
     kind u8, three zeros, payload length u32, payload      little-endian
 
-The parent asks (`SETUP` once, then `IDENTIFY`, `SURVEY`) and waits; the worker asks for bytes of
-the disk (`READ`) as often as it likes and then gives the `ANSWER`, or `FAILED`. An answer is a JSON
-document and behind it the extents that it counts: pairs of u64. Both sides bound what they take.
+The parent asks (`SETUP` once, then `IDENTIFY`, `SURVEY`, `CENSUS`) and waits; the worker asks for
+bytes of the disk (`READ`) as often as it likes and then gives the `ANSWER`, or `FAILED`. An answer
+is a JSON document and behind it the extents that it counts: pairs of u64. Both sides bound what
+they take.
 """
 
 import json
@@ -39,6 +40,7 @@ class Kind(IntEnum):
     READ_FAILED = 6
     ANSWER = 7
     FAILED = 8
+    CENSUS = 9
 
 
 class WireError(StillblockError):

@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 from stillblock import codec
 from stillblock.errors import OriginIOError, StillblockError
 from stillblock.model import format_size
+from stillblock.selection.census import Census, take_census
 from stillblock.selection.confinement import Limits, confine
 from stillblock.selection.filesystems.filesystem import Filesystem
 from stillblock.selection.filesystems.opening import Reader, load_reader
@@ -90,6 +91,8 @@ def _answer(filesystem: Filesystem, kind: Kind, payload: bytes) -> bytes:
         case Kind.SURVEY:
             request = codec.from_json(SurveyRequest, json.loads(payload))
             return pack_survey(survey(filesystem, request))
+        case Kind.CENSUS:
+            return pack_census(take_census(filesystem))
         case _:
             raise WireError(f"{kind.name} is no request")
 
@@ -106,6 +109,17 @@ def pack_survey(found: Survey) -> bytes:
         "tallies": codec.to_json(found.tallies),
         "files_reason": found.files_reason,
         "free_reason": found.free_reason,
+    }
+    return pack_document(document, extents)
+
+
+def pack_census(found: Census) -> bytes:
+    """Return a census as a document of paths that counts its extents, and the extents."""
+    extents = [*(part.extents for part in found.parts), found.free]
+    # As JSON escapes them, names that are no UTF-8 come through.
+    document = {
+        "paths": [part.path for part in found.parts],
+        "counts": [len(several) for several in extents],
     }
     return pack_document(document, extents)
 

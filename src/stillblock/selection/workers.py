@@ -19,6 +19,7 @@ import stillblock
 from stillblock import codec
 from stillblock.errors import Blame, ExcludedError, StillblockError
 from stillblock.model import Extent, Extents
+from stillblock.selection.census import PARTS_MAX, Census, Part
 from stillblock.selection.confinement import Limits
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.filesystem import Identity, UnresolvedError
@@ -35,6 +36,8 @@ from stillblock.selection.wire import (
     unpack_document,
 )
 
+TERM_LENGTH_MAX: Final = 4096
+"""Characters of a path: as long as one may be."""
 TEXT_LENGTH_MAX: Final = 400
 """Characters of a reason or label that are kept."""
 _CAVEATS_MAX: Final = 20
@@ -57,6 +60,11 @@ class WorkerReaders:
         """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
         with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
             return worker.survey(request)
+
+    def census(self, disk: Disk, *, content: Content) -> Census:
+        """Return which directories most of it belongs to; raise `UnresolvedError`."""
+        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+            return worker.census()
 
 
 class Worker:
@@ -126,6 +134,11 @@ class Worker:
         return self._checked(
             lambda: _survey(document, numbers, request=request, size=self._disk.size)
         )
+
+    def census(self) -> Census:
+        """Return which directories most of it belongs to."""
+        document, numbers = self._request(Kind.CENSUS, {})
+        return self._checked(lambda: _census(document, numbers, size=self._disk.size))
 
     def _checked(self, read: Callable[[], T]) -> T:
         try:
@@ -290,6 +303,29 @@ def _survey(
         tallies=tuple(_tally(tally) for tally in tallies),
         files_reason=_text(reasons[0]),
         free_reason=_text(reasons[1]),
+    )
+
+
+def _census(document: object, numbers: "array[int]", *, size: int) -> Census:
+    if not isinstance(document, dict):
+        raise WireError("a census that is no object")
+    paths = codec.from_json(tuple[str, ...], document.get("paths"))
+    counts = codec.from_json(tuple[int, ...], document.get("counts"))
+    if len(paths) > PARTS_MAX or len(counts) != len(paths) + 1:
+        raise WireError("a census whose parts do not fit one another")
+    if any(count < 0 for count in counts) or sum(counts) * 2 != len(numbers):
+        raise WireError("a census with other extents than it counts")
+    extents: list[Extents] = []
+    position = 0
+    for count in counts:
+        extents.append(_extents(numbers[position : position + 2 * count], size=size))
+        position += 2 * count
+    return Census(
+        parts=tuple(
+            Part(path=path[:TERM_LENGTH_MAX], extents=found)
+            for path, found in zip(paths, extents[:-1], strict=True)
+        ),
+        free=extents[-1],
     )
 
 

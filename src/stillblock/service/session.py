@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from stillblock.errors import NarrowingError
 from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
@@ -38,6 +38,8 @@ from stillblock.service import verbs
 from stillblock.service.verbs import NoRequest, Verb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stillblock.config import Config
     from stillblock.model import (
         BookmarkInfo,
@@ -49,11 +51,13 @@ if TYPE_CHECKING:
         VolumeInfo,
     )
     from stillblock.operations.consistency import ConsistencyRequest, StandingConsistency
+    from stillblock.operations.forecast import Forecast
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
     from stillblock.operations.usage import PolicyRequest
     from stillblock.operations.volumes import Released, Resized
 
+_TELL_MS: Final = 1000
 Q = TypeVar("Q")
 R = TypeVar("R")
 
@@ -164,6 +168,10 @@ class Session(abc.ABC):
         """Return what rules come to on the disk now."""
         return self.call(verbs.EXPLAIN, request)
 
+    def forecast(self) -> Forecast:
+        """Return what excluding each directory, free space and swap would save a day."""
+        return self.call(verbs.FORECAST, NoRequest())
+
     # Snapshots
 
     def list_snapshots(self) -> SnapshotList:
@@ -183,12 +191,20 @@ class Session(abc.ABC):
         receipt = self.call(verbs.CREATE_SNAPSHOT, request)
         return self.wait_final(receipt) if wait else receipt
 
-    def wait_final(self, receipt: Receipt) -> Receipt:
-        """Return the receipt of a snapshot once its selection is final."""
+    def wait_final(
+        self, receipt: Receipt, *, told: Callable[[NarrowingProgress], None] | None = None
+    ) -> Receipt:
+        """Return the receipt of a snapshot once its selection is final.
+
+        `told` hears every second how far it is.
+        """
         info = receipt.snapshot
         if info.is_final:
             return receipt
-        while not (progress := self.wait_narrowing(info.id)).is_final:
+        timeout_ms = WAIT_MS_MAX if told is None else _TELL_MS
+        while not (progress := self.wait_narrowing(info.id, timeout_ms=timeout_ms)).is_final:
+            if told is not None:
+                told(progress)
             if not progress.is_running:
                 raise NarrowingError(
                     f"{info.reference} is taken, but not narrowed: {progress.failure}",

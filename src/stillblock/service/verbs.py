@@ -23,6 +23,7 @@ from stillblock.operations import (
     bookmarks,
     consistency,
     explaining,
+    forecast,
     narrowing,
     recovery,
     restore,
@@ -234,6 +235,15 @@ EXPLAIN: Final = Verb(
     request=rules.RulesRequest,
     result=rules.Explanation,
     run=explaining.explain,
+)
+FORECAST: Final = Verb(
+    name="forecast",
+    method="POST",
+    path="/rules/forecast",
+    summary="What excluding each directory, free space and swap would save a day.",
+    request=NoRequest,
+    result=forecast.Forecast,
+    run=lambda volume, _: forecast.forecast(volume),
 )
 LIST_SNAPSHOTS: Final = Verb(
     name="list_snapshots",

@@ -162,6 +162,8 @@ class Xfs:
             (ag * stride, ag * stride + self._header_blocks * superblock.block_size)
             for ag in range(superblock.ag_count)
         ]
+        if superblock.log_start == 0:
+            return normalise(headers)  # it is on another device
         log = superblock.place(superblock.log_start, superblock.log_blocks, what="the log")
         return normalise([*headers, (log, log + superblock.log_blocks * superblock.block_size)])
 

@@ -82,16 +82,6 @@ def superblock_of(image: Path) -> str:
     return run("btrfs", "inspect-internal", "dump-super", image)
 
 
-def overwrite(image: Path, extents: Extents) -> None:
-    """Put rubbish there."""
-    rubbish = b"\xa5" * MIB
-    with image.open("r+b") as file:
-        for start, end in extents:
-            file.seek(start)
-            while file.tell() < end:
-                file.write(rubbish[: end - file.tell()])
-
-
 def with_checksum(block: bytes) -> bytes:
     """A superblock or tree block with the right CRC-32C."""
     return crc32c(block[32:]).to_bytes(4, "little") + block[4:]

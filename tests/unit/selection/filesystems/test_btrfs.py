@@ -3,7 +3,6 @@
 import functools
 import os
 import random
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,6 @@ from unit.selection.filesystems.btrfs_images import (
     chunks_of,
     extents_of,
     make,
-    overwrite,
     physical,
     superblock_of,
     used_by_dump,
@@ -35,6 +33,13 @@ from unit.selection.filesystems.btrfs_images import (
 )
 from unit.selection.filesystems.churn import Churn
 from unit.selection.filesystems.damage_cases import DamagedDisk, check_damages, see
+from unit.selection.filesystems.leaving_out import (
+    UNREADABLE,
+    a_third_and_free,
+    digests_without,
+    overwrite,
+    regular_files,
+)
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
@@ -262,25 +267,6 @@ def test_files_just_synced_are_held_while_mounted_and_free_space_is_given_when_f
     assert subtract(data, committed) != (), "the log has them"
 
 
-def regular_files(top: Path) -> list[Path]:
-    return sorted(path for path in top.rglob("*") if stat.S_ISREG(path.lstat().st_mode))
-
-
-def rewritten(image: Path, left_out: Extents) -> dict[str, str]:
-    """What each file holds when a mount has replayed an image whose left out bytes are rubbish."""
-    overwrite(image, left_out)
-    with mounted(image) as top:
-        # A file that was left out fails its checksums.
-        digests = {}
-        for path in regular_files(top):
-            try:
-                digests[f"/{path.relative_to(top)}"] = digest(path.read_bytes())
-            except OSError:
-                digests[f"/{path.relative_to(top)}"] = "unreadable"
-    run("btrfs", "check", image)
-    return digests
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_was_synced_since_the_commit_survives_what_is_left_out(tmp_path, seed):
     """A third of the files and all free space are overwritten; all other files are as replayed."""
@@ -302,26 +288,18 @@ def test_whatever_was_synced_since_the_commit_survives_what_is_left_out(tmp_path
     disk = FileDisk(copy_sparse(live, tmp_path / "seen"))
     filesystem = open_filesystem(disk)
     assert len(filesystem.caveats) == 2, "there is a log"
-    sight = see(disk)
-    excluded = {path for path in sight.data if digest(path.encode())[0] in "01234"}
-    numbers = {sight.numbers[path] for path in excluded}
-    excluded = {path for path, number in sight.numbers.items() if number in numbers}
-    kept = normalise(
-        extent for path in sight.data if path not in excluded for extent in sight.data[path] or ()
-    )
-    mine = normalise(extent for path in excluded for extent in sight.data[path] or ())
-    left_out = subtract(union(mine, sight.free), union(kept, sight.fixed))
-    assert excluded
-    assert total_bytes(subtract(left_out, sight.free)) > 0
+    excluded, left_out = a_third_and_free(see(disk))
+    assert total_bytes(subtract(left_out, filesystem.free())) > 0
 
-    whole_files = rewritten(copy_sparse(live, tmp_path / "whole"), ())
-    after = rewritten(copy_sparse(live, tmp_path / "after"), left_out)
+    replayed = digests_without(copy_sparse(live, tmp_path / "replayed"), ())
+    after = digests_without(copy := copy_sparse(live, tmp_path / "after"), left_out)
 
-    assert set(after) == set(whole_files)
-    assert "unreadable" not in whole_files.values()
-    changed = {path for path in after if after[path] != whole_files[path]}
+    assert UNREADABLE not in replayed.values()
+    assert set(after) == set(replayed)
+    changed = {path for path in after if after[path] != replayed[path]}
     assert changed <= excluded
     assert changed, "something was left out"
+    run("btrfs", "check", copy)
 
 
 def test_a_log_that_renames_a_file_leaves_its_filesystem_unresolved(tmp_path):

@@ -23,6 +23,7 @@ from stillblock.selection.filesystems import (
 )
 from unit.selection.filesystems.churn import Churn
 from unit.selection.filesystems.damage_cases import DamagedDisk, check_damages, see
+from unit.selection.filesystems.leaving_out import a_third_and_free, digests_without
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
@@ -46,7 +47,7 @@ from unit.selection.filesystems.xfs_images import (
     xfs_db,
 )
 
-pytestmark = [pytest.mark.needs("mkfs.xfs", "xfs_db"), pytest.mark.slow]
+pytestmark = [pytest.mark.needs("mkfs.xfs", "xfs_db", "xfs_repair"), pytest.mark.slow]
 
 APPLIED = ("its log was applied in memory",)
 
@@ -291,6 +292,26 @@ def test_files_just_written_are_held_while_mounted_and_free_space_is_given_when_
         assert filesystem.caveats == caveats
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_left_out_of_a_busy_filesystem_is_missed_by_no_other_file(tmp_path, seed):
+    """A third of the files and all free space are overwritten; recovery gives all other files."""
+    image = make(tmp_path / "image")
+    with mounted(image) as top:
+        Churn(top, seed=seed).run(250)
+        live = copy_sparse(image, tmp_path / "live")
+    disk = FileDisk(copy_sparse(live, tmp_path / "seen"))
+    excluded, left_out = a_third_and_free(see(disk))
+
+    replayed = digests_without(copy_sparse(live, tmp_path / "replayed"), ())
+    after = digests_without(copy := copy_sparse(live, tmp_path / "after"), left_out)
+
+    assert set(after) == set(replayed)
+    changed = {path for path in after if after[path] != replayed[path]}
+    assert changed <= excluded
+    assert changed, "something was left out"
+    run("xfs_repair", "-n", copy)
+
+
 @pytest.fixture(scope="module")
 def unsettled(tmp_path_factory) -> Path:
     """A small image whose log holds changes."""
@@ -475,6 +496,7 @@ def test_a_log_on_another_device_leaves_its_filesystem_unresolved(tmp_path):
     filesystem = open_filesystem(FileDisk(image))
 
     assert filesystem.identity.label == "stills"
+    assert filesystem.fixed()[0][0] == 0
     with pytest.raises(UnresolvedError, match="another device"):
         filesystem.free()
     with pytest.raises(UnresolvedError, match="another device"):

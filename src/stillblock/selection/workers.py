@@ -211,7 +211,7 @@ class Worker:
             code = self._process.wait(timeout=max(0.1, self._left_s()))
         except subprocess.TimeoutExpired as error:
             raise TimeoutError from error
-        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        if code == -signal.SIGXCPU:
             return f"it used more than {self._limits.cpu_s} s of processor time"
         if code < 0:
             return f"it was ended by {signal.Signals(-code).name}"

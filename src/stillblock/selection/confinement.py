@@ -62,7 +62,8 @@ def confine(limits: Limits) -> None:
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_NPROC, 0)
-    _limit(resource.RLIMIT_CPU, limits.cpu_s)
+    # The first limit names itself by its signal; the second cannot be told from other kills.
+    _limit(resource.RLIMIT_CPU, limits.cpu_s, hard_value=limits.cpu_s + 5)
     _limit(resource.RLIMIT_AS, limits.memory_bytes)
     _filter_calls(libc)
 
@@ -76,11 +77,11 @@ def _become_nobody() -> None:
         pass  # a container without such a user: the filter below holds for root too
 
 
-def _limit(what: int, value: int) -> None:
+def _limit(what: int, value: int, *, hard_value: int | None = None) -> None:
     _, hard = resource.getrlimit(what)
-    if hard != resource.RLIM_INFINITY:
-        value = min(value, hard)
-    resource.setrlimit(what, (value, value))
+    wanted = value if hard_value is None else hard_value
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(what, (min(value, allowed), allowed))
 
 
 def _filter_calls(libc: ctypes.CDLL) -> None:

@@ -246,7 +246,8 @@ class _Narrowing:
         """Whether what no file claims is left out, unless an inclusion of files takes it."""
         terms = self._pending.terms
         return terms[0].term.include or any(
-            not pending_term.term.include and intersect(pending_term.certain, place.extents)
+            not pending_term.term.include
+            and (pending_term.kind == "zero" or intersect(pending_term.certain, place.extents))
             for pending_term in terms
         )
 

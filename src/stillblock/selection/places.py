@@ -146,8 +146,7 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
             places.append(place)
             continue
         try:
-            start = place.pieces[0][0]
-            physical.append(read_physical_volume(place.disk(disk), start=start))
+            physical.append(_physical_volume(place, disk))
         except LvmTextError as error:
             places.append(replace(place, opaque_reason=error.message))
     try:
@@ -172,6 +171,15 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
         groups=tuple((name, normalise(extents)) for name, extents in groups.items()),
         notes=_notes(places),
     )
+
+
+def _physical_volume(place: Place, disk: Disk) -> PhysicalVolume:
+    """Read the metadata; once more where it does not fit, for it may be written this moment."""
+    start = place.pieces[0][0]
+    try:
+        return read_physical_volume(place.disk(disk), start=start)
+    except LvmTextError:
+        return read_physical_volume(place.disk(disk), start=start)
 
 
 def _notes(places: list[Place]) -> tuple[str, ...]:

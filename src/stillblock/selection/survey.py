@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from heapq import nlargest
 from typing import Final
 
 from stillblock.errors import OriginIOError
@@ -31,6 +32,12 @@ from stillblock.selection.globs import Glob, Standing, TreeMatcher
 
 GROUPS_MAX: Final = 4096
 """Sets of terms that mean the same files: rarely more than there are terms."""
+PIECES_MAX: Final = 1_000_000
+"""Extents of files that are told; a parent needs some 150 bytes for each."""
+FREE_PIECES_MAX: Final = 500_000
+"""Extents of free space that are told: the largest. What is not told stays."""
+_SHARING: Final = frozenset({"xfs", "btrfs"})
+"""Filesystems in which files may share blocks."""
 SWAP_FILE_BYTES_MIN: Final = 10 * 4096
 """mkswap makes none smaller."""
 _SWAP_HEAD_BYTES: Final = 65536
@@ -154,22 +161,35 @@ def survey(filesystem: Filesystem, request: SurveyRequest) -> Survey:
             free_reason=reason if wants_free else "",
         )
     by_mask = {mask: _normal(packed) for mask, packed in walked.extents.items()}
-    unmeant = by_mask.pop(0, ())
-    meant = normalise(extent for extents in by_mask.values() for extent in extents)
-    used = union(union(unmeant, meant), fixed)
-    free = subtract(free, used)
+    in_files = normalise(extent for extents in by_mask.values() for extent in extents)
+    free = subtract(subtract(free, in_files), fixed)
     metadata: Extents = ()
     if request.wants_metadata:
-        in_files = subtract(union(unmeant, meant), fixed)
-        metadata = subtract(subtract(whole(identity.size), in_files), free)
+        metadata = subtract(subtract(whole(identity.size), subtract(in_files, fixed)), free)
+    unmeant = by_mask.pop(0, ())
+    meant = normalise(extent for extents in by_mask.values() for extent in extents)
+    contested = intersect(union(unmeant, fixed), meant)
+    piece_count = sum(map(len, by_mask.values())) + len(contested) + len(metadata)
+    if piece_count > PIECES_MAX:
+        reason = f"its files lie in {piece_count} pieces, more than {PIECES_MAX} are not told apart"
+    elif walked.unplaced_count and identity.kind in _SHARING:
+        reason = (
+            f"{walked.unplaced_count} files could not be placed, and may share what others have: "
+            f"{walked.unplaced_reason}"
+        )
+    if reason:
+        by_mask, contested, metadata = {}, (), ()
+    told_free = _largest(free, FREE_PIECES_MAX) if walked.has(TermKind.FREE) else ()
+    if len(told_free) < len(free) and told_free:
+        caveats += (f"only the {len(told_free)} largest pieces of free space are left out",)
     return Survey(
         identity=identity,
         caveats=caveats,
         groups=tuple(
             Group(terms=_bits(mask), extents=extents) for mask, extents in by_mask.items()
         ),
-        contested=intersect(union(unmeant, fixed), meant),
-        free=free if walked.has(TermKind.FREE) else (),
+        contested=contested,
+        free=told_free,
         metadata=metadata,
         tallies=tuple(
             Tally(
@@ -181,8 +201,16 @@ def survey(filesystem: Filesystem, request: SurveyRequest) -> Survey:
             )
             for count in walked.counts
         ),
+        files_reason=reason,
         free_reason=free_reason,
     )
+
+
+def _largest(extents: Extents, count: int) -> Extents:
+    """Return the largest of them, at most so many, in their order."""
+    if len(extents) <= count:
+        return extents
+    return tuple(sorted(nlargest(count, extents, key=lambda extent: extent[1] - extent[0])))
 
 
 def _free(filesystem: Filesystem) -> tuple[Extents, str]:
@@ -221,6 +249,9 @@ class _Walk:
     extents: dict[int, list[int]] = field(default_factory=dict)
     """By the terms that mean it, as bits: start << 64 | end of each run."""
     counts: list[_Count] = field(init=False)
+    unplaced_count: int = 0
+    """Files of which nobody knows where they lie, whether a term means them or not."""
+    unplaced_reason: str = ""
     _linked: dict[int, _Linked] = field(default_factory=dict)
     _swap_mask: int = 0
     _kinds: frozenset[TermKind] = frozenset()
@@ -279,6 +310,9 @@ class _Walk:
     def _take(self, path: str, node: Node, mask: int) -> None:
         """Note the claims of one name of a file."""
         runs, reason = self._runs(node)
+        if reason:
+            self.unplaced_count += 1
+            self.unplaced_reason = self.unplaced_reason or reason
         swap_page = 0
         if self._swap_mask and not reason:
             swap_page = self._swap_page(path, node)

@@ -5,6 +5,7 @@ so answers are held to their form and to the bounds of the filesystem, and reads
 """
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -92,7 +93,7 @@ class Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={},
+                env=_environment(),
                 cwd="/",
             )
         except OSError as error:
@@ -223,7 +224,7 @@ class Worker:
             code = self._process.wait(timeout=max(0.1, self._left_s()))
         except subprocess.TimeoutExpired as error:
             raise TimeoutError from error
-        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        if code == -signal.SIGXCPU:
             return f"it used more than {self._limits.cpu_s} s of processor time"
         if code < 0:
             return f"it was ended by {signal.Signals(-code).name}"
@@ -233,6 +234,11 @@ class Worker:
 def is_of_disk(error: StillblockError) -> bool:
     """Whether bytes could not be had; anything else, such as a closed volume, ends the work."""
     return error.blame is Blame.DISK or isinstance(error, ExcludedError)
+
+
+def _environment() -> dict[str, str]:
+    """Return what an interpreter needs that was built to find its libraries so, and no more."""
+    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
 def _program(descriptor: int) -> str:

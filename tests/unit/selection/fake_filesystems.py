@@ -43,6 +43,7 @@ class FakeFilesystem:
     free_extents: Extents = ()
     fixed_extents: Extents = ((0, 4096),)
     size: int = MIB
+    kind: str = "ext4"
     label: str = ""
     uuid: str = ""
     is_case_sensitive: bool = True
@@ -59,7 +60,7 @@ class FakeFilesystem:
     @property
     def identity(self) -> Identity:
         return Identity(
-            kind="ext4",
+            kind=self.kind,
             label=self.label,
             uuid=self.uuid,
             block_size=4096,

@@ -319,6 +319,19 @@ def test_a_flipped_bit_makes_the_volume_opaque(offset: int, reason: str) -> None
     assert reason in place.opaque_reason
 
 
+def test_metadata_that_is_being_written_is_read_again() -> None:
+    class Torn(BytesDisk):
+        def pread(self, *, offset: int, length: int) -> bytes:
+            data = super().pread(offset=offset, length=length)
+            if offset == 4096 + 512 and len(self.reads) < 10:
+                self.reads += [(0, 0)] * 10
+                return bytes(length)
+            return data
+
+    disk = Torn(physical_volume(group_text(volume("root", segment(0, 4, "pv0", 2)))))
+    assert of(read_places(disk), "lv:vg0/root").pieces
+
+
 def test_two_versions_with_one_number_are_not_guessed_between() -> None:
     ids = (PV_ID, OTHER_ID)
     one = group_text(volume("data", segment(0, 1, "pv0", 0)), ids=ids)

@@ -118,6 +118,13 @@ def test_an_inclusion_of_files_takes_the_metadata_that_makes_them_readable() -> 
     assert final.terms[0].note == ""
 
 
+def test_an_exception_for_files_is_not_credited_with_metadata_that_stays_anyway() -> None:
+    filesystem = FakeFilesystem({"/etc/a": file((100, 200)), "/b": file((200, 300))})
+    _, final = both(*partitioned(filesystem), "-path:/**", "+path:/etc")
+    assert left_out(final) == {"path:/**": kib((200, 300))}
+    assert final.terms[1].contributed_bytes == final.terms[1].bytes == 100 * KIB
+
+
 def test_a_path_that_matches_nothing_is_a_note() -> None:
     _, final = both(*partitioned(FakeFilesystem({"/a": file((100, 200))})), "-path:/b")
     assert final.excluded == ()
@@ -371,6 +378,37 @@ def test_a_file_that_cannot_be_placed_is_kept_or_widens_to_its_filesystem() -> N
     assert final.extents == ((MIB, 2 * MIB),)
 
 
+def test_a_file_that_cannot_be_placed_may_share_blocks_where_files_do() -> None:
+    files = {"/a.tmp": file((100, 200)), "/b": file((200, 300), error="it is odd")}
+    for kind, expected in (("ext4", {"path:/*.tmp": kib((100, 200))}), ("xfs", {})):
+        filesystem = FakeFilesystem(dict(files), kind=kind, free_extents=((400 * KIB, 500 * KIB),))
+        _, final = both(*partitioned(filesystem), "-path:/*.tmp", "-free")
+        assert left_out(final) == expected | {"free": kib((400, 500))}
+    assert final.unresolved[0].reason == (
+        "1 files could not be placed, and may share what others have: it is odd"
+    )
+
+
+def test_free_space_in_too_many_pieces_is_told_by_its_largest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stillblock.selection.survey.FREE_PIECES_MAX", 2)
+    filesystem = FakeFilesystem(
+        free_extents=tuple((n * 100 * KIB, (n * 100 + n * 4) * KIB) for n in range(1, 5))
+    )
+    _, final = both(*partitioned(filesystem), "-free")
+    assert left_out(final) == {"free": kib((300, 312), (400, 416))}
+    assert final.notes == ("part:1: only the 2 largest pieces of free space are left out",)
+
+
+def test_files_in_too_many_pieces_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillblock.selection.survey.PIECES_MAX", 1)
+    filesystem = FakeFilesystem({"/a": file((100, 200), (300, 400))})
+    _, final = both(*partitioned(filesystem), "-path:/a")
+    assert final.excluded == ()
+    assert "its files lie in 2 pieces" in final.unresolved[0].reason
+
+
 def test_a_file_that_is_said_to_lie_outside_is_kept() -> None:
     filesystem = FakeFilesystem({"/a": file((1000, 1100))})
     _, final = both(*partitioned(filesystem), "-path:/a")
@@ -498,6 +536,7 @@ def filesystems(draw: st.DrawFn, label: str) -> FakeFilesystem:
         files,
         free_extents=tuple(sorted({draw(PIECES)})) if draw(st.booleans()) else (),
         label=label,
+        kind=draw(st.sampled_from(["ext4", "xfs"])),
         free_error=draw(st.sampled_from(["", "", "no map"])),
         tree_error=draw(st.sampled_from(["", "", "", "torn"])),
         open_error=draw(st.sampled_from(["", "", "", "", "", "shut"])),
@@ -574,9 +613,14 @@ class Oracle:
             return False
         if one.tree_error or (text == "free" and one.free_error):
             return True
+        if text != "free" and self.may_hide_shares(one):
+            return True
         return any(
             file.error and self.means(text, path, file, 0) for path, file in one.files.items()
         )
+
+    def may_hide_shares(self, one: FakeFilesystem) -> bool:
+        return one.kind == "xfs" and any(file.error for file in one.files.values())
 
     def means(self, text: str, path: str, file: FakeFile, offset: int) -> bool:
         if text == "swap":
@@ -593,6 +637,7 @@ class Oracle:
             (n, include, text)
             for n, (include, text) in enumerate(self.terms)
             if not (text.startswith("path:data:") and index != 1)
+            if text == "free" or not self.may_hide_shares(one)
         ]
         found = []
         seen: dict[int, int] = {}

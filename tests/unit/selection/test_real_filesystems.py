@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from stillblock.selection import Resolution, Rules, resolve, resolve_frozen
+from unit.selection.filesystems.mounting import mounted
+from unit.selection.filesystems.xfs_images import make as make_xfs
 from unit.selection.partition_images import MIB, BytesDisk, GptPart, gpt_disk
 
 SIZE = 64 * MIB
@@ -51,16 +53,35 @@ def fat(path: Path, root: Path) -> None:
         subprocess.run(["mcopy", "-s", "-i", path, entry, "::/"], check=True)
 
 
-@pytest.fixture(params=["ext4", "fat"])
+def xfs(path: Path, root: Path) -> None:
+    make_xfs(path, size=SIZE)
+    with mounted(path) as top:
+        subprocess.run(["cp", "-a", f"{root}/.", top], check=True)
+
+
+def btrfs(path: Path, root: Path) -> None:
+    path.write_bytes(b"")
+    os.truncate(path, SIZE)
+    subprocess.run(["mkfs.btrfs", "-q", "--mixed", "--rootdir", root, path], check=True)
+
+
+MAKERS = {
+    "ext4": (ext4, "mkfs.ext4"),
+    "fat": (fat, "mkfs.vfat", "mcopy"),
+    "xfs": (xfs, "mkfs.xfs"),
+    "btrfs": (btrfs, "mkfs.btrfs"),
+}
+
+
+@pytest.fixture(params=MAKERS)
 def disk(request: pytest.FixtureRequest, tmp_path: Path, require_tool) -> BytesDisk:
     """The filesystem on partition 2 of three; 3 is swap."""
-    for tool in {"ext4": ("mkfs.ext4", "mkswap"), "fat": ("mkfs.vfat", "mcopy", "mkswap")}[
-        request.param
-    ]:
+    make, *tools = MAKERS[request.param]
+    for tool in (*tools, "mkswap"):
         require_tool(tool)
     fill(tmp_path / "root")
     image = tmp_path / "filesystem"
-    {"ext4": ext4, "fat": fat}[request.param](image, tmp_path / "root")
+    make(image, tmp_path / "root")
     area = tmp_path / "area"
     area.write_bytes(page_of(b"AREAS") * 256)
     subprocess.run(["mkswap", "-q", area], check=True, capture_output=True)
@@ -86,6 +107,10 @@ def resolved(disk: BytesDisk, *pairs: tuple[str, str]) -> Resolution:
 
 def is_ext(disk: BytesDisk) -> bool:
     return disk.content[2 * MIB + 1080 : 2 * MIB + 1082] == b"\x53\xef"
+
+
+def is_btrfs(disk: BytesDisk) -> bool:
+    return disk.content[2 * MIB + 65600 : 2 * MIB + 65608] == b"_BHRfS_M"
 
 
 def pages_of(disk: BytesDisk, resolution: Resolution, marker: bytes) -> tuple[int, int]:
@@ -142,6 +167,10 @@ def test_one_file_alone_comes_with_what_makes_it_readable(disk: BytesDisk, tmp_p
     image = tmp_path / "restored"
     image.write_bytes(disk.content[2 * MIB : 2 * MIB + SIZE])
     out = tmp_path / "notes"
+    if image.read_bytes().startswith(b"XFSB") or is_btrfs(disk):
+        with mounted(image) as top:
+            assert (top / "home/user/notes").read_bytes() == page_of(b"NOTES") * 20
+        return
     if is_ext(disk):
         subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True)
         command = ["debugfs", "-R", f"dump /home/user/notes {out}", str(image)]

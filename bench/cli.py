@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import increments, instants, machine, memory, registry, report, rounds
+from bench import increments, instants, machine, memory, registry, report, rounds, words
 from bench.errors import BenchError, UsageError
 from bench.goals import Judge, judge
 from bench.results import Conditions, Results, Run, Session, load, merge, save
@@ -135,6 +135,14 @@ def _memory(given: argparse.Namespace) -> int:
         snapshot_count=given.snapshots,
     )
     return EXIT_OK if memory.measure(plan, parent=given.dir) else EXIT_FAILED
+
+
+def _words(given: argparse.Namespace) -> int:
+    kinds = tuple(given.filesystems.split(","))
+    if unknown := sorted(set(kinds) - set(words.FILESYSTEMS)):
+        raise UsageError(f"{unknown[0]} is none of {', '.join(words.FILESYSTEMS)}")
+    plan = words.Plan(file_count=given.files, filesystems=kinds, round_count=given.rounds)
+    return EXIT_OK if words.measure(plan, parent=given.dir) else EXIT_FAILED
 
 
 def _print(
@@ -316,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     told.add_argument("--write", type=Path, metavar="FILE", help="replace the block in this file")
     told.set_defaults(handle=_report)
     _add_memory_command(commands)
+    _add_words_command(commands)
     return parser
 
 
@@ -364,3 +373,14 @@ def _add_memory_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     add("--snapshots", type=int, default=20, help="idle snapshots to time (default: 20)")
     add("--dir", type=Path, help="scratch on a disk; needs 9 GiB at a million blocks")
     command.set_defaults(handle=_memory)
+
+
+def _add_words_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "what rules of files cost: time and memory to resolve them on a full filesystem"
+    command = commands.add_parser("words", help=summary, description=summary)
+    add = command.add_argument
+    add("--files", type=int, default=50_000, help="on each filesystem (default: 50000)")
+    add("--filesystems", default=",".join(words.FILESYSTEMS), help="comma-separated")
+    add("--rounds", type=int, default=3, help="the best counts (default: 3)")
+    add("--dir", type=Path, help="scratch with room for the image and its files")
+    command.set_defaults(handle=_words)

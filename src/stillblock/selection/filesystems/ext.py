@@ -56,6 +56,8 @@ def open_ext(disk: Disk) -> "ExtFilesystem":
     with damage_is_unresolved("the filesystem"):
         superblock = read_superblock(cached)
         if Compat.HAS_JOURNAL not in superblock.compat:
+            if Incompat.RECOVER in superblock.incompat:
+                raise UnresolvedError("it has a journal to replay, and says that it has none")
             if not superblock.is_clean:
                 raise UnresolvedError(
                     "it was mounted or not unmounted, and has no journal that tells what is in "

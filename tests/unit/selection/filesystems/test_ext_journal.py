@@ -319,6 +319,18 @@ def test_a_journal_that_is_not_empty_although_nothing_needs_it_is_refused(tmp_pa
     assert "superblock says" in refusal(image)
 
 
+def test_a_journal_to_replay_that_is_not_said_to_exist_is_refused(tmp_path):
+    """Found by mutation: the bit for the journal was gone, and the maps were taken as they lay."""
+    image = journalled(tmp_path, "journal_write -b B one", options=UNCHECKED, version=1)
+    with image.open("r+b") as file:
+        file.seek(1024 + 0x5C)
+        features = file.read(1)[0]
+        assert features & 0x4
+        file.seek(1024 + 0x5C)
+        file.write(bytes([features & ~0x4]))
+    assert "says that it has none" in refusal(image)
+
+
 def test_a_journal_beyond_what_memory_is_for_is_refused(tmp_path, monkeypatch):
     image = journalled(tmp_path, "journal_write -b B,B1,B2 one")
     monkeypatch.setattr(ext_journal, "_BLOCK_COUNT_MAX", 2)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from stillblock.selection.filesystems import open_filesystem  # noqa: E402 the path comes first
-from unit.selection.filesystems import ext_images  # noqa: E402
+from unit.selection.filesystems import btrfs_images, ext_images, xfs_images  # noqa: E402
 from unit.selection.filesystems.mutation import Subject, examine, try_one  # noqa: E402
 
 
@@ -29,7 +29,21 @@ def _ext_subjects(folder: Path) -> dict[str, Subject]:
     return subjects
 
 
-FILESYSTEMS = {"ext": _ext_subjects}
+def _xfs_subjects(folder: Path) -> dict[str, Subject]:
+    return {
+        name: examine(
+            xfs_images.small_image(folder, is_settled=name == "unmounted").read_bytes(),
+            open_filesystem,
+        )
+        for name in ("unmounted", "with changes in its log")
+    }
+
+
+def _btrfs_subjects(folder: Path) -> dict[str, Subject]:
+    return {"btrfs": examine(btrfs_images.small_image(folder).read_bytes(), open_filesystem)}
+
+
+FILESYSTEMS = {"btrfs": _btrfs_subjects, "ext": _ext_subjects, "xfs": _xfs_subjects}
 
 
 def main() -> int:

@@ -38,6 +38,8 @@ _OPERATION: Final = struct.Struct(">IIBBH")
 _START, _COMMIT, _CONTINUE, _WAS_CONTINUED, _END, _UNMOUNT = 1, 2, 4, 8, 16, 32
 _TRANSACTION_HEADER_BYTES: Final = 16
 _REGIONS_MAX: Final = 1 << 18
+_TRANSACTION_BYTES_MAX: Final = 64 << 20
+"""The kernel commits before it has 32 MiB."""
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ class Transaction:
     """Where the record lies in which it began."""
     header: bytearray = field(default_factory=bytearray)
     items: list[Item] = field(default_factory=list)
+    size: int = 0
+    """Bytes of all that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +139,7 @@ class Log:
         return _cycle_of(self._read(block, 1))
 
     def _find_head(self) -> int:
-        """Return the first block that was not written in the newest cycle, or after a hole."""
+        """Return the first block that was not written in the newest cycle."""
         newest, oldest = self._cycle(0), self._cycle(self._blocks - 1)
         if newest == oldest and newest > 0:
             head = (newest + 1) * self._blocks
@@ -150,16 +154,14 @@ class Log:
             head = newest * self._blocks + high
         else:
             raise self._damaged(0)
-        # Writes that were under way at once may have come out of order: recovery ends at the first
-        # that is missing.
+        # Of writes that were under way at once a later one may have come first. Recovery ends at
+        # the hole; but damage looks the same, and would take what was synced with it.
         scanned = min(_IN_FLIGHT_BLOCKS, self._blocks, head - self._blocks)
         begin = head - scanned
         data = self._read(begin, scanned)
         for i in range(scanned):
             if _cycle_of(data[i * _BLOCK : i * _BLOCK + 8]) != (begin + i) // self._blocks:
-                if i == 0:
-                    raise self._damaged(begin)
-                return begin + i
+                raise self._damaged(begin + i)
         return head
 
     def _last_record(self) -> _Record:
@@ -289,6 +291,9 @@ def _cycle_of(block: bytes) -> int:
 
 def _add_region(transaction: Transaction, region: bytes, *, is_more: bool) -> bool:
     """Append an operation's bytes to what a transaction has; whether that is possible."""
+    transaction.size += len(region)
+    if transaction.size > _TRANSACTION_BYTES_MAX:
+        return False
     if is_more:
         if transaction.items:
             transaction.items[-1].regions[-1] += region

@@ -1,12 +1,14 @@
 """btrfs images, and what btrfs-progs say of them."""
 
+import random
 import re
 from pathlib import Path
 
 from stillblock.extents import normalise
 from stillblock.model import Extents
 from stillblock.native import crc32c
-from unit.selection.filesystems.mounting import MIB, run
+from unit.selection.filesystems.mounting import MIB, mounted, run
+from unit.selection.filesystems.trees import write
 
 VARIANTS = {
     "as mkfs makes it": (),
@@ -23,6 +25,19 @@ def make(image: Path, *options: str, size: int = 256 * MIB) -> Path:
     with image.open("wb") as file:
         file.truncate(size)
     run("mkfs.btrfs", "-q", "-f", "-L", "stills", *options, image)
+    return image
+
+
+def small_image(folder: Path) -> Path:
+    """A small image that was unmounted, with a snapshot and a shared file."""
+    image = make(folder / "image", "-m", "single", "-n", "4096", size=128 * MIB)
+    with mounted(image) as top:
+        for i in range(40):
+            write(top / f"{'name' * 10}{i}", random.Random(i).randbytes(700 * i))
+        run("btrfs", "subvolume", "create", top / "sub")
+        write(top / "sub" / "file", random.Random(99).randbytes(50_000))
+        run("btrfs", "subvolume", "snapshot", top / "sub", top / "snapshot")
+        run("cp", "--reflink=always", top / "sub" / "file", top / "shared")
     return image
 
 

@@ -1,6 +1,7 @@
 """XFS images, and what xfs_db says of them."""
 
 import os
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 from stillblock.extents import normalise
 from stillblock.model import Extents
 from stillblock.native import crc32c
-from unit.selection.filesystems.mounting import MIB, run
+from unit.selection.filesystems.churn import Churn
+from unit.selection.filesystems.mounting import MIB, copy_sparse, mounted, run
+from unit.selection.filesystems.trees import write
 
 VARIANTS = {
     "as mkfs makes it": (),
@@ -31,6 +34,33 @@ def make(image: Path, *options: str, size: int = 300 * MIB) -> Path:
     )
     assert ran.returncode == 0, f"{command}: {ran.stderr}"
     return image
+
+
+def small_image(folder: Path, *, is_settled: bool) -> Path:
+    """A small image that was unmounted, or one whose log holds changes."""
+    image = make(folder / "mounted", "-d", "agcount=1", "-l", "size=12m", size=64 * MIB)
+    with mounted(image) as top:
+        for i in range(40):
+            write(top / f"{'name' * 10}{i}", random.Random(i).randbytes(700 * i))
+        for name in ("folder", "other"):
+            (top / name).mkdir()
+            write(top / name / "file", b"content" * 1000)
+        crumble(top / "crumbs", pieces=300)
+        if not is_settled:
+            os.sync()
+            Churn(top, seed=3).run(60)
+            run("sync", "--file-system", top)
+            return copy_sparse(image, folder / "unsettled")
+    return image
+
+
+def crumble(path: Path, *, pieces: int) -> None:
+    """A file with so many extents that their map is a tree."""
+    block = 4096
+    with path.open("wb") as file:
+        for piece in range(pieces):
+            file.seek(2 * piece * block)
+            file.write(piece.to_bytes(4, "big") * (block // 4))
 
 
 def xfs_db(image: Path, *commands: str) -> str:

@@ -117,20 +117,25 @@ def damages(content: bytes, places: Extents, chance: random.Random) -> Iterable[
             yield at, damage
 
 
-def check_damages(
-    content: bytes,
-    places: Extents,
-    *,
-    seed: int,
-    count: int,
-    is_invisible: Callable[[str, Sight], bool] = lambda path, sound: False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Damageable:
+    """An image and where its structures lie."""
+
+    content: bytes
+    places: Extents
+    is_invisible: Callable[[str, Sight], bool] = lambda path, sound: False
+    """Whether nobody can tell that a path is the work of damage."""
+
+
+def check_damages(image: Damageable, *, seed: int, count: int) -> int:
     """Damage an image `count` times; return how often the reader still said something."""
+    content = image.content
     sound = see(DamagedDisk(content))
     kept = union(sound.all_data, sound.fixed)
     chance = random.Random(seed)
     seen = 0
-    for index, (at, damage) in zip(range(count), damages(content, places, chance), strict=False):
+    tried = damages(content, image.places, chance)
+    for index, (at, damage) in zip(range(count), tried, strict=False):
         case = f"seed {seed}, case {index}: {damage.hex()} at {at:#x}"
         try:
             sight = see(DamagedDisk(content, at=at, damage=damage))
@@ -141,7 +146,7 @@ def check_damages(
         seen += 1
         assert intersect(sight.left_out_as_free, kept) == (), case
         for path in sight.data:
-            if is_invisible(path, sound):
+            if image.is_invisible(path, sound):
                 continue
             others = normalise(
                 e

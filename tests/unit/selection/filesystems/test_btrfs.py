@@ -33,7 +33,12 @@ from unit.selection.filesystems.btrfs_images import (
     with_checksum,
 )
 from unit.selection.filesystems.churn import Churn
-from unit.selection.filesystems.damage_cases import DamagedDisk, check_damages, see
+from unit.selection.filesystems.damage_cases import (
+    Damageable,
+    DamagedDisk,
+    check_damages,
+    see,
+)
 from unit.selection.filesystems.leaving_out import (
     UNREADABLE,
     a_third_and_free,
@@ -369,7 +374,8 @@ def test_damage_to_metadata_is_noticed_or_harmless(settled):
     content = settled.read_bytes()
     blocks = [(at, at + 4096) for at in tree_blocks(content)]
     assert len(blocks) > 20
-    check_damages(content, normalise([(65536, 65536 + 1000), *blocks]), seed=31, count=500)
+    image = Damageable(content=content, places=normalise([(65536, 65536 + 1000), *blocks]))
+    check_damages(image, seed=31, count=500)
 
 
 def test_metadata_made_to_deceive_with_right_checksums_gives_nothing_away(settled):

@@ -15,7 +15,7 @@ from stillblock.selection.filesystems import (
     open_filesystem,
     walk,
 )
-from unit.selection.filesystems.damage_cases import check_damages
+from unit.selection.filesystems.damage_cases import Damageable, check_damages
 from unit.selection.filesystems.fuse import (
     FileDisk,
     content_by_runs,
@@ -228,12 +228,9 @@ def test_files_just_fsynced_on_a_mounted_volume_are_held(tmp_path: Path):
 # Made by hand -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_volume(folder: Path) -> Path:
     """Some files in a directory, one of which is not contiguous."""
-    image = make(
-        tmp_path_factory.mktemp("exfat") / "small.img", "-c", "512", "-b", "4096", size=2 * MIB
-    )
+    image = make(folder / "small.img", "-c", "512", "-b", "4096", size=2 * MIB)
     with mount(image) as top:
         (top / "directory").mkdir()
         for number in range(16):
@@ -245,6 +242,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     file.flush()
                     os.fsync(file.fileno())
     return image
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_volume(tmp_path_factory.mktemp("exfat"))
 
 
 def stream_entry(image: Path, path: str) -> int:
@@ -339,13 +341,19 @@ def test_two_tables_are_refused(small: Path):
         open_filesystem(FileDisk(copy))
 
 
-def test_no_damage_to_the_structures_makes_a_file_anothers(small: Path):
-    filesystem = open_filesystem(FileDisk(small))
+def damageable(image: Path) -> Damageable:
+    """Where the structures of a small volume lie."""
+    filesystem = open_filesystem(FileDisk(image))
     assert len(list(walk(filesystem))) > 16
     (head, *directories) = filesystem.fixed()
-    (table,) = struct.unpack_from("<I", small.read_bytes(), 80)
+    content = image.read_bytes()
+    (table,) = struct.unpack_from("<I", content, 80)
     places = [(0, 512), (table * 512, table * 512 + 400)]
     places += [(start, end) for start, end in directories if end - start < 5000]
     places.append((head[1] - 512, head[1]))
-    seen = check_damages(small.read_bytes(), normalise(places), seed=20261123, count=800)
+    return Damageable(content=content, places=normalise(places))
+
+
+def test_no_damage_to_the_structures_makes_a_file_anothers(small: Path):
+    seen = check_damages(damageable(small), seed=20261123, count=800)
     assert seen > 30, "checksums catch most of it, and the rest is what this is about"

@@ -14,7 +14,7 @@ from stillblock.selection.filesystems import (
     open_filesystem,
     walk,
 )
-from unit.selection.filesystems.damage_cases import check_damages
+from unit.selection.filesystems.damage_cases import Damageable, check_damages
 from unit.selection.filesystems.fuse import (
     FileDisk,
     content_by_runs,
@@ -348,10 +348,10 @@ def test_small_letters_of_a_short_name_are_those_that_mtools_shows(small: Path, 
 # Damage -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_no_damage_to_the_structures_makes_a_file_anothers(kind: str, tmp_path: Path):
-    image = make(tmp_path / "tree.img", kind)
-    tree = tmp_path / "tree"
+def damageable(folder: Path, kind: str) -> Damageable:
+    """A small volume with long and short names in two directories."""
+    image = make(folder / "tree.img", kind)
+    tree = folder / "tree"
     (tree / "inner").mkdir(parents=True)
     for number in range(12):
         (tree / f"long name {number}").write_bytes(os.urandom(number * 300))
@@ -363,12 +363,15 @@ def test_no_damage_to_the_structures_makes_a_file_anothers(kind: str, tmp_path: 
     used = [
         (start, min(end, start + 200 * 2)) for start, end in ((512, table[1]), *directories[1:])
     ]
-    # A name that changed is another name: without a checksum nobody can tell.
-    seen = check_damages(
-        image.read_bytes(),
-        normalise([boot, *used]),
-        seed=20261123,
-        count=400,
+    return Damageable(
+        content=image.read_bytes(),
+        places=normalise([boot, *used]),
+        # A name that changed is another name: without a checksum nobody can tell.
         is_invisible=lambda path, sound: path not in sound.data,
     )
+
+
+@pytest.mark.slow
+def test_no_damage_to_the_structures_makes_a_file_anothers(kind: str, tmp_path: Path):
+    seen = check_damages(damageable(tmp_path, kind), seed=20261123, count=400)
     assert seen > 40

@@ -14,7 +14,7 @@ from stillblock.selection.filesystems import (
     open_filesystem,
     walk,
 )
-from unit.selection.filesystems.damage_cases import check_damages
+from unit.selection.filesystems.damage_cases import Damageable, check_damages
 from unit.selection.filesystems.fuse import (
     FileDisk,
     content_by_runs,
@@ -549,9 +549,9 @@ def restart_page(lsn: int, clients: int, flags: int) -> bytes:
 # Damage ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("ntfscluster")
-def test_no_damage_to_the_structures_makes_a_file_anothers(tmp_path: Path):
-    image = make(tmp_path / "small.img", size=4 * MIB)
+def damageable(folder: Path) -> Damageable:
+    """A small volume with what a directory and an MFT record can have."""
+    image = make(folder / "small.img", size=4 * MIB)
     with mount(image) as top:
         (top / "directory").mkdir()
         for number in range(40):
@@ -562,6 +562,10 @@ def test_no_damage_to_the_structures_makes_a_file_anothers(tmp_path: Path):
     places = [(0, 512)]
     for name in ("$MFT", "$MFTMirr", "$Bitmap", ".", "directory"):
         places += clusters_of(image, name)
-    content = image.read_bytes()
-    seen = check_damages(content, normalise(places), seed=20261123, count=1000)
+    return Damageable(content=image.read_bytes(), places=normalise(places))
+
+
+@pytest.mark.needs("ntfscluster")
+def test_no_damage_to_the_structures_makes_a_file_anothers(tmp_path: Path):
+    seen = check_damages(damageable(tmp_path), seed=20261123, count=1000)
     assert seen > 100, "most of what is tried must not be refused at once, or nothing is tried"

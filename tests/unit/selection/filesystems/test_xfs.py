@@ -23,7 +23,12 @@ from stillblock.selection.filesystems import (
     walk,
 )
 from unit.selection.filesystems.churn import Churn
-from unit.selection.filesystems.damage_cases import DamagedDisk, check_damages, see
+from unit.selection.filesystems.damage_cases import (
+    Damageable,
+    DamagedDisk,
+    check_damages,
+    see,
+)
 from unit.selection.filesystems.leaving_out import a_third_and_free, digests_without
 from unit.selection.filesystems.mounting import (
     MIB,
@@ -328,7 +333,8 @@ def test_damage_in_the_log_is_noticed_or_harmless(unsettled):
         for at in range(start, end, 512)
         if content[at : at + 4] not in (bytes(4), b"\0\0\0\0")
     ]
-    check_damages(content, normalise(used), seed=21, count=60)
+    image = Damageable(content=content, places=normalise(used))
+    check_damages(image, seed=21, count=60)
 
 
 def test_a_log_made_to_deceive_with_right_checksums_is_read_to_its_end(unsettled):
@@ -412,7 +418,8 @@ def test_damage_to_metadata_is_noticed_or_harmless(settled):
     content = settled.read_bytes()
     places = [(at, at + size) for at, size, _ in structures(content, log_place(settled))]
     assert len(places) > 60
-    check_damages(content, normalise(places), seed=22, count=700)
+    image = Damageable(content=content, places=normalise(places))
+    check_damages(image, seed=22, count=700)
 
 
 def test_metadata_made_to_deceive_with_right_checksums_gives_nothing_away(settled):

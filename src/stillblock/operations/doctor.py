@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from stillblock import native
+from stillblock import native, selection
 from stillblock.model import format_size
 from stillblock.operations.findings import Check, Level
 from stillblock.operations.state import examine_state
@@ -44,6 +44,7 @@ def examine(config: Config, is_served: Callable[[str], bool]) -> tuple[Check, ..
         _punching(config.state_dir),
         _shared_memory(),
         _memlock(),
+        _call_filter(),
         _device("kernel NBD client", Path("/sys/module/nbd"), "as root: modprobe nbd"),
         _device("FUSE", Path("/dev/fuse"), "install fuse3, to mount through nbdfuse"),
         *_tools(),
@@ -127,6 +128,18 @@ def _memlock() -> Check:
         level=Level.MISSING,
         finding=f"limit {format_size(soft)}",
         advice="raise LimitMEMLOCK, or the buffer may be swapped out",
+    )
+
+
+def _call_filter() -> Check:
+    name = "filter of system calls for filesystem readers (seccomp)"
+    if selection.can_filter_calls():
+        return Check(name=name, level=Level.OK, finding="works")
+    return Check(
+        name=name,
+        level=Level.MISSING,
+        finding="not on this kernel or processor",
+        advice="readers run with limits on memory, time and descriptors only",
     )
 
 

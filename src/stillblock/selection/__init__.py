@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stillblock.selection.confinement import Limits
+    from stillblock.selection.confinement import Limits, can_filter_calls
     from stillblock.selection.disk import Disk
     from stillblock.selection.facts import Phase, Unresolved
     from stillblock.selection.frozen import resolve_frozen
@@ -50,6 +50,7 @@ __all__ = [
     "TermResult",
     "Unresolved",
     "WorkerReaders",
+    "can_filter_calls",
     "default_rules",
     "read_partitions",
     "resolve",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "confinement": ("Limits",),
+    "confinement": ("Limits", "can_filter_calls"),
     "disk": ("Disk",),
     "facts": ("Phase", "Unresolved"),
     "frozen": ("resolve_frozen",),

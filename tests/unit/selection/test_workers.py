@@ -12,7 +12,7 @@ import pytest
 
 from stillblock.codec import CodecError
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError
-from stillblock.selection.confinement import Limits
+from stillblock.selection.confinement import Limits, can_filter_calls
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems import UnresolvedError
 from stillblock.selection.survey import SurveyRequest, SurveyTerm, TermKind
@@ -66,17 +66,6 @@ def test_a_worker_answers_over_the_bytes_that_its_parent_gives_it() -> None:
     assert found.caveats == ("a \\x1b[2J caveat",)
 
 
-def test_a_worker_starts_in_a_fraction_of_a_second() -> None:
-    """Of processor time: the machine may be busy."""
-    began = os.times()
-    label_of("good")
-    ended = os.times()
-    assert (
-        ended.children_user + ended.children_system - (began.children_user + began.children_system)
-        < 0.5
-    )
-
-
 # What readers do -------------------------------------------------------------------------------
 
 
@@ -115,6 +104,17 @@ def test_a_reader_that_eats_memory_fails_alone(reader: str) -> None:
 
 def test_a_reader_can_open_start_send_and_change_nothing() -> None:
     assert label_of("breaking_out") == ""
+
+
+def test_a_worker_filters_its_system_calls_where_we_say_that_it_can() -> None:
+    with worker_of("good") as worker:
+        worker.identify()
+        process = worker._process
+        assert process is not None
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    modes = dict(line.split(":\t") for line in status.splitlines())
+    assert (modes["Seccomp"] == "2") == can_filter_calls()
+    assert modes["NoNewPrivs"] == "1"
 
 
 def test_a_reader_cannot_even_ask_for_its_limits() -> None:

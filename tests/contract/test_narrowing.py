@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 
 from disks import MARKER, ext4_disk
-from stillblock.errors import NarrowingError, NotFoundError, RuleError, StillblockError
+from stillblock.errors import (
+    NarrowingError,
+    NotFoundError,
+    RuleError,
+    StillblockError,
+    StoreIOError,
+)
 from stillblock.extents import complement, intersect, total_bytes
 from stillblock.model import RuleTerm, SnapshotState
-from stillblock.operations import narrowing
+from stillblock.operations import bookmarks, narrowing, restore
 from stillblock.operations.restore import RestoreRequest
-from stillblock.operations.rules import EVERYTHING, RulesRequest
-from stillblock.operations.snapshots import SnapshotRequest
+from stillblock.operations.rules import EVERYTHING, RulesRequest, set_rules
+from stillblock.operations.snapshots import SnapshotRequest, create_snapshot
 from stillblock.operations.volume import OpenVolume
 from stillblock.service.session import LocalSession, open_session
 
@@ -315,3 +321,91 @@ def test_a_forecast_finds_the_directory_that_changes(opened, origin):
     saved = session.explain(RulesRequest(terms=excluding(best.term)))
     assert total_bytes(intersect(secret, saved.extents)) <= 5 * 4096, "only notes.tmp is left"
     assert session.show_volume().snapshot_count == 1
+
+
+@pytest.fixture
+def latest_changes(opened, monkeypatch):
+    """Whenever somebody has waited for `latest` to be final, another snapshot is the latest."""
+    begun, go_on = threading.Event(), threading.Event()
+    real = narrowing.wait_final
+
+    def wait_then_take(volume, snapshot, **keywords):
+        found = real(volume, snapshot, **keywords)
+        if not begun.is_set():
+            begun.set()
+            frozen = narrowing.explain_frozen
+
+            def explain_later(*arguments, **named):
+                assert go_on.wait(30)
+                return frozen(*arguments, **named)
+
+            monkeypatch.setattr(narrowing, "explain_frozen", explain_later)
+            create_snapshot(volume, SnapshotRequest(name="newer"))
+            assert not volume.snapshot("latest").record.is_final
+        return found
+
+    for module in (bookmarks, restore):
+        monkeypatch.setattr(module, "wait_final", wait_then_take)
+    yield
+    go_on.set()
+
+
+def test_a_bookmark_of_the_latest_never_holds_more_than_a_final_snapshot(opened, latest_changes):
+    """`latest` was looked up again once the lock was had: a snapshot that is not final then lent
+    the bookmark its wide selection, and what was narrowed away missed every later increment (P5).
+    """
+    create_snapshot(opened, SnapshotRequest(name="older"))
+    made = bookmarks.create_bookmark(opened, bookmarks.BookmarkRequest(snapshot="latest"))
+    assert made.of_snapshot == "older"
+
+
+def test_a_restore_of_the_latest_is_of_the_one_that_was_final(opened, latest_changes):
+    create_snapshot(opened, SnapshotRequest(name="older"))
+    plan = restore.plan_restore(opened, RestoreRequest(snapshot="latest"))
+    assert plan.snapshot == "older"
+
+
+def test_an_error_after_the_decision_does_not_make_a_final_snapshot_look_undecided(
+    opened, monkeypatch
+):
+    """Giving space back can fail when the narrowing is durable: the snapshot is final all the same,
+    and its export has to be offered.
+    """
+    offered = []
+    monkeypatch.setattr(opened.hooks, "reconcile", lambda volume: offered.append(volume.name))
+    engine = opened.engine
+
+    class FailsBehind:
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+        def narrow(self, **keywords):
+            engine.narrow(**keywords)
+            offered.clear()
+            raise StoreIOError("giving space back: I/O error")
+
+    monkeypatch.setattr(opened, "engine", FailsBehind())
+    create_snapshot(opened, SnapshotRequest(name="a"))
+    opened.narrowings.finish()
+    assert opened.snapshot("a").record.is_final
+    assert offered == [opened.name]
+    assert opened.narrowings.of(opened.snapshot("a").epoch.epoch).failure == ""
+
+
+def test_a_disk_that_lost_its_partition_table_is_restored_all_the_same(opened):
+    """The standing rules name partitions that the damaged disk does not have any more; they are
+    only for the snapshot that can undo the restore, which then keeps everything.
+    """
+    rules = (RuleTerm(include=True, text="part:1"), RuleTerm(include=True, text="unpartitioned"))
+    set_rules(opened, RulesRequest(terms=rules))
+    create_snapshot(opened, SnapshotRequest(name="a"))
+    before = opened.engine.pread(offset=0, length=4096)
+    opened.engine.pwrite(bytes(1 << 20), offset=0)
+    restore.start_restore(opened, RestoreRequest(snapshot="a"))
+    assert opened.engine.pread(offset=0, length=4096) == before
+    opened.engine.restore_wait(timeout_ms=10_000)
+    (safety,) = [s for s in opened.snapshots() if s.record.name.startswith("before-restore")]
+    assert (
+        total_bytes(opened.engine.selection(epoch=safety.epoch.epoch)) == opened.engine.size_bytes
+    )
+    assert "part:1" in safety.record.notes[-1]

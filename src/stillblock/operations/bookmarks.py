@@ -42,9 +42,10 @@ def create_bookmark(volume: OpenVolume, request: BookmarkRequest) -> BookmarkInf
     Raise `NarrowingError` while it selects more than it will: the bookmark would hold that against
     every later increment.
     """
-    wait_final(volume, volume.snapshot(request.snapshot))
+    # By its id from here on: `latest` may mean another by the time the lock is had.
+    final_id = wait_final(volume, volume.snapshot(request.snapshot)).record.id
     with volume.lock:
-        snapshot = volume.snapshot(request.snapshot)
+        snapshot = volume.snapshot(final_id)
         epoch = snapshot.epoch.epoch
         if snapshot.epoch.has_bookmark:
             raise NameTakenError(f"{volume.name}@{snapshot.record.name} has a bookmark already")

@@ -109,6 +109,9 @@ class Narrowing:
             self.failure = str(error)
             _LOG.warning("not narrowed: %s@%s: %s", self._volume.name, self._name, error)
             self._volume.event("narrowing_failed", snapshot=self._name, error=self.failure)
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}"  # our fault; whoever waits is told
+            raise
         finally:
             self._ended.set()
 
@@ -146,12 +149,21 @@ class Narrowing:
             if snapshot.record.is_final:
                 return
             record, extents = _settled(volume, snapshot, found, failure)
-            freed_bytes = engine.narrow(
-                epoch=self.epoch,
-                selection=extents,
-                low=engine.low(epoch=self.epoch) if found is None else found.low,
-                meta=encode_snapshot(record),
-            )
+            try:
+                freed_bytes = engine.narrow(
+                    epoch=self.epoch,
+                    selection=extents,
+                    low=engine.low(epoch=self.epoch) if found is None else found.low,
+                    meta=encode_snapshot(record),
+                )
+            except ClosedError:
+                raise
+            except StillblockError as error:
+                if not _of_epoch(volume, self.epoch).record.is_final:
+                    raise
+                # It is decided; the space is owed, and the engine's upkeep goes on with it.
+                freed_bytes = 0
+                volume.event("space_not_freed", snapshot=record.name, error=str(error))
             volume.hooks.reconcile(volume)
         volume.event(
             "snapshot_narrowed",
@@ -179,6 +191,13 @@ class Narrowings:
                 job = self._jobs[snapshot.epoch.epoch] = Narrowing(volume, snapshot)
                 job.start()
             return job
+
+    def restart(self, volume: OpenVolume, snapshot: Snapshot) -> None:
+        """Begin anew what was cancelled for the sake of a deletion that failed."""
+        job = self.of(snapshot.epoch.epoch)
+        if job is not None:
+            job.wait(STOP_WAIT_S)
+        self.start(volume, snapshot)
 
     def of(self, epoch: int) -> Narrowing | None:
         """Return the latest narrowing of a snapshot."""

@@ -22,6 +22,7 @@ _PLAIN_MAX: Final = 64
 """Extents that a record lists in words; more are packed: free space has tens of thousands."""
 _OF_THE_MOMENT: Final = ("name", "is_protected", "description", "digest")
 """What may change while the snapshot stays what it is."""
+_EMPTY: Final[tuple[object, ...]] = (None, "", [], {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +74,21 @@ def sealed(record: SnapshotRecord, instant: Instant, extents: Extents) -> Snapsh
     return replace(record, digest=digest_of(record, instant, extents))
 
 
+def _without_empty(value: object) -> object:
+    """Leave out what says nothing, so that a field which is added later changes no older digest."""
+    if isinstance(value, dict):
+        kept = {key: _without_empty(item) for key, item in value.items()}
+        return {k: v for k, v in kept.items() if v is not False and v not in _EMPTY}
+    if isinstance(value, list):
+        return [_without_empty(item) for item in value]
+    return value
+
+
 def digest_of(record: SnapshotRecord, instant: Instant, extents: Extents) -> str:
     """Return the digest; the same for the same receipt, whatever the snapshot is called by now."""
     told = codec.to_json(record)
     for field in _OF_THE_MOMENT:
         del told[field]
-    told |= codec.to_json(instant) | {"extents": pack(extents)}
-    text = json.dumps(told, separators=(",", ":"), sort_keys=True)
+    told |= codec.to_json(instant) | {"extents": [list(extent) for extent in extents]}
+    text = json.dumps(_without_empty(told), separators=(",", ":"), sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

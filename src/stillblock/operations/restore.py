@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from stillblock import native, selection
@@ -22,10 +22,11 @@ from stillblock.operations.disks import LiveDisk, SnapshotDisk
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import versions, with_left_out
 from stillblock.operations.records import encode_snapshot, new_id
-from stillblock.operations.rules import explain_on, explain_terms
+from stillblock.operations.rules import EVERYTHING, explain_on, explain_terms
 from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
+    from stillblock.operations.rules import Explanation
     from stillblock.selection import Disk
 
 WAIT_MS_MAX: Final = 10_000
@@ -87,13 +88,12 @@ class _Prepared:
 
 def plan_restore(volume: OpenVolume, request: RestoreRequest) -> RestorePlan:
     """Return what a restore would write, by partition; change nothing."""
-    wait_final(volume, volume.snapshot(request.snapshot))
-    return _prepare(volume, request).plan
+    return _prepare(volume, _of_final(volume, request)).plan
 
 
 def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgress:
     """Start a restore. When this returns the disk reads as restored; copying goes on behind it."""
-    wait_final(volume, volume.snapshot(request.snapshot))
+    request = _of_final(volume, request)
     with volume.lock:
         if volume.engine.restore_status() is not None:
             raise RestoreRunningError(
@@ -102,15 +102,14 @@ def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgres
             )
         prepared = _prepare(volume, request)
         plan = prepared.plan
-        rules = volume.settings().rules
-        explained = explain_terms(volume, rules)
+        explained = _standing(volume)
         kept = prepared.safety_selection
         record = SnapshotRecord(
             name=plan.safety_name,
             id=new_id(),
             purpose=SnapshotPurpose.SAFETY,
             description=f"before restoring {volume.name}@{plan.snapshot}",
-            rules=rules,
+            rules=explained.rules,
             terms=explained.outcomes(),
             notes=explained.notes,
             failure="" if explained.is_final else _NOT_NARROWED,
@@ -146,6 +145,26 @@ def wait_restore(volume: OpenVolume, request: WaitRequest) -> RestoreProgress:
     return restore_status(volume)
 
 
+def _of_final(volume: OpenVolume, request: RestoreRequest) -> RestoreRequest:
+    """Wait until the snapshot is final, and name it by its id: `latest` may mean another later."""
+    found = wait_final(volume, volume.snapshot(request.snapshot))
+    return replace(request, snapshot=found.record.id)
+
+
+def _standing(volume: OpenVolume) -> Explanation:
+    """Return what the standing rules come to now; everything where they mean nothing any more.
+
+    The disk is often restored because it is damaged, and then it may have no partition that a rule
+    could name. The snapshot that undoes the restore keeps it whole.
+    """
+    try:
+        return explain_terms(volume, volume.settings().rules)
+    except RuleError as error:
+        note = f"all is kept, for the standing rules mean nothing on the disk as it is: {error}"
+        whole = explain_terms(volume, EVERYTHING)
+        return replace(whole, notes=(*whole.notes, note))
+
+
 def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
     snapshot = volume.snapshot(request.snapshot)
     epoch = snapshot.epoch.epoch
@@ -174,8 +193,7 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         parts = _by_partition(disk, extents)
     finally:
         view.close()
-    standing = explain_terms(volume, volume.settings().rules).extents
-    safety = union(standing, _within(extents, LiveDisk(volume.engine)))
+    safety = union(_standing(volume).extents, _within(extents, LiveDisk(volume.engine)))
     lost_bytes = total_bytes(intersect(normalise(snapshot.epoch.lost), wanted))
     plan = RestorePlan(
         volume=volume.name,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stillblock.consistency.quiesce import quiesced
-from stillblock.errors import ProtectedError, QuiesceError, UsageError
+from stillblock.errors import ProtectedError, QuiesceError, StillblockError, UsageError
 from stillblock.extents import total_bytes
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
@@ -231,11 +231,13 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         if record.is_final:
             extents = volume.engine.selection(epoch=instant.epoch)
             record = sealed(record, _instant_of(instant), extents)
-        volume.store_record(instant.epoch, record)
-        volume.hooks.reconcile(volume)
+        try:
+            volume.store_record(instant.epoch, record)
+        finally:  # it is there, whatever could not be written beside it
+            volume.hooks.reconcile(volume)
+            if not record.is_final:
+                volume.narrowings.start(volume, volume.snapshot(record.id))
         receipt = read_receipt(volume, SnapshotTarget(snapshot=record.id))
-        if not record.is_final:
-            volume.narrowings.start(volume, volume.snapshot(record.id))
     volume.event(
         "snapshot_created",
         snapshot=plan.name,
@@ -354,6 +356,10 @@ def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
         try:
             volume.hooks.withdraw(volume, snapshot, force=force)
             freed_bytes = volume.engine.delete_snapshot(epoch=epoch, force=force)
+        except StillblockError:
+            if not snapshot.record.is_final:
+                volume.narrowings.restart(volume, snapshot)
+            raise
         finally:
             volume.hooks.reconcile(volume)
     volume.event("snapshot_deleted", snapshot=snapshot.record.name, freed_bytes=freed_bytes)

@@ -85,7 +85,10 @@ class Worker:
 
     def __enter__(self) -> Self:
         """Start it."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise UnresolvedError(f"its reader could not be started: {error.strerror}") from error
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _program(theirs.fileno())],

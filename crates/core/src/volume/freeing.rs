@@ -109,12 +109,14 @@ impl Volume {
         let before = committer.settled.clone();
         drop(committer);
         self.remove_runs(&files)?;
+        // Where the process before was says nothing of what was decided since the opening.
+        let from = if decisions == upkeep.decisions + 1 { upkeep.resume_at } else { 0 };
         Ok(Some(Owed {
             before,
             now,
             decisions,
             sequence,
-            from: upkeep.resume_at,
+            from,
             parts: self.index.read().parts(),
             unneeded,
         }))

@@ -111,6 +111,8 @@ class EngineMachine(RuleBasedStateMachine):
             if self.volume is not None:
                 self.volume.close()
                 assert (self.folder / "disk.img").read_bytes() == self.reference.live
+            # What Hypothesis keeps of a machine must not keep its buffers in memory.
+            self.views, self.volume = [], None  # type: ignore[assignment]
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 

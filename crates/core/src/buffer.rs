@@ -13,7 +13,7 @@ use crate::journal::OriginIdentity;
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 use smallvec::SmallVec;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -75,7 +75,7 @@ pub struct BufferIdentity {
 pub struct Arena {
     memory: MmapRaw,
     path: Option<PathBuf>,
-    _lock: Option<File>,
+    lock: Option<File>,
     slot_count: u32,
     block_size: usize,
     #[cfg(feature = "simulation")]
@@ -105,7 +105,7 @@ impl Arena {
         Self {
             memory,
             path,
-            _lock: lock,
+            lock,
             slot_count,
             block_size: to_usize(block_size),
             #[cfg(feature = "simulation")]
@@ -127,7 +127,7 @@ impl Arena {
         file.set_len(length)?;
         // All of it now: a memory filesystem that is full later would kill the process that writes
         // to the mapping.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, length)?;
         let memory = MmapRaw::map_raw(&file)?;
         let named = Some((path.to_path_buf(), file));
         let arena = Self::on(memory, named, slot_count, block_size);
@@ -241,13 +241,19 @@ impl Arena {
         self.path.is_some()
     }
 
-    /// Say that the buffer is empty for good, by removing its file.
+    /// Say that the buffer is empty for good, by removing its file; its memory goes back at once,
+    /// although the volume, closed, may be held for long.
     pub fn remove(&self) {
         #[cfg(feature = "simulation")]
         self.is_removed.store(true, Ordering::Relaxed);
         if let Some(path) = &self.path {
             // Left behind it would be recognised as another generation's.
             let _ = std::fs::remove_file(path);
+        }
+        if let Some(file) = &self.lock {
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            // Where that cannot be done the memory goes with the mapping.
+            let _ = rustix::fs::fallocate(file, how, 0, to_u64(self.memory.len()));
         }
     }
 }

@@ -7,7 +7,7 @@ byte is left out only if every claim on it says so (docs/adr/0008-designation-by
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stillblock.extents import intersect, normalise, round_out, subtract, total_bytes, whole
 from stillblock.model import Extent, Extents, LeftOut, RuleTerm
@@ -83,6 +83,26 @@ def decide(
         contributed_bytes=tuple(contributed),
         excluded=_excluded(left_out, selected),
     )
+
+
+def decide_with_doubt(
+    terms: Sequence[RuleTerm],
+    matches: Sequence[Extents],
+    sure: Sequence[Extents],
+    *,
+    size: int,
+    block_size: int,
+    claims: Sequence[Claim] = (),
+) -> Decision:
+    """As `decide`, but what a low inclusion may match without being `sure` is not given up first.
+
+    A store that is full loses low blocks for good, so doubt must select and must not lower.
+    """
+    decision = decide(terms, matches, size=size, block_size=block_size, claims=claims)
+    if all(a == b for a, b in zip(matches, sure, strict=True)):
+        return decision
+    low = decide(terms, sure, size=size, block_size=block_size, claims=claims).low
+    return replace(decision, low=low)
 
 
 @dataclass(slots=True)

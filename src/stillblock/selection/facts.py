@@ -115,7 +115,7 @@ class DiskFacts:
         return found
 
     def filesystems_named(self, name: str) -> tuple[list[Place], list[tuple[Unresolved, Place]]]:
-        """Return the filesystems of a name; if there is none, those that could not be asked.
+        """Return the filesystems of a name, and those that could not be asked and may have it too.
 
         Raise `RuleError` if there is none and all could be asked.
         """
@@ -133,14 +133,12 @@ class DiskFacts:
             else:
                 label = f" {printable(identity.label)}" if identity.label else ""
                 labels.append(f"{place.name} {identity.kind}{label} {identity.uuid}".rstrip())
-        if found:
-            return found, []
-        if not silent:
+        if not found and not silent:
             raise RuleError(
                 f"there is no filesystem with label or uuid {printable(name)}",
                 hint=f"the disk has {', '.join(labels[:20]) or 'no filesystem that is known'}",
             )
-        return [], silent
+        return found, silent
 
     def _filesystem_at(self, name: str) -> Place:
         wanted = f"lv:{name}" if "/" in name else f"part:{int(name)}"

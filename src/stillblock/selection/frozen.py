@@ -10,13 +10,13 @@ from typing import Final
 from stillblock.errors import StillblockError
 from stillblock.extents import intersect, normalise, subtract, total_bytes, union, whole
 from stillblock.model import Extent, Extents
-from stillblock.selection.decision import Claim, Decision, decide
+from stillblock.selection.decision import Claim, Decision, decide_with_doubt
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.facts import Readers, Unresolved
 from stillblock.selection.file_terms import SWAP_HEADER_BYTES, Paths
 from stillblock.selection.filesystems import UnresolvedError
 from stillblock.selection.filesystems.signatures import Content, identify
-from stillblock.selection.places import Place
+from stillblock.selection.places import Place, is_swap_area
 from stillblock.selection.resolution import (
     Pending,
     PendingTerm,
@@ -57,6 +57,8 @@ class _Findings:
 
     matched: Extents
     """The bytes it matches whoever claims them."""
+    doubted: Extents = ()
+    """Of a low inclusion: bytes that it may match. They are selected, and not given up first."""
     claimed: list[Extent] = field(default_factory=list)
     """Bytes it matches by a claim."""
     file_count: int = 0
@@ -75,7 +77,10 @@ class _Narrowing:
         self._notes: list[str] = []
         self._found = [
             _Findings(
-                matched=pending_term.certain,
+                matched=pending_term.sure if pending_term.term.is_low else pending_term.certain,
+                doubted=subtract(pending_term.certain, pending_term.sure)
+                if pending_term.term.is_low
+                else (),
                 unresolved=[unresolved for unresolved, _ in pending_term.match.unresolved],
             )
             for pending_term in pending.terms
@@ -110,14 +115,19 @@ class _Narrowing:
 
     def _decide(self, zeros: "Extents | None" = None) -> Decision:
         """Decide with what was found, and blocks of zeros if they are given."""
-        return decide(
+        sure = [
+            union(found.matched, zeros)
+            if zeros is not None and pending_term.kind == "zero"
+            else found.matched
+            for pending_term, found in zip(self._pending.terms, self._found, strict=True)
+        ]
+        return decide_with_doubt(
             self._pending.rules,
             [
-                union(found.matched, zeros)
-                if zeros is not None and pending_term.kind == "zero"
-                else found.matched
-                for pending_term, found in zip(self._pending.terms, self._found, strict=True)
+                union(extents, found.doubted)
+                for extents, found in zip(sure, self._found, strict=True)
             ],
+            sure,
             size=self._pending.disk_size,
             block_size=self._pending.block_size,
             claims=self._claims,
@@ -125,7 +135,7 @@ class _Narrowing:
 
     def _result(self, index: int, contributed_bytes: int) -> TermResult:
         pending_term, found = self._pending.terms[index], self._found[index]
-        extents = union(found.matched, normalise(found.claimed))
+        extents = union(union(found.matched, found.doubted), normalise(found.claimed))
         notes = list(found.notes)
         if pending_term.kind == "path" and not found.file_count and not found.unresolved:
             notes.append(self._why_no_file(index, pending_term))
@@ -213,7 +223,10 @@ class _Narrowing:
         """Let an exclusion leave nothing out of a place, and an inclusion take all of it."""
         found = self._found[index]
         found.unresolved.append(Unresolved(place=place.name, reason=reason))
-        if self._pending.terms[index].term.include:
+        term = self._pending.terms[index].term
+        if term.is_low:
+            found.doubted = union(found.doubted, place.extents)
+        elif term.include:
             found.matched = union(found.matched, place.extents)
 
     def _claim(self, place: Place, survey: Survey, concerned: Sequence[int]) -> None:
@@ -234,6 +247,10 @@ class _Narrowing:
             )
             extents = place.disk_extents(union(survey.metadata, beyond))
             self._add_claim(extents, readable)
+            # Metadata that a file needs which matters is metadata that matters.
+            high = tuple(i for i in readable if not self._pending.terms[i].term.is_low)
+            if high and high != readable:
+                self._add_claim(extents, high)
 
     def _add_claim(self, extents: Extents, terms: tuple[int, ...]) -> None:
         if not extents:
@@ -265,6 +282,8 @@ class _Narrowing:
         header = replace(place, pieces=head)
         try:
             content = identify(header.disk(self._view)).content
+            if content is Content.SWAP and not is_swap_area(header.disk(self._view)):
+                content = None
             found = f"{content or 'nothing known'} at the instant"
         except StillblockError as error:
             if not is_of_disk(error):
@@ -309,7 +328,11 @@ class _Narrowing:
         for pending_term, found in zip(self._pending.terms, self._found, strict=True):
             if pending_term.kind != "zero":
                 continue
-            found.matched = normalise(zero + (unknown if pending_term.term.include else []))
+            found.matched = normalise(zero)
+            if pending_term.term.is_low:
+                found.doubted = normalise(unknown)
+            elif pending_term.term.include:
+                found.matched = normalise(zero + unknown)
             if reasons:
                 found.unresolved.append(
                     Unresolved(

@@ -24,6 +24,7 @@ from stillblock.selection.lvm_text import (
     Value,
     parse_lvm_text,
 )
+from stillblock.selection.partition_table import printable
 
 _SECTOR: Final = 512
 """LVM2 counts in sectors of 512 bytes whatever the disk has."""
@@ -178,16 +179,29 @@ def logical_volumes(volumes: Sequence[PhysicalVolume]) -> tuple[LogicalVolume, .
     found: list[LogicalVolume] = []
     for _, name, group in newest.values():
         found += _volumes_of(name, group, volumes)
+    every = sorted(piece for volume in found for piece in volume.pieces)
+    if any(after[0] < before[1] for before, after in pairwise(every)):
+        raise LvmError("logical volumes of two volume groups overlap")
     return tuple(found)
 
 
 def group_members(volumes: Sequence[PhysicalVolume]) -> dict[str, tuple[Extent, ...]]:
     """Return where the physical volumes of each group lie, by the group's name."""
-    found: dict[str, list[Extent]] = {}
+    by_id = {volume.id: volume for volume in volumes}
+    found: dict[str, set[Extent]] = {}
     for volume in volumes:
-        if volume.text is not None:
-            found.setdefault(_group(volume.text)[0], []).append((volume.start, volume.end))
-    return {name: tuple(extents) for name, extents in found.items()}
+        if volume.text is None:
+            continue
+        name, group = _group(volume.text)
+        members = found.setdefault(name, set())
+        members.add((volume.start, volume.end))
+        # A member may hold no copy of the text, which names it all the same.
+        for described in _section(group, "physical_volumes").values():
+            if isinstance(described, dict):
+                member = by_id.get(_string(described, "id").replace("-", ""))
+                if member is not None:
+                    members.add((member.start, member.end))
+    return {name: tuple(sorted(extents)) for name, extents in found.items()}
 
 
 def _group(text: str) -> tuple[str, Section]:
@@ -276,7 +290,7 @@ def _linear(
     if "VISIBLE" not in status:
         return (), "it is hidden: something else is made of it"
     if strange := sorted(status - _PLAIN_STATUS):
-        return (), f"its status is {', '.join(strange)}"
+        return (), f"its status is {printable(', '.join(strange)[:80])}"
     segments = [value for value in section.values() if isinstance(value, dict)]
     if len(segments) != _number(section, "segment_count") or len(segments) > _SEGMENTS_MAX:
         raise LvmError("a logical volume has another number of segments than it says")
@@ -284,7 +298,7 @@ def _linear(
     position = 0
     for segment in sorted(segments, key=lambda segment: _number(segment, "start_extent")):
         if not _is_linear(segment):
-            return (), f"it has a segment of type {str(segment.get('type'))[:40]}"
+            return (), f"it has a segment of type {printable(str(segment.get('type'))[:40])}"
         count = _number(segment, "extent_count")
         stripes = segment.get("stripes")
         if (
@@ -299,7 +313,7 @@ def _linear(
             raise LvmError("a segment of a logical volume is malformed")
         place = places.get(stripes[0])
         if place is None:
-            return (), f"part of it lies on {stripes[0][:40]}, which is not on this disk"
+            return (), f"part of it lies on {printable(stripes[0][:40])}, which is not on this disk"
         start = place.start + stripes[1] * extent_bytes
         end = start + count * extent_bytes
         if stripes[1] + count > place.extent_count or end > place.end:

@@ -9,8 +9,8 @@ from typing import Final, TypeAlias
 
 from stillblock.errors import StillblockError
 
-TEXT_BYTES_MAX: Final = 16 << 20
-"""A volume group of ten thousand segments takes some 2 MiB."""
+TEXT_BYTES_MAX: Final = 2 << 20
+"""A volume group of ten thousand segments takes so much; it is parsed in this process."""
 _DEPTH_MAX: Final = 16
 """Sections in one another; LVM2 itself uses four."""
 
@@ -18,7 +18,7 @@ Value: TypeAlias = "int | str | list[int | str]"
 Section: TypeAlias = "dict[str, Value | Section]"
 
 _TOKEN: Final = re.compile(
-    r"""(?:\s|\#[^\n]*)*(?:
+    r"""(?:\s|\#[^\n]*+)*+(?:
     (?P<string>"(?:[^"\\]|\\.)*+") |
     (?P<word>[A-Za-z0-9_.+-]++) |
     (?P<sign>[={}\[\],]) |

@@ -7,10 +7,17 @@ is opaque: it is kept whole, and a note says why.
 from dataclasses import dataclass, replace
 from typing import Final
 
+from stillblock.errors import OriginIOError
 from stillblock.extents import normalise, total_bytes
 from stillblock.model import Extent, Extents
-from stillblock.selection.disk import Disk, MappedDisk, to_disk
-from stillblock.selection.filesystems.signatures import Content, identify
+from stillblock.selection.disk import Disk, MappedDisk, read_exactly, to_disk
+from stillblock.selection.filesystems.signatures import (
+    RAID_MAGIC,
+    SWAP_PAGE_BYTES_MAX,
+    Content,
+    identify,
+    swap_page_bytes,
+)
 from stillblock.selection.lvm import (
     PhysicalVolume,
     group_members,
@@ -25,6 +32,10 @@ FILESYSTEMS: Final = frozenset(
     {Content.EXT, Content.XFS, Content.BTRFS, Content.NTFS, Content.FAT, Content.EXFAT}
 )
 """Contents that a reader may understand."""
+PHYSICAL_VOLUMES_MAX: Final = 64
+"""On one disk: the text of each is kept until all are read."""
+_RAID_RESERVED: Final = 64 * 1024
+"""What metadata 0.90 keeps free at the end of a member."""
 WHOLE_DISK: Final = "disk"
 
 
@@ -98,7 +109,11 @@ class Places:
 
 
 def read_places(disk: Disk) -> Places:
-    """Return what the disk is made of; never raises for what lies there, only for failed reads."""
+    """Return what the disk is made of; never raises for what lies there.
+
+    A place whose ends cannot be read is opaque. Raise `OriginIOError` if not even the partition
+    table can be.
+    """
     if disk.size == 0:
         return Places(places=())
     whole = _identified(Place(name=WHOLE_DISK, pieces=((0, disk.size),)), disk)
@@ -128,13 +143,42 @@ def _partitions(disk: Disk, table: PartitionTable) -> list[Place]:
 
 
 def _identified(place: Place, disk: Disk) -> Place:
-    signature = identify(place.disk(disk))
+    view = place.disk(disk)
+    try:
+        signature = identify(view)
+        ends_as_raid = _ends_as_raid(view)
+    except OriginIOError as error:
+        return replace(place, opaque_reason=f"its ends cannot be read: {error.message}")
     reason = ""
     if len(signature.found) > 1:
         reason = "it looks like several things: " + ", ".join(signature.found)
     elif signature.content in (Content.LUKS, Content.RAID):
         reason = f"it holds {signature.content}, which is opaque"
+    elif signature.content is not None and ends_as_raid:
+        reason = "it ends with the superblock of an md RAID, which is opaque"
+    elif signature.content is Content.SWAP and not is_swap_area(view):
+        reason = "it has the signature of swap, but not its header"
     return replace(place, content=signature.content, opaque_reason=reason)
+
+
+def is_swap_area(disk: Disk) -> bool:
+    """Whether a disk begins with a whole header of swap, not only with its ten bytes of magic."""
+    head = read_exactly(disk, offset=0, length=min(SWAP_PAGE_BYTES_MAX, disk.size))
+    return swap_page_bytes(head) is not None
+
+
+def _ends_as_raid(disk: Disk) -> bool:
+    """Whether a member of an md RAID with metadata 0.90 or 1.0 lies here: theirs is at the end.
+
+    Linux: `md_p.h` (MD_NEW_SIZE_SECTORS) and `super_1_load`.
+    """
+    old = (disk.size & ~(_RAID_RESERVED - 1)) - _RAID_RESERVED
+    new = ((disk.size // 512 - 16) & ~7) * 512
+    return any(
+        read_exactly(disk, offset=offset, length=4) == RAID_MAGIC
+        for offset in (old, new)
+        if offset >= 0
+    )
 
 
 def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
@@ -145,9 +189,13 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
         if place.content is not Content.LVM or place.opaque_reason:
             places.append(place)
             continue
+        if len(physical) == PHYSICAL_VOLUMES_MAX:
+            reason = f"the disk has more than {PHYSICAL_VOLUMES_MAX} physical volumes"
+            places.append(replace(place, opaque_reason=reason))
+            continue
         try:
             physical.append(_physical_volume(place, disk))
-        except LvmTextError as error:
+        except (LvmTextError, OriginIOError) as error:
             places.append(replace(place, opaque_reason=error.message))
     try:
         logical = logical_volumes(physical)

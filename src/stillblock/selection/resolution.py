@@ -16,7 +16,7 @@ from stillblock import codec
 from stillblock.errors import RuleError
 from stillblock.extents import intersect, subtract, total_bytes, union
 from stillblock.model import Extents, LeftOut, RuleTerm, format_size
-from stillblock.selection.decision import Decision, decide
+from stillblock.selection.decision import Decision, decide_with_doubt
 from stillblock.selection.disk import Disk
 from stillblock.selection.facts import DiskFacts, Match, Phase, Readers, Unresolved
 from stillblock.selection.partition_table import printable
@@ -97,6 +97,13 @@ class PendingTerm:
         """The bytes it is taken to match until the frozen view tells: none too few selected."""
         return union(self.certain, self.match.frozen) if self.term.include else self.certain
 
+    @property
+    def sure(self) -> Extents:
+        """As `cautious`, but of a low inclusion only what it means without a doubt: a doubt
+        selects, and never lowers.
+        """
+        return self.match.extents if self.term.is_low else self.cautious
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
@@ -122,9 +129,10 @@ class Pending:
 
     def decide(self) -> Decision:
         """Return the selection at the instant: at least what the frozen view will tell."""
-        return decide(
+        return decide_with_doubt(
             self.rules,
             [pending.cautious for pending in self.terms],
+            [pending.sure for pending in self.terms],
             size=self.disk_size,
             block_size=self.block_size,
         )

@@ -30,6 +30,9 @@ from stillblock.selection.filesystems.filesystem import (
 from stillblock.selection.filesystems.signatures import swap_page_bytes
 from stillblock.selection.globs import Glob, Standing, TreeMatcher
 
+TEXT_LENGTH_MAX: Final = 400
+"""Characters of a reason or label that are kept."""
+
 GROUPS_MAX: Final = 4096
 """Sets of terms that mean the same files: rarely more than there are terms."""
 PIECES_MAX: Final = 1_000_000
@@ -122,6 +125,12 @@ class Survey:
     """Why nothing is known of free space."""
 
 
+def shown(text: str) -> str:
+    """Return text of a stranger, cut, with nothing in it that a terminal would act on."""
+    cut = text if len(text) <= TEXT_LENGTH_MAX else text[:TEXT_LENGTH_MAX] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
 def is_place_name(name: str) -> bool:
     """Whether a filesystem's name is that of its place: a partition's number or `vg/lv`."""
     return re.fullmatch(r"[0-9]{1,4}|[A-Za-z0-9+_.-]+/[A-Za-z0-9+_.-]+", name) is not None
@@ -131,7 +140,8 @@ def is_named(name: str, *, identity: Identity, place_name: str) -> bool:
     """Whether a filesystem is meant by a label, a uuid, a partition's number or `vg/lv`."""
     if is_place_name(name):
         return place_name == (f"lv:{name}" if "/" in name else f"part:{int(name)}")
-    return name == identity.label or (name.lower() == identity.uuid.lower() != "")
+    # Who asks knows a label only as it is shown; to show it twice changes nothing.
+    return shown(name) == shown(identity.label) or (name.lower() == identity.uuid.lower() != "")
 
 
 def survey(filesystem: Filesystem, request: SurveyRequest) -> Survey:

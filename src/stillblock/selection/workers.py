@@ -26,7 +26,7 @@ from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.filesystem import Identity, UnresolvedError
 from stillblock.selection.filesystems.opening import READERS
 from stillblock.selection.filesystems.signatures import Content
-from stillblock.selection.survey import Group, Survey, SurveyRequest, Tally
+from stillblock.selection.survey import Group, Survey, SurveyRequest, Tally, shown
 from stillblock.selection.wire import (
     READ,
     READ_BYTES_MAX,
@@ -39,8 +39,6 @@ from stillblock.selection.wire import (
 
 TERM_LENGTH_MAX: Final = 4096
 """Characters of a path: as long as one may be."""
-TEXT_LENGTH_MAX: Final = 400
-"""Characters of a reason or label that are kept."""
 _CAVEATS_MAX: Final = 20
 
 T = TypeVar("T")
@@ -163,7 +161,7 @@ class Worker:
                     case Kind.ANSWER:
                         return unpack_document(payload)
                     case Kind.FAILED:
-                        raise UnresolvedError(_text(payload.decode("utf-8", "replace")))
+                        raise UnresolvedError(shown(payload.decode("utf-8", "replace")))
                     case _:
                         raise WireError(f"it sent {answer.name}")
         except TimeoutError as error:
@@ -265,9 +263,9 @@ def _identity(document: object, *, size: int) -> Identity:
     if not 0 < identity.size <= size or identity.block_size <= 0:
         raise WireError(f"a filesystem of {identity.size} bytes on {size}")
     return Identity(
-        kind=_text(identity.kind),
-        label=_text(identity.label),
-        uuid=_text(identity.uuid),
+        kind=shown(identity.kind),
+        label=shown(identity.label),
+        uuid=shown(identity.uuid),
         block_size=identity.block_size,
         size=identity.size,
         is_case_sensitive=identity.is_case_sensitive,
@@ -301,7 +299,7 @@ def _survey(
         position += 2 * count
     return Survey(
         identity=identity,
-        caveats=tuple(_text(caveat) for caveat in caveats[:_CAVEATS_MAX]),
+        caveats=tuple(shown(caveat) for caveat in caveats[:_CAVEATS_MAX]),
         groups=tuple(
             Group(terms=terms, extents=found)
             for terms, found in zip(groups, extents[:-3], strict=True)
@@ -310,8 +308,8 @@ def _survey(
         free=extents[-2],
         metadata=extents[-1],
         tallies=tuple(_tally(tally) for tally in tallies),
-        files_reason=_text(reasons[0]),
-        free_reason=_text(reasons[1]),
+        files_reason=shown(reasons[0]),
+        free_reason=shown(reasons[1]),
     )
 
 
@@ -346,7 +344,7 @@ def _tally(tally: Tally) -> Tally:
         file_count=tally.file_count,
         file_bytes=tally.file_bytes,
         unmapped_count=tally.unmapped_count,
-        unmapped_reason=_text(tally.unmapped_reason),
+        unmapped_reason=shown(tally.unmapped_reason),
         linked_count=tally.linked_count,
     )
 
@@ -360,9 +358,3 @@ def _extents(numbers: "array[int]", *, size: int) -> Extents:
         found.append((start, end))
         last = end
     return tuple(found)
-
-
-def _text(text: str) -> str:
-    """Return text of a stranger, cut, with nothing in it that a terminal would act on."""
-    cut = text if len(text) <= TEXT_LENGTH_MAX else text[:TEXT_LENGTH_MAX] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stillblock.errors import OriginIOError
 from stillblock.selection.disk import MappedDisk, to_disk
 from stillblock.selection.filesystems import Content
 from stillblock.selection.lvm_text import LvmTextError, parse_lvm_text
@@ -41,6 +42,7 @@ def put_ext(content: bytearray, offset: int) -> None:
 
 
 def put_swap(content: bytearray, offset: int) -> None:
+    content[offset + 1024 : offset + 1028] = (1).to_bytes(4, "little")
     content[offset + 4086 : offset + 4096] = b"SWAPSPACE2"
 
 
@@ -211,7 +213,7 @@ def test_a_volume_that_reaches_beyond_the_disk_is_opaque() -> None:
     )
     places = read_places(BytesDisk(physical_volume(text)))
     assert of(places, "lv:vg0/far").opaque_reason == (
-        "part of it lies on pv1, which is not on this disk"
+        'part of it lies on "pv1", which is not on this disk'
     )
     assert of(places, "lv:vg0/near").pieces
 
@@ -240,7 +242,7 @@ def test_a_volume_that_reaches_beyond_the_disk_is_opaque() -> None:
                     'thin_pool = "pool" transaction_id = 0 device_id = 1 }',
                 ),
             ),
-            "a segment of type thin",
+            'a segment of type "thin"',
         ),
         (
             (
@@ -250,12 +252,12 @@ def test_a_volume_that_reaches_beyond_the_disk_is_opaque() -> None:
                     'stripe_count = 2 stripe_size = 128 stripes = ["pv0", 0, "pv0", 4] }',
                 ),
             ),
-            "a segment of type striped",
+            'a segment of type "striped"',
         ),
         ((volume("root", segment(0, 2, "pv0", 0), status='"READ", "WRITE"'),), "hidden"),
         (
             (volume("root", segment(0, 2, "pv0", 0), status='"READ", "VISIBLE", "PVMOVE"'),),
-            "its status is PVMOVE",
+            'its status is "PVMOVE"',
         ),
     ],
 )
@@ -392,3 +394,73 @@ def test_a_mapped_disk_reads_and_translates_like_its_pieces_side_by_side(
     assert list(mapped.pread(offset=start, length=end - start)) == expected[start:end]
     translated = [byte for a, b in to_disk(tuple(pieces), ((start, end),)) for byte in range(a, b)]
     assert translated == sorted(expected[start:end])
+
+
+# What was told wrongly once ---------------------------------------------------------------------
+
+
+def test_no_text_makes_lvm_slow() -> None:
+    """Whoever writes the disk writes this text; it was read in time that doubled with each mark."""
+    with pytest.raises(LvmTextError):
+        parse_lvm_text("#" * 100_000 + "\n!")
+
+
+def two_physical_volumes(first: bytearray, second: bytearray) -> BytesDisk:
+    parts = {1: GptPart(2048, 2048 * 9 - 1), 2: GptPart(2048 * 9, 2048 * 17 - 1)}
+    disk = gpt_disk(parts, size=18 * MIB)
+    disk.content[MIB : 9 * MIB] = first
+    disk.content[9 * MIB : 17 * MIB] = second
+    return disk
+
+
+def test_a_group_has_its_members_without_a_copy_of_the_text_too() -> None:
+    """Half of a striped volume lay on one, and an inclusion of the volume left it out."""
+    text = group_text(volume("data", segment(0, 2, "pv0", 0)), ids=(PV_ID, OTHER_ID))
+    disk = two_physical_volumes(physical_volume(text), physical_volume(None, identity=OTHER_ID))
+    assert read_places(disk).groups == (("vg0", ((MIB, 17 * MIB),)),)
+
+
+def test_logical_volumes_of_two_groups_that_overlap_are_opaque() -> None:
+    first = group_text(volume("a", segment(0, 2, "pv0", 0)), ids=(PV_ID, OTHER_ID))
+    second = group_text(volume("b", segment(0, 2, "pv0", 0)), ids=(PV_ID, OTHER_ID))
+    second = second.replace("vg0 {", "vg1 {").replace('id = "group"', 'id = "another"')
+    places = read_places(
+        two_physical_volumes(physical_volume(first), physical_volume(second, identity=OTHER_ID))
+    )
+    assert {place.name for place in places.places} == {"part:1", "part:2"}
+    assert all("overlap" in place.opaque_reason for place in places.places)
+
+
+@pytest.mark.parametrize("at", [MIB - 64 * 1024, MIB - 8 * 1024])
+def test_a_member_of_a_raid_is_opaque_where_its_superblock_is_at_the_end(at: int) -> None:
+    disk = gpt_disk({1: GptPart(2048, 4095)}, size=3 * MIB)
+    put_swap(disk.content, MIB)
+    disk.content[MIB + at : MIB + at + 4] = b"\xfc\x4e\x2b\xa9"
+    places = read_places(disk)
+    assert "RAID" in of(places, "part:1").opaque_reason
+    assert places.swap == ()
+
+
+def test_ten_stale_bytes_are_no_swap() -> None:
+    disk = gpt_disk({1: GptPart(2048, 4095)}, size=3 * MIB)
+    disk.content[MIB + 4086 : MIB + 4096] = b"SWAPSPACE2"
+    places = read_places(disk)
+    assert places.swap == ()
+    assert "header" in of(places, "part:1").opaque_reason
+
+
+class Failing(BytesDisk):
+    """Has a bad sector in its first partition."""
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        if offset <= MIB + 512 < offset + length:
+            raise OriginIOError("bad sector")
+        return super().pread(offset=offset, length=length)
+
+
+def test_a_place_whose_beginning_cannot_be_read_is_opaque() -> None:
+    sound = gpt_disk({1: GptPart(2048, 4095), 2: GptPart(4096, 6143)}, size=4 * MIB)
+    put_ext(sound.content, 2 * MIB)
+    places = read_places(Failing(sound.content))
+    assert "bad sector" in of(places, "part:1").opaque_reason
+    assert of(places, "part:2").content is Content.EXT

@@ -29,8 +29,9 @@ AT = MIB
 
 
 def rules_of(*terms: str) -> Rules:
-    """`+all` includes, `-part:2` excludes."""
-    return Rules.parse([("include" if term[0] == "+" else "exclude", term[1:]) for term in terms])
+    """`+all` includes, `-part:2` excludes, `~part:2` includes what matters less."""
+    actions = {"+": "include", "-": "exclude", "~": "include-low"}
+    return Rules.parse([(actions[term[0]], term[1:]) for term in terms])
 
 
 def both(
@@ -486,7 +487,7 @@ def test_terms_reach_into_logical_volumes_in_pieces() -> None:
     assert left_out(instant) == {"lv:vg0/swap": [(40 * extent, 44 * extent)]}
     instant, _ = both(disk, FakeReaders([filesystem]), "-lv:vg0/odd")
     assert instant.excluded == ()
-    assert "type thin" in instant.unresolved[0].reason
+    assert 'type "thin"' in instant.unresolved[0].reason
     instant, _ = both(disk, FakeReaders([filesystem]), "+lv:vg0/odd")
     assert instant.extents == ((0, disk.size),)
 
@@ -688,3 +689,52 @@ def test_any_terms_select_what_deciding_each_block_by_its_claims_selects(
     selected = {block for start, end in final.extents for block in range(start, end, 4096)}
     assert selected == Oracle(terms, disk, [root, data]).selected()
     assert selected <= {b for start, end in instant.extents for b in range(start, end, 4096)}
+
+
+# What matters less ------------------------------------------------------------------------------
+# A full store loses low blocks for good and first: doubt about what a low inclusion means must
+# select, and must not lower what matters.
+
+
+def log_and_settings(open_error: str = "") -> tuple[BytesDisk, FakeReaders]:
+    files = {"/var/log/a": file((100, 200)), "/etc/b": file((300, 400))}
+    return partitioned(FakeFilesystem(files, open_error=open_error))
+
+
+def test_until_the_frozen_view_is_read_nothing_matters_less_for_its_sake() -> None:
+    instant, final = both(*log_and_settings(), "-swap", "~path:/var/log")
+    assert instant.low == ()
+    assert final.low == ((AT + 100 * KIB, AT + 200 * KIB),)
+
+
+def test_a_filesystem_that_cannot_be_read_does_not_matter_less() -> None:
+    disk, readers = log_and_settings("unknown features")
+    _, final = both(disk, readers, "-free", "~path:/var/log")
+    assert (final.extents, final.low) == (((0, disk.size),), ())
+    _, final = both(disk, readers, "+part:1", "~path:/var/log")
+    assert (final.extents, final.low) == (((AT, 2 * AT),), ())
+
+
+def test_metadata_that_a_file_needs_which_matters_does_not_matter_less() -> None:
+    _, final = both(*log_and_settings(), "+path:/etc", "~path:/var/log")
+    assert final.low == ((AT + 100 * KIB, AT + 200 * KIB),)
+    assert not subtract(((AT, AT + 4 * KIB),), final.extents)
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+def test_a_filesystem_that_may_have_the_name_too_is_included() -> None:
+    disk, readers = partitioned(
+        FakeFilesystem(label="data"), FakeFilesystem(label="data", open_error="damaged")
+    )
+    _, final = both(disk, readers, "+fs:data")
+    assert final.extents == ((AT, 3 * AT),)
+    assert [unresolved.place for unresolved in final.unresolved] == ["part:2"]
+
+
+def test_a_label_is_found_by_what_is_shown_of_it() -> None:
+    filesystem = FakeFilesystem({"/a": file((100, 200))}, label="a\xa0b")
+    disk, readers = partitioned(filesystem)
+    _, final = both(disk, readers, "-path:a\\xa0b:/a")
+    assert left_out(final) == {"path:a\\xa0b:/a": kib((100, 200))}

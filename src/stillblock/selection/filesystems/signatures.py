@@ -12,6 +12,9 @@ from stillblock.selection.disk import Disk, read_exactly
 
 _PAGE_SIZES: Final = (4096, 8192, 16384, 32768, 65536)
 """Page sizes Linux has had: the swap signature ends the first page."""
+SWAP_PAGE_BYTES_MAX: Final = _PAGE_SIZES[-1]
+RAID_MAGIC: Final = b"\xfc\x4e\x2b\xa9"
+"""Of Linux md's superblocks, of every version: 0xa92b4efc, little-endian."""
 _HEAD_BYTES: Final = 64 * 1024 + 4096
 """Reaches the btrfs superblock, the furthest signature of all."""
 
@@ -60,7 +63,7 @@ def identify(disk: Disk) -> Signature:
         (Content.SWAP, any(at(page - 10, b"SWAPSPACE2") for page in _PAGE_SIZES)),
         (Content.LVM, any(at(sector * 512, b"LABELONE") for sector in range(4))),
         (Content.LUKS, at(0, b"LUKS\xba\xbe")),
-        (Content.RAID, any(at(offset, b"\xfc\x4e\x2b\xa9") for offset in (0, 4096))),
+        (Content.RAID, any(at(offset, RAID_MAGIC) for offset in (0, 4096))),
     )
     return Signature(found=tuple(content for content, is_there in tests if is_there))
 

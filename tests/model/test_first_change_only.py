@@ -180,7 +180,7 @@ def test_narrowing_gives_back_what_it_lets_go_of():
         epoch = take(volume)
         volume.pwrite(b"\x01" * (blocks * BLOCK), offset=0)
         kept = volume.store_bytes()
-        freed = volume.inner.narrow(epoch=epoch, selection=[(0, 64 * BLOCK)])
+        freed = volume.inner.narrow(epoch=epoch, selection=[(0, 64 * BLOCK)], meta=b"")
         assert freed == pytest.approx((blocks - 64) * BLOCK, abs=8 * BLOCK)
         assert kept - volume.store_bytes() >= (blocks - 64) * BLOCK - SEAL_BYTES_MAX
         assert read_snapshot(volume, epoch) == before[: 64 * BLOCK] + bytes((blocks - 64) * BLOCK)

@@ -254,7 +254,7 @@ class EngineMachine(RuleBasedStateMachine):
         instant, selection = self.pick(number), self.choose(chosen)
         self.let_restore_end()
         extents = self.reference.extents(selection)
-        self.volume.inner.narrow(epoch=instant.epoch, selection=extents)
+        self.volume.inner.narrow(epoch=instant.epoch, selection=extents, meta=b"narrowed")
         self.reference.narrow(instant, selection)
 
     @precondition(has_snapshots)

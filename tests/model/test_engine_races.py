@@ -46,7 +46,7 @@ def test_a_view_held_open_while_its_snapshot_is_narrowed_reads_zeros_there():
         volume.pwrite(b"\x22" * (8 * BLOCK), offset=0)
         view = volume.view(epoch=epoch)
         strict = volume.view(epoch=epoch, excluded_reads="error")
-        volume.inner.narrow(epoch=epoch, selection=[(BLOCK, 8 * BLOCK)])
+        volume.inner.narrow(epoch=epoch, selection=[(BLOCK, 8 * BLOCK)], meta=b"")
 
         assert view.pread(offset=0, length=8 * BLOCK) == bytes(BLOCK) + b"\x11" * (7 * BLOCK)
         assert view.extents(offset=0, length=2 * BLOCK) == [

@@ -97,6 +97,13 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def evict_all(directory: Path) -> None:
+    """Take every file of a tree out of the page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            evict(path)
+
+
 def disk_usage_bytes(path: Path) -> int:
     """What a file or a tree takes on its filesystem."""
     every = [path, *path.rglob("*")] if path.is_dir() else [path]

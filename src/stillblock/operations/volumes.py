@@ -33,6 +33,7 @@ from stillblock.model import (
 )
 from stillblock.operations import origins
 from stillblock.operations.disks import open_raw
+from stillblock.operations.narrowing import resume_narrowing
 from stillblock.operations.records import encode_settings
 from stillblock.operations.registry import (
     JOURNAL,
@@ -43,7 +44,7 @@ from stillblock.operations.registry import (
 )
 from stillblock.operations.rules import default_rules, expanded, explain_on
 from stillblock.operations.usage import check_limit
-from stillblock.operations.volume import OpenVolume
+from stillblock.operations.volume import EngineOptions, OpenVolume
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,6 +227,17 @@ def _complete_origin(config: Config, name: str, store: Path) -> None:
             pass
     except (StoreDamagedError, CatalogError):
         native.check_unused(store)
+
+
+def open_volume(config: Config, name: str, options: EngineOptions | None = None) -> OpenVolume:
+    """Open a volume to work with it, and go on with what an earlier process left to narrow."""
+    volume = OpenVolume.open(config, name, options)
+    try:
+        resume_narrowing(volume)
+    except BaseException:
+        volume.close()
+        raise
+    return volume
 
 
 def release_volume(volume: OpenVolume) -> Released:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import native, selection
 from stillblock.errors import RestoreRunningError, RuleError
-from stillblock.extents import intersect, normalise, subtract, total_bytes, union
+from stillblock.extents import clip, intersect, normalise, subtract, total_bytes, union
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Extents,
@@ -18,7 +18,7 @@ from stillblock.model import (
     SnapshotRecord,
     format_size,
 )
-from stillblock.operations.disks import LiveDisk, SnapshotDisk
+from stillblock.operations.disks import SnapshotDisk
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import versions, with_left_out
 from stillblock.operations.records import encode_snapshot, new_id
@@ -193,7 +193,7 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         parts = _by_partition(disk, extents)
     finally:
         view.close()
-    safety = union(_standing(volume).extents, _within(extents, LiveDisk(volume.engine)))
+    safety = union(_standing(volume).extents, clip(extents, start=0, end=volume.engine.size_bytes))
     lost_bytes = total_bytes(intersect(normalise(snapshot.epoch.lost), wanted))
     plan = RestorePlan(
         volume=volume.name,
@@ -229,7 +229,7 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
     parts: list[tuple[str, Extents]] = []
     rest = extents
     for partition in partitions:
-        inside = intersect(extents, ((partition.start, partition.end),))
+        inside = intersect(extents, (partition.extent,))
         rest = subtract(rest, inside)
         parts.append((partition.label, inside))
     parts.append((_OUTSIDE if partitions else "whole disk", rest))
@@ -238,10 +238,6 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
         for label, found in parts
         if found
     )
-
-
-def _within(extents: Extents, disk: LiveDisk) -> Extents:
-    return intersect(extents, ((0, disk.size),))
 
 
 def _without(left_out: tuple[LeftOut, ...], kept: Extents) -> tuple[LeftOut, ...]:

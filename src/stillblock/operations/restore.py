@@ -82,6 +82,8 @@ class WaitRequest:
 class _Prepared:
     snapshot: Snapshot
     request: Extents
+    standing: Explanation
+    """What the safety snapshot would keep if nothing were restored."""
     safety_selection: Extents
     plan: RestorePlan
 
@@ -102,7 +104,7 @@ def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgres
             )
         prepared = _prepare(volume, request)
         plan = prepared.plan
-        explained = _standing(volume)
+        explained = prepared.standing
         kept = prepared.safety_selection
         record = SnapshotRecord(
             name=plan.safety_name,
@@ -193,7 +195,8 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         parts = _by_partition(disk, extents)
     finally:
         view.close()
-    safety = union(_standing(volume).extents, clip(extents, start=0, end=volume.engine.size_bytes))
+    standing = _standing(volume)
+    safety = union(standing.extents, clip(extents, start=0, end=volume.engine.size_bytes))
     lost_bytes = total_bytes(intersect(normalise(snapshot.epoch.lost), wanted))
     plan = RestorePlan(
         volume=volume.name,
@@ -207,7 +210,13 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         lost_bytes=lost_bytes,
         warnings=_warnings(snapshot, lost_bytes),
     )
-    return _Prepared(snapshot=snapshot, request=wanted, safety_selection=safety, plan=plan)
+    return _Prepared(
+        snapshot=snapshot,
+        request=wanted,
+        standing=standing,
+        safety_selection=safety,
+        plan=plan,
+    )
 
 
 def _warnings(snapshot: Snapshot, lost_bytes: int) -> tuple[str, ...]:

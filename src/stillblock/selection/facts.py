@@ -11,7 +11,7 @@ from stillblock.selection.filesystems import Content, Identity, UnresolvedError
 from stillblock.selection.partition_table import printable
 from stillblock.selection.partitions import PartitionTable, read_partitions
 from stillblock.selection.places import Place, Places, read_places
-from stillblock.selection.survey import Survey, SurveyRequest, is_named, is_place_name
+from stillblock.selection.survey import Survey, SurveyRequest, is_named, place_name_of
 
 
 class Phase(StrEnum):
@@ -119,8 +119,8 @@ class DiskFacts:
 
         Raise `RuleError` if there is none and all could be asked.
         """
-        if is_place_name(name):
-            return [self._filesystem_at(name)], []
+        if (wanted := place_name_of(name)) is not None:
+            return [self._filesystem_at(wanted)], []
         found: list[Place] = []
         silent: list[tuple[Unresolved, Place]] = []
         labels: list[str] = []
@@ -140,8 +140,7 @@ class DiskFacts:
             )
         return found, silent
 
-    def _filesystem_at(self, name: str) -> Place:
-        wanted = f"lv:{name}" if "/" in name else f"part:{int(name)}"
+    def _filesystem_at(self, wanted: str) -> Place:
         for place in self.places.places:
             if place.name == wanted and place.is_filesystem:
                 return place

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stillblock.errors import RuleError
-from stillblock.extents import normalise, subtract, whole
+from stillblock.extents import normalise, whole
 from stillblock.model import Extents
 from stillblock.selection.facts import DiskFacts, Match, Unresolved
 from stillblock.selection.globs import Glob
@@ -142,11 +142,6 @@ class Zero:
     def resolve(self, facts: DiskFacts) -> Match:
         """Return the whole disk: any block may be zero."""
         return Match(extents=(), frozen=whole(facts.size))
-
-
-def excluded_extents(match: Match) -> Extents:
-    """Return what an exclusion leaves out for certain."""
-    return subtract(match.extents, match.kept)
 
 
 def _all_of(places: "tuple[Place, ...] | list[Place]") -> Extents:

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from stillblock.errors import OriginIOError, RuleError
-from stillblock.model import Extents
+from stillblock.model import Extents, Unresolved
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems import Content, Identity, UnresolvedError
 from stillblock.selection.partition_table import printable
@@ -21,17 +21,6 @@ class Phase(StrEnum):
     """Before the instant: it holds from the first write after it."""
     FROZEN = "frozen"
     """On the frozen view, after the instant: until then what it may leave out stays selected."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unresolved:
-    """Somewhere that a term could not be resolved: an exclusion leaves nothing out there, an
-    inclusion takes all of it.
-    """
-
-    place: str
-    """`part:2`, `lv:vg/root`, `disk`."""
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

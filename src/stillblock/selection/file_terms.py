@@ -6,8 +6,8 @@ from typing import Final
 
 from stillblock.errors import RuleError
 from stillblock.extents import normalise, whole
-from stillblock.model import Extents
-from stillblock.selection.facts import DiskFacts, Match, Unresolved
+from stillblock.model import Extents, Unresolved
+from stillblock.selection.facts import DiskFacts, Match
 from stillblock.selection.globs import Glob
 from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place

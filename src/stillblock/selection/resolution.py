@@ -15,10 +15,10 @@ from typing import Final
 from stillblock import codec
 from stillblock.errors import RuleError
 from stillblock.extents import intersect, subtract, total_bytes, union, whole
-from stillblock.model import Extents, LeftOut, RuleTerm, format_size
+from stillblock.model import Extents, LeftOut, RuleTerm, Unresolved, format_size
 from stillblock.selection.decision import Decision, decide_with_doubt
 from stillblock.selection.disk import Disk
-from stillblock.selection.facts import DiskFacts, Match, Phase, Readers, Unresolved
+from stillblock.selection.facts import DiskFacts, Match, Phase, Readers
 from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place
 from stillblock.selection.rules import Rules

@@ -37,7 +37,7 @@ from stillblock.selection.wire import (
     unpack_document,
 )
 
-TERM_LENGTH_MAX: Final = 4096
+_PATH_LENGTH_MAX: Final = 4096
 """Characters of a path: as long as one may be."""
 _CAVEATS_MAX: Final = 20
 
@@ -317,7 +317,7 @@ def _census(document: object, numbers: "array[int]", *, size: int) -> Census:
     extents = _in_lists(numbers, counts, size=size)
     return Census(
         parts=tuple(
-            Part(path=path[:TERM_LENGTH_MAX], extents=found)
+            Part(path=path[:_PATH_LENGTH_MAX], extents=found)
             for path, found in zip(paths, extents[:-1], strict=True)
         ),
         free=extents[-1],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,8 +121,8 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
     _check_block_size(request.block_size)
     check_limit(request.store_limit_bytes)
     origin, store = (
-        _absolute(request.origin),
-        _absolute(request.store or config.default_store(request.name)),
+        origins.absolute(request.origin),
+        origins.absolute(request.store or config.default_store(request.name)),
     )
     size_bytes = origins.check_origin(origin)
     with open_catalog(config) as catalog:
@@ -290,11 +289,6 @@ def _listing(entry: VolumeEntry, *, is_served: bool) -> VolumeListing:
         size_bytes=size_bytes,
         note=note,
     )
-
-
-def _absolute(path: Path) -> Path:
-    """Return an absolute path that keeps its symlinks: a device's id is steadier than its name."""
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
 
 
 def _check_block_size(block_size: int) -> None:

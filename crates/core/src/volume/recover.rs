@@ -56,6 +56,7 @@ impl Volume {
     ) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
+        committer.journal.settle_left()?;
         committer.journal.rewrite_last()?;
         if let Some(end) = end {
             let rewritten = committer.log.rewrite_end(&end);

@@ -233,7 +233,7 @@ fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
     {
         let mut model = session.machine.model();
         let snapshot = model.taken().ok_or("taken twice")?;
-        model.snapshots.insert(taken.epoch, snapshot);
+        model.add(taken.epoch, snapshot)?;
     }
     if dice.chance(70) { look_at(session, taken.epoch) } else { Ok(()) }
 }
@@ -248,7 +248,7 @@ fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// Index files are written and epochs merged long before they are due.
+/// Index files are written, epochs merged and the journal compacted long before they are due.
 fn keep_up(session: &Session) -> Result<(), String> {
     session.must("upkeep", session.volume.maintain(Effort::All)).map(|_| ())
 }
@@ -396,7 +396,7 @@ fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let mut model = session.machine.model();
     let restore = model.restoring.take().ok_or("begun")?;
     if let Some(status) = done {
-        model.restored(&restore, status.safety_epoch);
+        model.restored(&restore, status.safety_epoch)?;
     }
     drop(model);
     drop(alone);
@@ -440,6 +440,13 @@ impl Program {
             let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
             threads.push(shuttle::thread::spawn(move || {
                 session.note(client(&session, &mut dice, 8));
+            }));
+        }
+        if self.dice.chance(40) {
+            // Beside what is decided meanwhile.
+            let session = Arc::clone(&session);
+            threads.push(shuttle::thread::spawn(move || {
+                session.note(keep_up(&session));
             }));
         }
         let mut dice = self.dice.fork();

@@ -19,6 +19,7 @@ from stillblock.selection.filesystems.filesystem import (
     Node,
     Run,
     UnresolvedError,
+    add_run,
 )
 from stillblock.selection.filesystems.names import checked_name, text_of_utf16
 from stillblock.selection.filesystems.ntfs_files import File, MasterFileTable, first_piece
@@ -50,8 +51,6 @@ from stillblock.selection.filesystems.ntfs_state import (
     check_volume_flags,
 )
 
-CLUSTERS_MAX: Final = 1 << 31
-"""8 TiB of 4 KiB clusters: what is claimed takes a bit each, 256 MiB then."""
 _METADATA_RUNS_MAX: Final = 1_000_000
 _EXTEND_FILES_MAX: Final = 100_000
 _BITMAP_PIECE: Final = 1 << 20
@@ -271,20 +270,9 @@ class Ntfs:
                 continue
             offset = vcn * cluster_size
             length = count * cluster_size
+            written = initialised - offset if initialised < size else length
             start = lcn * cluster_size
-            # Past the initialised size a file reads as zeros, whatever lies there.
-            written = length if initialised == size else min(length, max(0, initialised - offset))
-            if written:
-                found.append(Run(base + offset, written, start))
-            if written < length:
-                found.append(
-                    Run(
-                        base + offset + written,
-                        length - written,
-                        start + written,
-                        is_unwritten=True,
-                    )
-                )
+            add_run(found, offset=base + offset, length=length, start=start, written=written)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link; short at its end."""
@@ -334,11 +322,7 @@ class Ntfs:
     def _find_metadata(self) -> Extents:
         """Return what is no file's data, after checking that what is claimed is claimed once."""
         geometry = self._geometry
-        if geometry.cluster_count > CLUSTERS_MAX:
-            raise UnresolvedError(
-                f"NTFS has {geometry.cluster_count} clusters, more than {CLUSTERS_MAX} supported"
-            )
-        claims = Claims(geometry.cluster_count)
+        claims = Claims(geometry.cluster_count, what="NTFS")
         system = self._system_records()
         metadata: list[Extent] = []
         room = _KEPT_MAX

@@ -38,7 +38,9 @@ _READ_AHEAD: Final = 1 << 20
 _REPARSE_BYTES_MAX: Final = 16 * 1024
 """NTFS's own limit of a reparse point."""
 
-_FILE_NAME: Final = Struct("<Q56xBB")
+NAME_HEAD: Final = Struct("<Q56xBB")
+"""Of a $FILE_NAME, which is the key of a directory's entry too: the directory, the length of the
+name, its namespace. The name follows."""
 _EPOCH_1601_100NS: Final = 116_444_736_000_000_000
 
 
@@ -227,8 +229,8 @@ class MasterFileTable:
             kind = attribute.kind
             if kind == FILE_NAME:
                 value = attribute.value()
-                parent, length, namespace = _FILE_NAME.unpack_from(value)
-                name = value[66 : 66 + 2 * length]
+                parent, length, namespace = NAME_HEAD.unpack_from(value)
+                name = value[NAME_HEAD.size : NAME_HEAD.size + 2 * length]
                 if len(name) != 2 * length:
                     raise UnresolvedError(f"MFT record {record.number} has a damaged name")
                 if namespace != DOS_NAME:

@@ -1,5 +1,6 @@
 """Checked access to parsed JSON, so that no untyped value travels further than its parser."""
 
+import json
 from collections.abc import Mapping
 from typing import cast
 
@@ -25,6 +26,11 @@ def number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise PeerError(f"{what}: expected a number, found {type(value).__name__}")
     return float(value)
+
+
+def numbers(printed: str, what: str) -> dict[str, float]:
+    """The fields of a printed JSON object, all of them numbers, or PeerError."""
+    return {key: number(value, key) for key, value in mapping(json.loads(printed), what).items()}
 
 
 def integer(value: object, what: str) -> int:

@@ -97,6 +97,13 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def evict_all(directory: Path) -> None:
+    """Take every file of a tree out of the page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            evict(path)
+
+
 def disk_usage_bytes(path: Path) -> int:
     """What a file or a tree takes on its filesystem."""
     every = [path, *path.rglob("*")] if path.is_dir() else [path]
@@ -123,12 +130,12 @@ class OthersMeter:
     def __init__(self) -> None:
         self._begin_s = time.monotonic()
         self._busy_s = _machine_busy_s()
-        self._own_s = _own_cpu_s()
+        self._own_s = own_cpu_s()
 
     def cores(self) -> float:
         """Cores used by others on average; call it when all children have ended."""
         elapsed_s = max(time.monotonic() - self._begin_s, 1e-6)
-        others_s = (_machine_busy_s() - self._busy_s) - (_own_cpu_s() - self._own_s)
+        others_s = (_machine_busy_s() - self._busy_s) - (own_cpu_s() - self._own_s)
         return max(0.0, others_s / elapsed_s)
 
 
@@ -137,7 +144,8 @@ def _machine_busy_s() -> float:
     return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_cpu_s() -> float:
+def own_cpu_s() -> float:
+    """CPU seconds of this process and of its ended children."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
 

@@ -10,15 +10,15 @@ import array
 import enum
 import os
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import machine
 from bench.errors import UsageError
+from bench.marks import Mark, mark_table, say
 from bench.probe import run_probe
-from bench.tables import Table, as_text
+from bench.tables import as_text
 from bench.units import BLOCK_BYTES, MIB, format_size
 
 OPEN_S_MAX = 3.0
@@ -55,19 +55,6 @@ class Plan:
     def bitmap_bytes(self) -> int:
         """What two bits a block come to."""
         return self.block_count * BITS_PER_BLOCK_MAX // 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """A figure and the most it may be; None for a figure that is only shown."""
-
-    what: str
-    figure: float
-    most: float | None
-
-    @property
-    def is_kept(self) -> bool:
-        return self.most is None or self.figure <= self.most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,21 +135,21 @@ def measure(plan: Plan, *, parent: Path | None) -> bool:
     with machine.scratch_directory(parent, needed_bytes=needed) as scratch:
         seen = _observe(plan, places, scratch)
     found = marks(plan, seen)
-    print(as_text(_table(plan, found)))
+    print(as_text(mark_table(_title(plan), found)))
     return all(mark.is_kept for mark in found)
 
 
 def _observe(plan: Plan, places: "array.array[int]", scratch: Path) -> Observed:
     origin, store, list_path = scratch / "origin.img", scratch / "store", scratch / "offsets"
     list_path.write_bytes(places.tobytes())
-    _say(f"writing {plan.preserved_count} blocks to a sparse origin")
+    say(f"writing {plan.preserved_count} blocks to a sparse origin")
     _write_originals(origin, places, size_bytes=plan.size_bytes)
     run_probe("create", store, str(origin))
     empty = run_probe("open", store)
-    _say("preserving them")
+    say("preserving them")
     preserved = run_probe("preserve", store, str(list_path))
-    _say("opening again")
-    _evict_all(scratch)
+    say("opening again")
+    machine.evict_all(scratch)
     cold = run_probe("open", store)
     warm = run_probe("open", store)
     paused = run_probe("pause", store, str(plan.snapshot_count))
@@ -188,24 +175,8 @@ def _write_originals(origin: Path, places: Sequence[int], *, size_bytes: int) ->
         os.fdatasync(file.fileno())
 
 
-def _evict_all(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            machine.evict(path)
-
-
-def _table(plan: Plan, found: Sequence[Mark]) -> Table:
-    rows = [("figure", "measured", "at most", "verdict")]
-    for mark in found:
-        most = "-" if mark.most is None else f"{mark.most:.4g}"
-        verdict = "-" if mark.most is None else "pass" if mark.is_kept else "short"
-        rows.append((mark.what, f"{mark.figure:.4g}", most, verdict))
-    title = (
+def _title(plan: Plan) -> str:
+    return (
         f"{format_size(plan.size_bytes)}, {plan.preserved_count:,} preserved blocks, "
         f"{plan.placement.value}"
     )
-    return Table(title=title, rows=tuple(rows))
-
-
-def _say(line: str) -> None:
-    print(f"# {line}", file=sys.stderr, flush=True)

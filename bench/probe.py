@@ -1,6 +1,5 @@
-"""Steps on a volume through the library, each in a fresh process (see bench/memory_probe.py)."""
+"""Steps through the library, each in a fresh process (bench/memory_probe.py, words_probe.py)."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,8 +11,12 @@ STEP_TIMEOUT_S = 1800.0
 
 
 def run_probe(step: str, store: Path, *rest: str) -> dict[str, float]:
-    """Do one step and return its figures; raise PeerError with the process's last words."""
-    command = [sys.executable, "-m", "bench.memory_probe", step, str(store), *rest]
+    """Do one step on a volume and return its figures; raise PeerError like `run_module`."""
+    return run_module("bench.memory_probe", step, str(store), *rest)
+
+
+def run_module(module: str, *words: str) -> dict[str, float]:
+    """Run a module that prints figures; raise PeerError with the process's last words."""
+    command = [sys.executable, "-m", module, *words]
     printed = run_tool(command, timeout_s=STEP_TIMEOUT_S, directory=REPOSITORY)
-    body = fields.mapping(json.loads(printed), "memory probe")
-    return {key: fields.number(value, key) for key, value in body.items()}
+    return fields.numbers(printed, module)

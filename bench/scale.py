@@ -6,19 +6,17 @@ first changes would take hours. Every step runs in a process of its own; memory 
 had resident, shared pages and all.
 """
 
-import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import fields, machine
-from bench.memory import Mark
+from bench.marks import Mark, mark_table, say
+from bench.probe import REPOSITORY
 from bench.process import run_tool
-from bench.tables import Table, as_text
+from bench.tables import as_text
 from bench.units import GIB, MIB
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 STEP_TIMEOUT_S = 3600.0
 OPEN_S_MAX = 10.0
 PEAK_BYTES_MAX = 2.4e9
@@ -53,20 +51,18 @@ def measure(plan: Plan, *, parent: Path | None) -> bool:
     with machine.scratch_directory(parent, needed_bytes=plan.store_bytes + GIB) as scratch:
         volume = scratch / "volume"
         numbers = (plan.epoch_count, plan.zero_count, plan.payload_count)
-        _say(f"writing the log of {numbers[0]} epochs")
+        say(f"writing the log of {numbers[0]} epochs")
         _step(program, "make", volume, *numbers)
-        _say("opening it without an index, and making one")
+        say("opening it without an index, and making one")
         without = _step(program, "open", volume)
         _step(program, "index", volume)
-        _say("opening it with the index")
-        for path in volume.rglob("*"):
-            if path.is_file():
-                machine.evict(path)
+        say("opening it with the index")
+        machine.evict_all(volume)
         cold = _step(program, "open", volume)
         warm = _step(program, "open", volume)
         read = _step(program, "read", volume, READ_COUNT)
     marks = _marks(cold=cold, warm=warm, without=without, read=read)
-    print(as_text(_table(plan, marks)))
+    print(as_text(mark_table(_title(plan), marks)))
     return all(mark.is_kept for mark in marks)
 
 
@@ -83,8 +79,7 @@ def _build() -> Path:
 def _step(program: Path, step: str, volume: Path, *numbers: int) -> dict[str, float]:
     command = [str(program), step, str(volume), *(str(number) for number in numbers)]
     printed = run_tool(command, timeout_s=STEP_TIMEOUT_S)
-    body = fields.mapping(json.loads(printed or "{}"), "scale_store")
-    return {key: fields.number(value, key) for key, value in body.items()}
+    return fields.numbers(printed or "{}", "scale_store")
 
 
 def _marks(
@@ -117,18 +112,8 @@ def _marks(
     ]
 
 
-def _table(plan: Plan, found: list[Mark]) -> Table:
-    rows = [("figure", "measured", "at most", "verdict")]
-    for mark in found:
-        most = "-" if mark.most is None else f"{mark.most:.4g}"
-        verdict = "-" if mark.most is None else "pass" if mark.is_kept else "short"
-        rows.append((mark.what, f"{mark.figure:.4g}", most, verdict))
-    title = (
+def _title(plan: Plan) -> str:
+    return (
         f"15 TiB, {plan.epoch_count:,} live snapshots, {plan.zero_count:,} zero originals, "
         f"{plan.payload_count:,} with content"
     )
-    return Table(title=title, rows=tuple(rows))
-
-
-def _say(line: str) -> None:
-    print(f"# {line}", file=sys.stderr, flush=True)

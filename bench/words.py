@@ -4,23 +4,40 @@ Time and memory are those of the process that asks and of the worker that reads,
 processes of its own.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.errors import BenchError, MissingToolError
+from bench import machine
+from bench.errors import BenchError, MissingToolError, PeerError
+from bench.peers import tool
+from bench.probe import run_module
+from bench.process import run_tool
 from bench.tables import Table, as_text
 from bench.units import GIB, KIB, MIB
 
 GOAL_S, GOAL_MIB = 2.0, 300
 FILES_PER_DIRECTORY = 50
-FILESYSTEMS = ("ext4", "xfs", "ntfs")
+SCRATCH_BYTES_PER_FILE = 20 * KIB
+"""In blocks, and twice: the tree that ext4 is made of lies beside its image."""
+PROBE = "bench.words_probe"
+REASON_CHARS = 80
+"""Of why a filesystem was left out so much stands in the table."""
+MAKE = {
+    "ext4": ("mkfs.ext4", "-q", "-F"),
+    "xfs": ("mkfs.xfs", "-q", "-f"),
+    "ntfs": ("mkfs.ntfs", "-q", "-F", "-f"),
+}
+MOUNT = {"xfs": ("mount", "-o", "loop"), "ntfs": ("ntfs-3g",)}
+PACKAGES = {
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.ntfs": "ntfs-3g",
+    "ntfs-3g": "ntfs-3g",
+    "mount": "mount",
+    "umount": "mount",
+}
+FILESYSTEMS = tuple(MAKE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,21 +52,23 @@ class Plan:
 def measure(plan: Plan, *, parent: Path | None) -> bool:
     """Print a table; return whether the goals are met."""
     rows, is_met = [], True
-    with tempfile.TemporaryDirectory(prefix="stillblock-words-", dir=parent) as scratch:
+    needed_bytes = plan.file_count * SCRATCH_BYTES_PER_FILE
+    with machine.scratch_directory(parent, needed_bytes=needed_bytes) as scratch:
         for kind in plan.filesystems:
-            image = Path(scratch) / f"{kind}.img"
+            image = scratch.absolute() / f"{kind}.img"
             try:
                 _make(kind, image, plan.file_count)
-            except MissingToolError as error:
-                rows.append((kind, str(plan.file_count), str(error), "", "", "", ""))
+            except (MissingToolError, PeerError) as error:
+                rows.append((kind, str(plan.file_count), str(error)[:REASON_CHARS], *[""] * 4))
                 is_met = False
                 continue
-            found = min(
-                (_resolve(image) for _ in range(plan.round_count)), key=lambda one: one["wall_s"]
-            )
+            rounds = [run_module(PROBE, str(image)) for _ in range(plan.round_count)]
+            found = min(rounds, key=lambda one: one["wall_s"])
             image.unlink()
             if found["files"] != plan.file_count:
-                raise BenchError(f"{kind}: {found['files']} of {plan.file_count} files were found")
+                raise BenchError(
+                    f"{kind}: {found['files']:.0f} of {plan.file_count} files were found"
+                )
             memory_mib = (found["own_kib"] + found["worker_kib"]) * KIB / MIB
             is_good = found["cpu_s"] < GOAL_S and memory_mib < GOAL_MIB
             is_met = is_met and is_good
@@ -70,19 +89,6 @@ def measure(plan: Plan, *, parent: Path | None) -> bool:
     return is_met
 
 
-def _resolve(image: Path) -> dict[str, float]:
-    shown = subprocess.run(
-        [sys.executable, "-m", "bench.words_probe", image],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if shown.returncode != 0:
-        raise BenchError(f"resolving failed: {shown.stderr.strip()}")
-    found: dict[str, float] = json.loads(shown.stdout)
-    return found
-
-
 # -- filesystems
 
 
@@ -93,23 +99,17 @@ def _make(kind: str, image: Path, file_count: int) -> None:
     if kind == "ext4":
         tree = image.with_suffix(".tree")
         _fill(tree, file_count)
-        _run("mkfs.ext4", "-q", "-F", "-d", str(tree), str(image))
+        _run(*MAKE[kind], "-d", tree, image)
         shutil.rmtree(tree)
         return
-    mount: Callable[[Path], None]
-    if kind == "xfs":
-        _run("mkfs.xfs", "-q", "-f", str(image))
-        mount = lambda where: _run("mount", "-o", "loop", str(image), str(where))  # noqa: E731
-    else:
-        _run("mkfs.ntfs", "-q", "-F", "-f", str(image))
-        mount = lambda where: _run("ntfs-3g", str(image), str(where))  # noqa: E731
+    _run(*MAKE[kind], image)
     where = image.with_suffix(".mnt")
     where.mkdir()
-    mount(where)
+    _run(*MOUNT[kind], image, where)
     try:
         _fill(where, file_count)
     finally:
-        _run("umount", str(where))
+        _run("umount", where)
         where.rmdir()
 
 
@@ -125,11 +125,5 @@ def _fill(root: Path, file_count: int) -> None:
         (folder / f"file{index}.{ending}").write_bytes(b"x" * length)
 
 
-def _run(*command: str) -> None:
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    found = shutil.which(command[0], path=path)
-    if found is None:
-        raise MissingToolError(f"{command[0]} is missing")
-    ran = subprocess.run([found, *command[1:]], check=False, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise MissingToolError(f"{command[0]} does not work here: {ran.stderr.strip()[:80]}")
+def _run(name: str, *words: str | Path) -> None:
+    run_tool([tool(name, package=PACKAGES[name]), *map(str, words)])

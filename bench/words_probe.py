@@ -4,12 +4,14 @@
 """
 
 import json
-import os
 import resource
 import sys
 import time
 from pathlib import Path
 
+from bench.machine import own_cpu_s
+from bench.units import BLOCK_BYTES
+from stillblock.operations.disks import open_raw
 from stillblock.selection import Rules, resolve, resolve_frozen
 
 RULES = (
@@ -21,24 +23,14 @@ RULES = (
 )
 
 
-class Image:
-    """A disk that is a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._descriptor).st_size
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        return os.pread(self._descriptor, length, offset)
-
-
 def main(path: Path) -> None:
     begin = time.perf_counter()
-    before_s = _cpu_s()
-    instant = resolve(Rules.parse(RULES), Image(path), block_size=4096)
-    assert instant.pending is not None, "there is a filesystem"
-    final = resolve_frozen(instant.pending, Image(path))
-    elapsed_s, used_s = time.perf_counter() - begin, _cpu_s() - before_s
+    before_s = own_cpu_s()
+    with open_raw(path) as disk:
+        instant = resolve(Rules.parse(RULES), disk, block_size=BLOCK_BYTES)
+        assert instant.pending is not None, "there is a filesystem"
+        final = resolve_frozen(instant.pending, disk)
+    elapsed_s, used_s = time.perf_counter() - begin, own_cpu_s() - before_s
     if final.unresolved:
         sys.exit(f"unresolved: {final.unresolved}")
     print(
@@ -53,11 +45,6 @@ def main(path: Path) -> None:
             }
         )
     )
-
-
-def _cpu_s() -> float:
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
 
 
 if __name__ == "__main__":

@@ -120,8 +120,6 @@ def _decode(
             return hint(value)
         except ValueError as error:
             raise _wrong(path, "one of " + ", ".join(str(m.value) for m in hint), value) from error
-    if hint is type(None):
-        hint = types.NoneType
     if hint in (int, str, bool, types.NoneType):
         if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
             return value

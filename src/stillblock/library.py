@@ -25,12 +25,14 @@ from stillblock.model import (
     check_name,
 )
 from stillblock.operations import bookmarks, narrowing, restore, snapshots, usage, volumes
-from stillblock.operations.volume import EngineOptions, OpenVolume
+from stillblock.operations.volume import EngineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from typing_extensions import Buffer
+
+    from stillblock.operations.volume import OpenVolume
 
 Level = Literal["barrier", "idle", "filesystem", "application"]
 """How consistent a snapshot should be."""
@@ -92,9 +94,7 @@ def open(  # noqa: A001 - it reads as stillblock.open
             hint=f"use its NBD exports, or stop it with `stillblock volume release {name}`",
         )
     options = EngineOptions(cache=cache, direct=direct, recover=recover)
-    opened = OpenVolume.open(config, name, options)
-    narrowing.resume_narrowing(opened)
-    return Volume(opened)
+    return Volume(volumes.open_volume(config, name, options))
 
 
 class Volume:

@@ -402,10 +402,12 @@ class SnapshotPurpose(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unresolved:
-    """Where a term could not be resolved, and why; all of that is included."""
+    """Where a term could not be resolved, and why; all of that is included: an exclusion leaves
+    nothing out there, an inclusion takes all of it.
+    """
 
     place: str
-    """A partition, a volume, or the whole disk."""
+    """A partition, a volume, or the whole disk: `part:2`, `lv:vg/root`, `disk`."""
     reason: str
 
 

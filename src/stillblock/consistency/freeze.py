@@ -5,19 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from stillblock.consistency import guard
-from stillblock.consistency.watchdog import Watchdog
+from stillblock.consistency.watchdog import REPLY_S, THAW_REPLY_S, Watchdog
 from stillblock.errors import QuiesceError
 from stillblock.model import QuiesceStep, StepKind
 
 if TYPE_CHECKING:
     from stillblock.consistency.mounts import Mount
-
-_REPLY_S: Final = 2.0
-"""How long after its limit a guard may take to say so, on a busy machine."""
-_THAW_REPLY_S: Final = 15.0
 
 
 class MountFreeze:
@@ -45,7 +41,7 @@ class MountFreeze:
             [str(self._mount.fd), str(self._limit_ms)],
             fds=(self._mount.fd,),
         )
-        answer = self._watchdog.receive(self._limit_ms / 1000 + _REPLY_S)
+        answer = self._watchdog.receive(self._limit_ms / 1000 + REPLY_S)
         if answer is not None and "frozen" in answer:
             self._begun_ns = int(answer["frozen"])
             now_ns = time.monotonic_ns()
@@ -83,7 +79,7 @@ class MountFreeze:
             return None
         asked_ns = time.monotonic_ns()
         watchdog.send(thaw=True)
-        answer = watchdog.receive(_THAW_REPLY_S)
+        answer = watchdog.receive(THAW_REPLY_S)
         watchdog.close()
         if answer is not None and "thawed" in answer:
             self.thawed_ns, code = int(answer["thawed"]), int(answer["errno"])

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from stillblock.consistency import agent
-from stillblock.consistency.watchdog import Watchdog
+from stillblock.consistency.watchdog import REPLY_S, THAW_REPLY_S, Watchdog
 from stillblock.errors import QuiesceError
 from stillblock.model import QuiesceStep, StepKind
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-_REPLY_S: Final = 2.0
-_THAW_REPLY_S: Final = 15.0
 
 
 class GuestFreeze:
@@ -39,12 +36,12 @@ class GuestFreeze:
         """Freeze; raise `QuiesceError`, with thawing under way, if that fails."""
         started_ns = time.monotonic_ns()
         watchdog = Watchdog("agent.py", [self.what, str(self._limit_ms), *self._mounts])
-        answer = watchdog.receive(self._limit_ms / 1000 + _REPLY_S)
+        answer = watchdog.receive(self._limit_ms / 1000 + REPLY_S)
         if answer is None or "frozen" not in answer:
             is_gone = watchdog.is_gone
             watchdog.close()
             if is_gone:
-                agent.thaw(self.what, for_s=_THAW_REPLY_S)
+                agent.thaw(self.what, for_s=THAW_REPLY_S)
             why = "its watchdog did not answer" if answer is None else answer.get("failed")
             raise QuiesceError(f"the guest of {self.what} was not frozen: {why}")
         self._watchdog = watchdog
@@ -65,7 +62,7 @@ class GuestFreeze:
             return None
         asked_ns = time.monotonic_ns()
         watchdog.send(thaw=True)
-        answer = watchdog.receive(_THAW_REPLY_S)
+        answer = watchdog.receive(THAW_REPLY_S)
         is_gone = watchdog.is_gone
         watchdog.close()
         if answer is not None and "thawed" in answer:
@@ -76,7 +73,7 @@ class GuestFreeze:
             # One that is there and still asks goes on asking.
             problem = "the guest agent does not answer"
             if is_gone:
-                problem = agent.thaw(self.what, for_s=_THAW_REPLY_S)
+                problem = agent.thaw(self.what, for_s=THAW_REPLY_S)
         if why != "asked":
             self.shortfall = f"the guest of {self.what} was thawed early: {why}"
         detail = self.shortfall or f"held for {(self.thawed_ns - self._begun_ns) / 1e6:.1f} ms"

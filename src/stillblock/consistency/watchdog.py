@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 MESSAGE_BYTES_MAX: Final = 128 * 1024
 """Less than a Unix socket takes in one packet."""
+REPLY_S: Final = 2.0
+"""How long after its limit one that freezes may take to say so, on a busy machine."""
+THAW_REPLY_S: Final = 15.0
+"""How long one may take to thaw when asked."""
 _START_S: Final = 30.0
 """A Python that starts on a very busy machine; the program's own limit begins afterwards."""
 _HERE: Final = Path(__file__).parent

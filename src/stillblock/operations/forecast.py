@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from stillblock.extents import intersect, normalise, total_bytes, whole
+from stillblock.extents import intersect, normalise, round_out, total_bytes, union
 from stillblock.operations.disks import LiveDisk
 from stillblock.operations.explaining import disk_at_rest
 from stillblock.selection import WorkerReaders
@@ -101,11 +101,8 @@ def _parts(
     if not places:
         return found, ()
     wanted = normalise(extent for place in places for extent in place.extents)
-    block_size, size = volume.engine.block_size, volume.engine.size_bytes
-    rounded = normalise(
-        (start - start % block_size, min(end + -end % block_size, size)) for start, end in wanted
-    )
-    with disk_at_rest(volume, intersect(rounded, whole(size))) as disk:
+    rounded = round_out(wanted, block_size=volume.engine.block_size, size=volume.engine.size_bytes)
+    with disk_at_rest(volume, rounded) as disk:
         for place in places:
             try:
                 found += _of_place(place, disk, is_alone=is_alone)
@@ -136,7 +133,7 @@ def _joined(named: Iterable[tuple[str, Extents]]) -> list[tuple[str, Extents]]:
     """Return each term once: free space and swap of every place are one."""
     found: dict[str, Extents] = {}
     for term, extents in named:
-        found[term] = normalise((*found.get(term, ()), *extents))
+        found[term] = union(found.get(term, ()), extents)
     return list(found.items())
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from stillblock import consistency
+from stillblock.consistency.hooks import SETTINGS
 from stillblock.errors import NameTakenError, NotFoundError, RefusedError
 
 _READY: Final = Path(consistency.__file__).parent / "ready"
 _EXECUTABLE: Final = 0o755
-_SETTINGS: Final = "settings"
 _PRIVATE: Final = 0o600
 _SETTINGS_HEAD: Final = "# NAME=value, a line each, for the environment of the hooks\n"
 
@@ -74,7 +74,7 @@ def install_hooks(names: tuple[str, ...], directory: Path) -> Installed:
         for name in names:
             shutil.copyfile(_READY / name, directory / name)
             (directory / name).chmod(_EXECUTABLE)
-        settings = directory / _SETTINGS
+        settings = directory / SETTINGS
         if not settings.exists():
             made = os.open(settings, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _PRIVATE)
             with os.fdopen(made, "w") as file:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillblock import codec, native
+from stillblock import native
 from stillblock.catalog import EntryState
 from stillblock.errors import (
     NotFoundError,
@@ -16,8 +15,9 @@ from stillblock.errors import (
     StillblockError,
     UsageError,
 )
-from stillblock.model import SnapshotRecord, VolumeEntry, check_new_name, format_size
+from stillblock.model import VolumeEntry, check_new_name, format_size
 from stillblock.operations import origins
+from stillblock.operations.records import snapshot_record
 from stillblock.operations.registry import open_catalog, read_settings, registering
 from stillblock.operations.volume import OpenVolume
 
@@ -68,8 +68,8 @@ def plan_import(
     config: Config, request: ImportRequest, system: origins.System | None = None
 ) -> ImportPlan:
     """Look at store and origin; change nothing. Raise what makes them no pair."""
-    store = _absolute(request.store)
-    given = None if request.origin is None else _absolute(request.origin)
+    store = origins.absolute(request.store)
+    given = None if request.origin is None else origins.absolute(request.origin)
     found = native.inspect(store, origin=given)
     settings = read_settings(found.meta, fallback_name=store.name)
     name = check_new_name(request.name or settings.name, what="volume")
@@ -85,7 +85,7 @@ def plan_import(
         store=str(store),
         size_bytes=found.size_bytes,
         snapshots=tuple(
-            FoundSnapshot(name=_name_of(epoch, meta), epoch=epoch, damage=damage)
+            FoundSnapshot(name=snapshot_record(epoch, meta).name, epoch=epoch, damage=damage)
             for epoch, has_snapshot, _, meta, damage in found.epochs
             if has_snapshot
         ),
@@ -163,15 +163,3 @@ def _notes(found: native.Inspection) -> list[str]:
     if found.origin_failure:
         notes.append(f"its origin failed: {found.origin_failure}")
     return notes
-
-
-def _name_of(epoch: int, meta: bytes) -> str:
-    try:
-        return codec.load("snapshot-record", SnapshotRecord, meta).name
-    except StillblockError:
-        return f"epoch-{epoch}"
-
-
-def _absolute(path: Path) -> Path:
-    """Return an absolute path that keeps its symlinks: a device's id is steadier than its name."""
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100

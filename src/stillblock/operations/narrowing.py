@@ -311,7 +311,4 @@ def _settled(
         left_out.sort(key=lambda part: part.start)
         record = replace(record, terms=found.outcomes(), notes=found.notes)
         record = with_left_out(record, left_out)
-    instant = Instant(
-        epoch=epoch.epoch, size_bytes=epoch.size_bytes, created_unix_ns=epoch.created_unix_ns
-    )
-    return sealed(record, instant, extents), extents
+    return sealed(record, Instant.of(epoch), extents), extents

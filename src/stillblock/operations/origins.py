@@ -65,6 +65,11 @@ class System:
     swaps: Path = Path("/proc/swaps")
 
 
+def absolute(path: Path) -> Path:
+    """Return an absolute path that keeps its symlinks: a device's id is steadier than its name."""
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
+
+
 def image_format(head: bytes, tail: bytes) -> str | None:
     """Return what qemu-img calls the image, or None if nothing says that it is not raw.
 

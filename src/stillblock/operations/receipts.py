@@ -18,6 +18,8 @@ from stillblock.selection.resolution import RESOLUTION_VERSION
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from stillblock import native
+
 _PLAIN_MAX: Final = 64
 """Extents that a record lists in words; more are packed: free space has tens of thousands."""
 _OF_THE_MOMENT: Final = ("name", "is_protected", "description", "digest")
@@ -32,6 +34,13 @@ class Instant:
     epoch: int
     size_bytes: int
     created_unix_ns: int
+
+    @classmethod
+    def of(cls, told: native.Epoch | native.Instant) -> Instant:
+        """Return it of an instant that was just taken, or of a snapshot that is there."""
+        return cls(
+            epoch=told.epoch, size_bytes=told.size_bytes, created_unix_ns=told.created_unix_ns
+        )
 
 
 def versions() -> dict[str, str]:

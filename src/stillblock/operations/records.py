@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stillblock import native
     from stillblock.model import VolumeConfig
 
-SNAPSHOT_KIND: Final = "snapshot-record"
+_SNAPSHOT_KIND: Final = "snapshot-record"
 _BOOKMARK_KIND: Final = "bookmark-record"
 
 
@@ -30,7 +30,7 @@ def encode_settings(settings: VolumeConfig) -> bytes:
 
 def encode_snapshot(record: SnapshotRecord) -> bytes:
     """Return a snapshot's record as the store keeps it."""
-    return codec.dump(SNAPSHOT_KIND, record)
+    return codec.dump(_SNAPSHOT_KIND, record)
 
 
 def encode_bookmark(record: BookmarkRecord) -> bytes:
@@ -38,12 +38,12 @@ def encode_bookmark(record: BookmarkRecord) -> bytes:
     return codec.dump(_BOOKMARK_KIND, record)
 
 
-def snapshot_record(epoch: native.Epoch) -> SnapshotRecord:
+def snapshot_record(epoch: int, meta: bytes) -> SnapshotRecord:
     """Read a record; a snapshot whose record is not ours stays reachable, by its number."""
     try:
-        return codec.load(SNAPSHOT_KIND, SnapshotRecord, epoch.meta)
+        return codec.load(_SNAPSHOT_KIND, SnapshotRecord, meta)
     except StillblockError:
-        return SnapshotRecord(name=f"epoch-{epoch.epoch}", id=f"{epoch.epoch:016x}")
+        return SnapshotRecord(name=f"epoch-{epoch}", id=f"{epoch:016x}")
 
 
 def bookmark_record(epoch: native.Epoch) -> BookmarkRecord:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import native, selection
 from stillblock.errors import RestoreRunningError, RuleError
-from stillblock.extents import intersect, normalise, subtract, total_bytes, union
+from stillblock.extents import clip, intersect, normalise, subtract, total_bytes, union
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Extents,
@@ -18,7 +18,7 @@ from stillblock.model import (
     SnapshotRecord,
     format_size,
 )
-from stillblock.operations.disks import LiveDisk, SnapshotDisk
+from stillblock.operations.disks import SnapshotDisk
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import versions, with_left_out
 from stillblock.operations.records import encode_snapshot, new_id
@@ -82,6 +82,8 @@ class WaitRequest:
 class _Prepared:
     snapshot: Snapshot
     request: Extents
+    standing: Explanation
+    """What the safety snapshot would keep if nothing were restored."""
     safety_selection: Extents
     plan: RestorePlan
 
@@ -102,7 +104,7 @@ def start_restore(volume: OpenVolume, request: RestoreRequest) -> RestoreProgres
             )
         prepared = _prepare(volume, request)
         plan = prepared.plan
-        explained = _standing(volume)
+        explained = prepared.standing
         kept = prepared.safety_selection
         record = SnapshotRecord(
             name=plan.safety_name,
@@ -193,7 +195,8 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         parts = _by_partition(disk, extents)
     finally:
         view.close()
-    safety = union(_standing(volume).extents, _within(extents, LiveDisk(volume.engine)))
+    standing = _standing(volume)
+    safety = union(standing.extents, clip(extents, start=0, end=volume.engine.size_bytes))
     lost_bytes = total_bytes(intersect(normalise(snapshot.epoch.lost), wanted))
     plan = RestorePlan(
         volume=volume.name,
@@ -207,7 +210,13 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         lost_bytes=lost_bytes,
         warnings=_warnings(snapshot, lost_bytes),
     )
-    return _Prepared(snapshot=snapshot, request=wanted, safety_selection=safety, plan=plan)
+    return _Prepared(
+        snapshot=snapshot,
+        request=wanted,
+        standing=standing,
+        safety_selection=safety,
+        plan=plan,
+    )
 
 
 def _warnings(snapshot: Snapshot, lost_bytes: int) -> tuple[str, ...]:
@@ -229,7 +238,7 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
     parts: list[tuple[str, Extents]] = []
     rest = extents
     for partition in partitions:
-        inside = intersect(extents, ((partition.start, partition.end),))
+        inside = intersect(extents, (partition.extent,))
         rest = subtract(rest, inside)
         parts.append((partition.label, inside))
     parts.append((_OUTSIDE if partitions else "whole disk", rest))
@@ -238,10 +247,6 @@ def _by_partition(disk: Disk, extents: Extents) -> tuple[RestorePart, ...]:
         for label, found in parts
         if found
     )
-
-
-def _within(extents: Extents, disk: LiveDisk) -> Extents:
-    return intersect(extents, ((0, disk.size),))
 
 
 def _without(left_out: tuple[LeftOut, ...], kept: Extents) -> tuple[LeftOut, ...]:

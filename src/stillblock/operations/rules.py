@@ -221,9 +221,6 @@ def explain_frozen(
 def _explanation(
     resolved: selection.Resolution, rules: tuple[RuleTerm, ...], *, volume: str
 ) -> Explanation:
-    left_out = tuple(
-        LeftOut(start=part.start, end=part.end, because=part.because) for part in resolved.excluded
-    )
     pending = resolved.pending
     return Explanation(
         volume=volume,
@@ -239,16 +236,14 @@ def _explanation(
                 note=term.note,
                 is_low=term.is_low,
                 file_count=term.file_count,
-                unresolved=tuple(
-                    Unresolved(place=where.place, reason=where.reason) for where in term.unresolved
-                ),
+                unresolved=term.unresolved,
             )
             for term in resolved.terms
         ),
         extents=resolved.extents,
         selected_bytes=resolved.selected_bytes,
-        left_out=left_out,
-        left_out_bytes=total_bytes(tuple((part.start, part.end) for part in left_out)),
+        left_out=resolved.excluded,
+        left_out_bytes=total_bytes(tuple((part.start, part.end) for part in resolved.excluded)),
         low=resolved.low,
         low_bytes=total_bytes(resolved.low),
         notes=resolved.notes,

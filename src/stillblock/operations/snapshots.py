@@ -230,7 +230,7 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         )
         if record.is_final:
             extents = volume.engine.selection(epoch=instant.epoch)
-            record = sealed(record, _instant_of(instant), extents)
+            record = sealed(record, Instant.of(instant), extents)
         try:
             volume.store_record(instant.epoch, record)
         finally:  # it is there, whatever could not be written beside it
@@ -292,13 +292,7 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         versions=record.versions,
         digest=record.digest,
         is_intact=not can_be_checked
-        or digest_of(record, _instant_of(epoch), extents) == record.digest,
-    )
-
-
-def _instant_of(told: native.Epoch | native.Instant) -> Instant:
-    return Instant(
-        epoch=told.epoch, size_bytes=told.size_bytes, created_unix_ns=told.created_unix_ns
+        or digest_of(record, Instant.of(epoch), extents) == record.digest,
     )
 
 

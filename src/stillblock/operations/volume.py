@@ -292,7 +292,7 @@ class OpenVolume:
     def snapshots(self) -> tuple[Snapshot, ...]:
         """Return every snapshot, oldest first; those taken to explain rules are nobody's."""
         found = (
-            Snapshot(epoch=epoch, record=snapshot_record(epoch))
+            Snapshot(epoch=epoch, record=snapshot_record(epoch.epoch, epoch.meta))
             for epoch in self.engine.epochs()
             if epoch.has_snapshot
         )
@@ -303,7 +303,8 @@ class OpenVolume:
         return tuple(
             epoch.epoch
             for epoch in self.engine.epochs()
-            if epoch.has_snapshot and snapshot_record(epoch).purpose is SnapshotPurpose.PROBE
+            if epoch.has_snapshot
+            and snapshot_record(epoch.epoch, epoch.meta).purpose is SnapshotPurpose.PROBE
         )
 
     def bookmarks(self) -> tuple[Bookmark, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from stillblock.model import (
 )
 from stillblock.operations import origins
 from stillblock.operations.disks import open_raw
+from stillblock.operations.narrowing import resume_narrowing
 from stillblock.operations.records import encode_settings
 from stillblock.operations.registry import (
     JOURNAL,
@@ -43,7 +43,7 @@ from stillblock.operations.registry import (
 )
 from stillblock.operations.rules import default_rules, expanded, explain_on
 from stillblock.operations.usage import check_limit
-from stillblock.operations.volume import OpenVolume
+from stillblock.operations.volume import EngineOptions, OpenVolume
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,8 +121,8 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
     _check_block_size(request.block_size)
     check_limit(request.store_limit_bytes)
     origin, store = (
-        _absolute(request.origin),
-        _absolute(request.store or config.default_store(request.name)),
+        origins.absolute(request.origin),
+        origins.absolute(request.store or config.default_store(request.name)),
     )
     size_bytes = origins.check_origin(origin)
     with open_catalog(config) as catalog:
@@ -228,6 +228,17 @@ def _complete_origin(config: Config, name: str, store: Path) -> None:
         native.check_unused(store)
 
 
+def open_volume(config: Config, name: str, options: EngineOptions | None = None) -> OpenVolume:
+    """Open a volume to work with it, and go on with what an earlier process left to narrow."""
+    volume = OpenVolume.open(config, name, options)
+    try:
+        resume_narrowing(volume)
+    except BaseException:
+        volume.close()
+        raise
+    return volume
+
+
 def release_volume(volume: OpenVolume) -> Released:
     """Stop cleanly: everything is on the origin when this returns."""
     with volume.lock:
@@ -278,11 +289,6 @@ def _listing(entry: VolumeEntry, *, is_served: bool) -> VolumeListing:
         size_bytes=size_bytes,
         note=note,
     )
-
-
-def _absolute(path: Path) -> Path:
-    """Return an absolute path that keeps its symlinks: a device's id is steadier than its name."""
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
 
 
 def _check_block_size(block_size: int) -> None:

@@ -16,9 +16,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stillblock.model import Unresolved
     from stillblock.selection.confinement import Limits, can_filter_calls
     from stillblock.selection.disk import Disk
-    from stillblock.selection.facts import Phase, Unresolved
+    from stillblock.selection.facts import Phase
     from stillblock.selection.frozen import resolve_frozen
     from stillblock.selection.partition_table import Partition, PartitionTable, PartitionTableError
     from stillblock.selection.partitions import read_partitions

@@ -9,7 +9,7 @@ byte is left out only if every claim on it says so (docs/adr/0008-designation-by
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from stillblock.extents import intersect, normalise, round_out, subtract, total_bytes, whole
+from stillblock.extents import intersect, normalise, round_out, subtract, total_bytes, union, whole
 from stillblock.model import Extent, Extents, LeftOut, RuleTerm
 
 NOT_INCLUDED = "not included by any term"
@@ -148,7 +148,7 @@ def _apart(
     result: list[tuple[int | None, Extents]] = []
     for index in sorted(by_index, key=lambda index: -1 if index is None else index, reverse=True):
         extents = subtract(normalise(by_index[index]), taken)
-        taken = normalise((*taken, *extents))
+        taken = union(taken, extents)
         result.append((index, extents))
     return result
 

@@ -5,13 +5,13 @@ from enum import StrEnum
 from typing import Protocol
 
 from stillblock.errors import OriginIOError, RuleError
-from stillblock.model import Extents
+from stillblock.model import Extents, Unresolved
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems import Content, Identity, UnresolvedError
 from stillblock.selection.partition_table import printable
 from stillblock.selection.partitions import PartitionTable, read_partitions
 from stillblock.selection.places import Place, Places, read_places
-from stillblock.selection.survey import Survey, SurveyRequest, is_named, is_place_name
+from stillblock.selection.survey import Survey, SurveyRequest, is_named, place_name_of
 
 
 class Phase(StrEnum):
@@ -21,17 +21,6 @@ class Phase(StrEnum):
     """Before the instant: it holds from the first write after it."""
     FROZEN = "frozen"
     """On the frozen view, after the instant: until then what it may leave out stays selected."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unresolved:
-    """Somewhere that a term could not be resolved: an exclusion leaves nothing out there, an
-    inclusion takes all of it.
-    """
-
-    place: str
-    """`part:2`, `lv:vg/root`, `disk`."""
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +108,8 @@ class DiskFacts:
 
         Raise `RuleError` if there is none and all could be asked.
         """
-        if is_place_name(name):
-            return [self._filesystem_at(name)], []
+        if (wanted := place_name_of(name)) is not None:
+            return [self._filesystem_at(wanted)], []
         found: list[Place] = []
         silent: list[tuple[Unresolved, Place]] = []
         labels: list[str] = []
@@ -140,8 +129,7 @@ class DiskFacts:
             )
         return found, silent
 
-    def _filesystem_at(self, name: str) -> Place:
-        wanted = f"lv:{name}" if "/" in name else f"part:{int(name)}"
+    def _filesystem_at(self, wanted: str) -> Place:
         for place in self.places.places:
             if place.name == wanted and place.is_filesystem:
                 return place

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from stillblock.errors import RuleError
-from stillblock.extents import normalise, subtract, whole
-from stillblock.model import Extents
-from stillblock.selection.facts import DiskFacts, Match, Unresolved
+from stillblock.extents import normalise, whole
+from stillblock.model import Extents, Unresolved
+from stillblock.selection.facts import DiskFacts, Match
 from stillblock.selection.globs import Glob
 from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place
@@ -142,11 +142,6 @@ class Zero:
     def resolve(self, facts: DiskFacts) -> Match:
         """Return the whole disk: any block may be zero."""
         return Match(extents=(), frozen=whole(facts.size))
-
-
-def excluded_extents(match: Match) -> Extents:
-    """Return what an exclusion leaves out for certain."""
-    return subtract(match.extents, match.kept)
 
 
 def _all_of(places: "tuple[Place, ...] | list[Place]") -> Extents:

@@ -9,10 +9,10 @@ from typing import Final
 
 from stillblock.errors import StillblockError
 from stillblock.extents import intersect, normalise, subtract, total_bytes, union, whole
-from stillblock.model import Extent, Extents
+from stillblock.model import Extent, Extents, Unresolved
 from stillblock.selection.decision import Claim, Decision, decide_with_doubt
 from stillblock.selection.disk import Disk, read_exactly
-from stillblock.selection.facts import Readers, Unresolved
+from stillblock.selection.facts import Readers
 from stillblock.selection.file_terms import SWAP_HEADER_BYTES, Paths
 from stillblock.selection.filesystems import UnresolvedError
 from stillblock.selection.filesystems.signatures import Content, identify

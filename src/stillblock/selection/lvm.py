@@ -158,15 +158,34 @@ def _checksum(data: bytes) -> int:
 # Volume groups ----------------------------------------------------------------------------------
 
 
-def logical_volumes(volumes: Sequence[PhysicalVolume]) -> tuple[LogicalVolume, ...]:
-    """Return every logical volume of the groups whose physical volumes these are.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeGroups:
+    """What the metadata on physical volumes says of the groups that they belong to."""
+
+    volumes: tuple[LogicalVolume, ...]
+    members: dict[str, tuple[Extent, ...]]
+    """Where the physical volumes of each group lie, by the group's name."""
+
+
+def read_groups(volumes: Sequence[PhysicalVolume]) -> VolumeGroups:
+    """Return what the groups are made of whose physical volumes these are.
 
     Raise `LvmError` if the metadata contradicts itself, or its copies one another: where nothing is
     known of a group, all of its physical volumes are opaque.
     """
+    # Most physical volumes of a group hold the same text, and one may be long: read it once.
+    texts = dict.fromkeys(volume.text for volume in volumes if volume.text is not None)
+    groups = {text: _group(text) for text in texts}
+    return VolumeGroups(
+        volumes=_logical_volumes(groups.values(), volumes), members=_members(groups, volumes)
+    )
+
+
+def _logical_volumes(
+    groups: Iterable[tuple[str, Section]], volumes: Sequence[PhysicalVolume]
+) -> tuple[LogicalVolume, ...]:
     newest: dict[str, tuple[int, str, Section]] = {}
-    for text in dict.fromkeys(volume.text for volume in volumes if volume.text is not None):
-        name, group = _group(text)
+    for name, group in groups:
         identity, sequence = _string(group, "id"), _number(group, "seqno")
         known = newest.get(identity)
         if known is not None and known[0] == sequence:
@@ -179,28 +198,23 @@ def logical_volumes(volumes: Sequence[PhysicalVolume]) -> tuple[LogicalVolume, .
     found: list[LogicalVolume] = []
     for _, name, group in newest.values():
         found += _volumes_of(name, group, volumes)
-    every = sorted(piece for volume in found for piece in volume.pieces)
-    if any(after[0] < before[1] for before, after in pairwise(every)):
-        raise LvmError("logical volumes of two volume groups overlap")
+    _refuse_overlaps(found, of="two volume groups")
     return tuple(found)
 
 
-def group_members(volumes: Sequence[PhysicalVolume]) -> dict[str, tuple[Extent, ...]]:
-    """Return where the physical volumes of each group lie, by the group's name."""
-    by_id = {volume.id: volume for volume in volumes}
+def _members(
+    groups: dict[str, tuple[str, Section]], volumes: Sequence[PhysicalVolume]
+) -> dict[str, tuple[Extent, ...]]:
     found: dict[str, set[Extent]] = {}
     for volume in volumes:
         if volume.text is None:
             continue
-        name, group = _group(volume.text)
+        name, group = groups[volume.text]
         members = found.setdefault(name, set())
         members.add((volume.start, volume.end))
         # A member may hold no copy of the text, which names it all the same.
-        for described in _section(group, "physical_volumes").values():
-            if isinstance(described, dict):
-                member = by_id.get(_string(described, "id").replace("-", ""))
-                if member is not None:
-                    members.add((member.start, member.end))
+        for _, _, member in _present(_section(group, "physical_volumes"), volumes):
+            members.add((member.start, member.end))
     return {name: tuple(sorted(extents)) for name, extents in found.items()}
 
 
@@ -232,10 +246,14 @@ def _volumes_of(
         found.append(
             LogicalVolume(group=group_name, name=name, pieces=pieces, opaque_reason=reason)
         )
-    every = sorted(piece for volume in found for piece in volume.pieces)
-    if any(after[0] < before[1] for before, after in pairwise(every)):
-        raise LvmError(f"logical volumes of {group_name} overlap")
+    _refuse_overlaps(found, of=group_name)
     return found
+
+
+def _refuse_overlaps(volumes: Iterable[LogicalVolume], *, of: str) -> None:
+    every = sorted(piece for volume in volumes for piece in volume.pieces)
+    if any(after[0] < before[1] for before, after in pairwise(every)):
+        raise LvmError(f"logical volumes of {of} overlap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,21 +266,29 @@ class _Place:
 
 
 def _places(section: Section, volumes: Sequence[PhysicalVolume]) -> dict[str, _Place]:
-    by_id = {volume.id: volume for volume in volumes}
-    if len(by_id) != len(volumes):
+    if len({volume.id for volume in volumes}) != len(volumes):
         raise LvmError("two physical volumes have the same id")
     places = {}
-    for name, described in section.items():
-        if not isinstance(described, dict):
-            continue
-        volume = by_id.get(_string(described, "id").replace("-", ""))
-        if volume is not None and "MISSING" not in _words(described.get("status")):
+    for name, described, volume in _present(section, volumes):
+        if "MISSING" not in _words(described.get("status")):
             places[name] = _Place(
                 start=volume.start + _number(described, "pe_start") * _SECTOR,
                 end=volume.end,
                 extent_count=_number(described, "pe_count"),
             )
     return places
+
+
+def _present(
+    section: Section, volumes: Sequence[PhysicalVolume]
+) -> Iterable[tuple[str, Section, PhysicalVolume]]:
+    """Yield the name and description of each physical volume of a group that is among these."""
+    by_id = {volume.id: volume for volume in volumes}
+    for name, described in section.items():
+        if isinstance(described, dict):
+            volume = by_id.get(_string(described, "id").replace("-", ""))
+            if volume is not None:
+                yield name, described, volume
 
 
 def _used_by_others(sections: Iterable[Section]) -> set[str]:

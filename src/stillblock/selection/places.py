@@ -20,8 +20,7 @@ from stillblock.selection.filesystems.signatures import (
 )
 from stillblock.selection.lvm import (
     PhysicalVolume,
-    group_members,
-    logical_volumes,
+    read_groups,
     read_physical_volume,
 )
 from stillblock.selection.lvm_text import LvmTextError
@@ -198,8 +197,7 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
         except (LvmTextError, OriginIOError) as error:
             places.append(replace(place, opaque_reason=error.message))
     try:
-        logical = logical_volumes(physical)
-        groups = group_members(physical)
+        groups = read_groups(physical)
     except LvmTextError as error:
         places += (
             replace(place, opaque_reason=error.message)
@@ -207,7 +205,7 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
             if any(place.pieces[0][0] == volume.start for volume in physical)
         )
         return Places(places=tuple(places), notes=_notes(places))
-    for volume in logical:
+    for volume in groups.volumes:
         place = Place(
             name=f"lv:{volume.full_name}",
             pieces=volume.pieces,
@@ -216,7 +214,7 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
         places.append(_identified(place, disk) if volume.pieces else place)
     return Places(
         places=tuple(places),
-        groups=tuple((name, normalise(extents)) for name, extents in groups.items()),
+        groups=tuple((name, normalise(extents)) for name, extents in groups.members.items()),
         notes=_notes(places),
     )
 

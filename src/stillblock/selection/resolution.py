@@ -14,11 +14,11 @@ from typing import Final
 
 from stillblock import codec
 from stillblock.errors import RuleError
-from stillblock.extents import intersect, subtract, total_bytes, union
-from stillblock.model import Extents, LeftOut, RuleTerm, format_size
+from stillblock.extents import intersect, subtract, total_bytes, union, whole
+from stillblock.model import Extents, LeftOut, RuleTerm, Unresolved, format_size
 from stillblock.selection.decision import Decision, decide_with_doubt
 from stillblock.selection.disk import Disk
-from stillblock.selection.facts import DiskFacts, Match, Phase, Readers, Unresolved
+from stillblock.selection.facts import DiskFacts, Match, Phase, Readers
 from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place
 from stillblock.selection.rules import Rules
@@ -253,7 +253,7 @@ def resolve(
 def _without_settled(pending: Pending, decision: Decision) -> Pending:
     """Return only what the frozen view can still change: no worker is started in vain."""
     # Bytes that no later term decides for certain, from the last term to the first.
-    open_extents: Extents = ((0, pending.disk_size),) if pending.disk_size else ()
+    open_extents = whole(pending.disk_size)
     is_zero_open = False
     may_change: Extents = ()
     swap_left_out: Extents = ()

@@ -6,7 +6,7 @@ from typing import Final
 
 from stillblock.errors import RuleError, UnsupportedVersionError
 from stillblock.model import RuleTerm
-from stillblock.selection.presets import Presets
+from stillblock.selection.presets import ACTIONS, Presets
 from stillblock.selection.terms import parse_term
 
 RULES_VERSION: Final = 1
@@ -45,7 +45,7 @@ class Rules:
         """
         terms = []
         for action, text in (presets or Presets()).expanded(pairs):
-            if action not in ("include", "include-low", "exclude"):
+            if action not in ACTIONS:
                 raise RuleError(f"{action!r} is neither include nor exclude (term {text!r})")
             is_low = action == "include-low"
             terms.append(Term(include=action != "exclude", text=text.strip(), is_low=is_low))

@@ -131,15 +131,17 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
-def is_place_name(name: str) -> bool:
-    """Whether a filesystem's name is that of its place: a partition's number or `vg/lv`."""
-    return re.fullmatch(r"[0-9]{1,4}|[A-Za-z0-9+_.-]+/[A-Za-z0-9+_.-]+", name) is not None
+def place_name_of(name: str) -> str | None:
+    """Return which place a partition's number or `vg/lv` names; None: it is a label or uuid."""
+    if re.fullmatch(r"[0-9]{1,4}|[A-Za-z0-9+_.-]+/[A-Za-z0-9+_.-]+", name) is None:
+        return None
+    return f"lv:{name}" if "/" in name else f"part:{int(name)}"
 
 
 def is_named(name: str, *, identity: Identity, place_name: str) -> bool:
     """Whether a filesystem is meant by a label, a uuid, a partition's number or `vg/lv`."""
-    if is_place_name(name):
-        return place_name == (f"lv:{name}" if "/" in name else f"part:{int(name)}")
+    if (wanted := place_name_of(name)) is not None:
+        return place_name == wanted
     # Who asks knows a label only as it is shown; to show it twice changes nothing.
     return shown(name) == shown(identity.label) or (name.lower() == identity.uuid.lower() != "")
 

@@ -37,7 +37,7 @@ from stillblock.selection.wire import (
     unpack_document,
 )
 
-TERM_LENGTH_MAX: Final = 4096
+_PATH_LENGTH_MAX: Final = 4096
 """Characters of a path: as long as one may be."""
 _CAVEATS_MAX: Final = 20
 
@@ -289,14 +289,8 @@ def _survey(
         raise WireError("a survey whose parts do not fit one another")
     if any(not 0 <= index < term_count for group in groups for index in group):
         raise WireError("a survey of terms that nobody asked for")
-    if any(count < 0 for count in counts) or sum(counts) * 2 != len(numbers):
-        raise WireError("a survey with other extents than it counts")
     identity = _identity(document.get("identity"), size=size)
-    extents: list[Extents] = []
-    position = 0
-    for count in counts:
-        extents.append(_extents(numbers[position : position + 2 * count], size=identity.size))
-        position += 2 * count
+    extents = _in_lists(numbers, counts, size=identity.size)
     return Survey(
         identity=identity,
         caveats=tuple(shown(caveat) for caveat in caveats[:_CAVEATS_MAX]),
@@ -320,16 +314,10 @@ def _census(document: object, numbers: "array[int]", *, size: int) -> Census:
     counts = codec.from_json(tuple[int, ...], document.get("counts"))
     if len(paths) > PARTS_MAX or len(counts) != len(paths) + 1:
         raise WireError("a census whose parts do not fit one another")
-    if any(count < 0 for count in counts) or sum(counts) * 2 != len(numbers):
-        raise WireError("a census with other extents than it counts")
-    extents: list[Extents] = []
-    position = 0
-    for count in counts:
-        extents.append(_extents(numbers[position : position + 2 * count], size=size))
-        position += 2 * count
+    extents = _in_lists(numbers, counts, size=size)
     return Census(
         parts=tuple(
-            Part(path=path[:TERM_LENGTH_MAX], extents=found)
+            Part(path=path[:_PATH_LENGTH_MAX], extents=found)
             for path, found in zip(paths, extents[:-1], strict=True)
         ),
         free=extents[-1],
@@ -347,6 +335,18 @@ def _tally(tally: Tally) -> Tally:
         unmapped_reason=shown(tally.unmapped_reason),
         linked_count=tally.linked_count,
     )
+
+
+def _in_lists(numbers: "array[int]", counts: tuple[int, ...], *, size: int) -> list[Extents]:
+    """Return the extents behind an answer, in lists of as many as it counts."""
+    if any(count < 0 for count in counts) or sum(counts) * 2 != len(numbers):
+        raise WireError("other extents than it counts")
+    found: list[Extents] = []
+    position = 0
+    for count in counts:
+        found.append(_extents(numbers[position : position + 2 * count], size=size))
+        position += 2 * count
+    return found
 
 
 def _extents(numbers: "array[int]", *, size: int) -> Extents:

@@ -11,7 +11,6 @@ from stillblock.operations.narrowing import (
     WAIT_MS_MAX,
     NarrowingProgress,
     WaitNarrowingRequest,
-    resume_narrowing,
 )
 from stillblock.operations.recovery import Accepted, AcceptRequest
 from stillblock.operations.restore import RestorePlan, RestoreRequest, WaitRequest
@@ -33,7 +32,7 @@ from stillblock.operations.verification import (
     VerifyRequest,
     WaitVerifyRequest,
 )
-from stillblock.operations.volume import EngineOptions, OpenVolume
+from stillblock.operations.volumes import open_volume
 from stillblock.service import verbs
 from stillblock.service.verbs import NoRequest, Verb
 
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
     from stillblock.operations.usage import PolicyRequest
+    from stillblock.operations.volume import EngineOptions, OpenVolume
     from stillblock.operations.volumes import Released, Resized
 
 _TELL_MS: Final = 1000
@@ -318,10 +318,4 @@ def open_session(config: Config, name: str, options: EngineOptions | None = None
     socket_path = find_server(config, name)
     if socket_path is not None:
         return RemoteSession(socket_path, name)
-    opened = OpenVolume.open(config, name, options)
-    try:
-        resume_narrowing(opened)
-    except BaseException:
-        opened.close()
-        raise
-    return LocalSession(opened)
+    return LocalSession(open_volume(config, name, options))

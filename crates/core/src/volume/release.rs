@@ -166,9 +166,10 @@ impl Volume {
             return Ok(0);
         }
         // First changes of what it let go of take no slots from here on.
-        self.rebuild_bits(committer.epoch);
+        self.note_decision(&mut committer);
         self.wipe_buffer(&mut committer);
-        self.let_go(committer)
+        drop(committer);
+        self.free_space()
     }
 
     /// Wipe the slots that nobody uses: they hold what was written once, to blocks that nobody may
@@ -276,19 +277,20 @@ impl Volume {
         self.let_go(committer).map(|_| ())
     }
 
-    /// The bits follow the registry; then the space goes back. Holds the role for the bits: no batch
-    /// is under way, and only requests that set nothing run beside it.
+    /// The bits follow the registry; then the space goes back.
     fn let_go(&self, mut committer: MutexGuard<'_, Committer>) -> Result<u64> {
-        committer.decisions += 1;
-        self.rebuild_bits(committer.epoch);
+        self.note_decision(&mut committer);
         drop(committer);
         self.free_space()
     }
 
-    /// Bits only go down here, and no slot, batch or instant can set or clear one meanwhile.
-    fn rebuild_bits(&self, current: u32) {
+    /// Something is to be given back, and the bits follow the registry. Holds the role for them: no
+    /// batch is under way, and only requests that set nothing run beside it. Bits only go down here,
+    /// and no slot, batch or instant can set or clear one meanwhile.
+    fn note_decision(&self, committer: &mut Committer) {
+        committer.decisions += 1;
         let blocks = self.block_count(self.size_bytes());
-        let (unsettled, pending) = self.bits(current, blocks);
+        let (unsettled, pending) = self.bits(committer.epoch, blocks);
         let mut state = self.state.lock();
         if unsettled.block_count() == state.unsettled.block_count() {
             (state.unsettled, state.pending) = (unsettled, pending);

@@ -320,7 +320,9 @@ class _Log:
         size = 8 if self._incompat & _BIT64 else 4
         used = int.from_bytes(block[12:16], "big")
         end = len(block) - (4 if self._seed is not None else 0)
-        if not self._incompat & _REVOKES or not 16 <= used <= end or (used - 16) % size:
+        # The journal may not say yet that it has revocations: JBD2 sets that flag in memory with
+        # the first one, and writes it when it next moves the tail.
+        if not 16 <= used <= end or (used - 16) % size:
             raise self._damaged("it takes back what it does not say")
         for at in range(16, used, size):
             transaction.revoked.append(int.from_bytes(block[at : at + size], "big"))

@@ -24,7 +24,7 @@ PREFIX: Final = "preset:"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _FILE_BYTES_MAX: Final = 1 << 20
 """A thousand terms of a line each take a tenth of it."""
-_ACTIONS: Final = ("include", "include-low", "exclude")
+ACTIONS: Final = ("include", "include-low", "exclude")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ def _parsed(name: str, text: str, *, source: str) -> Preset:
 def _pair(term: object, *, source: str) -> tuple[str, str]:
     if isinstance(term, str):
         action, _, text = term.strip().partition(" ")
-        if action in _ACTIONS and text.strip() and not text.strip().startswith(PREFIX):
+        if action in ACTIONS and text.strip() and not text.strip().startswith(PREFIX):
             return action, text.strip()
     raise RuleError(
         f"{source}: {printable(str(term)[:80])} is no term of a preset",

@@ -189,14 +189,20 @@ def journalled(tmp_path: Path, *commands: str, version: int = 3, options=("-b", 
 
 def rewind(image: Path, *, has_checksums: bool) -> None:
     """Let the journal start with its first transaction: debugfs leaves only the last to replay."""
+    disk = FileDisk(image)
+    place = min(blocks_by_debugfs(image, "<8>")) * 1024
+    first = disk.pread(offset=place + 1024, length=12)
+    assert first[:4] == MAGIC
+    change_superblock(image, 0x18, first[8:] + (1).to_bytes(4, "big"), has_checksums=has_checksums)
+
+
+def change_superblock(image: Path, at: int, new: bytes, *, has_checksums: bool = True) -> None:
+    """Write to the journal's superblock as its owner would."""
     place = min(blocks_by_debugfs(image, "<8>")) * 1024
     with image.open("r+b") as file:
-        file.seek(place + 1024)
-        assert file.read(4) == MAGIC
-        sequence = file.read(8)[4:]
         file.seek(place)
         raw = bytearray(file.read(1024))
-        raw[0x18:0x20] = sequence + (1).to_bytes(4, "big")
+        raw[at : at + len(new)] = new
         if has_checksums:
             raw[0xFC:0x100] = bytes(4)
             raw[0xFC:0x100] = (~crc32c(bytes(raw)) & 0xFFFFFFFF).to_bytes(4, "big")
@@ -232,6 +238,16 @@ def test_a_journal_made_by_hand_is_replayed_as_e2fsck_does(
     image = journalled(tmp_path, *commands, version=version, options=options)
     changed = check_bytes(image, replayed(image))
     assert changed == expected
+
+
+def test_revocations_count_before_the_journal_says_that_it_has_any(tmp_path):
+    """JBD2 sets the flag in memory with the first of them; the disk hears of it some time later."""
+    image = journalled(tmp_path, "journal_write -b B,B1 one", "journal_write -r B")
+    place = min(blocks_by_debugfs(image, "<8>")) * 1024
+    features = int.from_bytes(FileDisk(image).pread(offset=place + 0x28, length=4), "big")
+    assert features & 1
+    change_superblock(image, 0x28, (features & ~1).to_bytes(4, "big"))
+    assert check_bytes(image, replayed(image)) == 1
 
 
 # What is refused --------------------------------------------------------------------------------

@@ -582,8 +582,9 @@ class Oracle:
         if text in ("free", "swap") or text.startswith("path:"):
             return include and self.is_unresolved(text, index)
         if text == "fs:data":
+            # What cannot be opened may have the name too.
             silent = [n for n, one in enumerate(self.found) if one.open_error]
-            return index == 1 if 1 not in silent else include and index in silent
+            return include if index in silent else index == 1
         ranges = {"1MiB-1100KiB": (MIB, 1100 * KIB), "1200KiB+300KiB": (1200 * KIB, 1500 * KIB)}
         if text in ranges:
             start, end = ranges[text]
@@ -602,7 +603,7 @@ class Oracle:
             return False
         if not text.startswith("path:data:"):
             return True
-        return index == 1 or (bool(self.found[1].open_error) and bool(self.found[0].open_error))
+        return index == 1 or bool(self.found[index].open_error)
 
     def is_unresolved(self, text: str, index: int) -> bool:
         if not self.concerns(text, index):

@@ -20,7 +20,7 @@ from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.guest import GuestFreeze
 from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
-from stillblock.errors import NotQuietError, QuiesceError, RefusedError, UsageError
+from stillblock.errors import ClosedError, NotQuietError, QuiesceError, RefusedError, UsageError
 from stillblock.model import (
     Consistency,
     ConsistencySettings,
@@ -74,6 +74,10 @@ class Occasion:
     """Where it is written down what is frozen, for the next server."""
     selection: Extents | None = None
     """`idle`: the ranges that have to be quiet; None: the whole disk."""
+    before_freeze: Callable[[], None] = lambda: None
+    """Called once hooks have run, before anything is frozen: what may have to wait for others."""
+    is_closing: threading.Event = field(default_factory=threading.Event)
+    """Set once nobody may wait for a quiet moment any longer."""
 
 
 def check_settings(settings: ConsistencySettings) -> None:
@@ -129,6 +133,7 @@ class Moment:
             if level is Consistency.APPLICATION and self._settings.hooks is not None:
                 self._prepare_applications(Path(self._settings.hooks))
             if level in {Consistency.FILESYSTEM, Consistency.APPLICATION}:
+                self._occasion.before_freeze()
                 self._freeze()
         if self._shortfalls:
             # Half of it held still for nothing.
@@ -206,7 +211,10 @@ class Moment:
     # The instant
 
     def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
-        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never."""
+        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never.
+
+        Raise `ClosedError` if that was waited for until the volume closes.
+        """
         if self._settings.level is not Consistency.IDLE:
             return snapshot(None, self._passed)
         begun_ns = time.monotonic_ns()
@@ -244,7 +252,11 @@ class Moment:
                 return time.monotonic_ns() < limit_ns
             if time.monotonic_ns() + left_ns >= limit_ns:
                 return False
-            time.sleep(left_ns / 1e9)
+            if self._occasion.is_closing.wait(left_ns / 1e9):
+                raise ClosedError(
+                    f"{self._occasion.volume} is being closed while a quiet moment was waited "
+                    "for; nothing was taken"
+                )
 
     def _note_idle(self, begun_ns: int, detail: str, *, is_ok: bool = True) -> None:
         self._steps.append(

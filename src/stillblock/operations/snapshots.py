@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ from stillblock.operations.rules import RulesRequest, effective_rules, explain_t
 from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stillblock import native
 
 
@@ -182,10 +185,31 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     What needs a filesystem is resolved afterwards, in a thread: until then the receipt is not
     final, and the snapshot can be neither read nor restored.
     Raise `QuiesceError`, `NotQuietError` or `FreezeRefusedError`, with nothing taken, if the level
-    of consistency cannot be reached and no fallback is wanted.
+    of consistency cannot be reached and no fallback is wanted; `ClosedError` if the volume closes
+    while a quiet moment is waited for.
     """
-    with volume.lock:
-        plan = plan_snapshot(volume, request)
+    # Others work on while this waits for its turn, for hooks and for a quiet moment.
+    with volume.instants.turn(), ExitStack() as held:
+        with volume.lock:
+            plan = plan_snapshot(volume, request)
+            volume.instants.coming = plan.name
+
+        def hold() -> None:
+            held.enter_context(volume.lock)
+
+        def take(quiet_ms: int | None, passed: Callable[[], None]) -> native.Instant:
+            with volume.lock:
+                instant = volume.engine.snapshot(
+                    selection=plan.extents,
+                    low=plan.low,
+                    meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
+                    pause_limit_ms=plan.pause_limit_ms,
+                    quiet_ms=quiet_ms,
+                    passed=passed,
+                )
+                hold()  # it is there, and nobody finds it before its record is whole
+                return instant
+
         record = SnapshotRecord(
             name=plan.name,
             id=new_id(),
@@ -199,19 +223,14 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         )
         record = with_left_out(record, plan.left_out)
         around = occasion(
-            volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents
+            volume,
+            snapshot=plan.name,
+            settings=plan.consistency,
+            selection=plan.extents,
+            before_freeze=hold,
         )
         with quiesced(around, volume.engine) as moment:
-            instant = moment.take(
-                lambda quiet_ms, passed: volume.engine.snapshot(
-                    selection=plan.extents,
-                    low=plan.low,
-                    meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
-                    pause_limit_ms=plan.pause_limit_ms,
-                    quiet_ms=quiet_ms,
-                    passed=passed,
-                )
-            )
+            instant = moment.take(take)
             quiescing = moment.outcome()
         if quiescing.shortfall and not plan.consistency.or_barrier:
             # Right, but not what was asked for.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 import stillblock
+from consistency.writers import Writer
 from processes import wait_until
 from serving import volume as served_volume
 from stillblock.errors import (
@@ -28,32 +29,6 @@ def settle(volume, **fields):
     if "level" in fields:
         fields["level"] = Consistency(fields["level"])
     return set_consistency(volume._opened, ConsistencyRequest(**fields))
-
-
-class Writer:
-    """Writes one block again and again, without a break."""
-
-    def __init__(self, volume, offset):
-        self._stop = threading.Event()
-        self._first = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(volume, offset))
-
-    def _run(self, volume, offset):
-        while not self._stop.is_set():
-            volume.pwrite(b"w" * 4096, offset=offset)
-            self._first.set()
-
-    def __enter__(self):
-        self._thread.start()
-        assert self._first.wait(20)
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        self._stop.set()
-        self._thread.join()
 
 
 def test_a_quiet_disk_is_taken_when_it_was_quiet_for_long_enough(volume):

@@ -120,6 +120,8 @@ class Moment:
         self._applications: Applications | None = None
         self._steps: list[QuiesceStep] = []
         self._shortfalls: list[str] = []
+        self._watched: Extents | None = None
+        self._is_watching = False
         self._passed_ns: int | None = None
         self._releasing: threading.Thread | None = None
         self._release_lock = threading.Lock()
@@ -219,7 +221,7 @@ class Moment:
             return snapshot(None, self._passed)
         begun_ns = time.monotonic_ns()
         limit_ns = begun_ns + self._settings.idle_limit_ms * _NS_PER_MS
-        self._volume.watch_writes(ranges=self._occasion.selection)
+        self._watch(self._occasion.selection)
         try:
             while self._wait_quiet(limit_ns):
                 try:
@@ -229,6 +231,7 @@ class Moment:
                 self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
                 return taken
         finally:
+            self._is_watching = False
             self._volume.unwatch_writes()
         words = (
             f"there was no time of {self._settings.quiet_ms} ms without a write within "
@@ -242,6 +245,20 @@ class Moment:
             )
         self._shortfalls.append(words)
         return snapshot(None, self._passed)
+
+    def require_quiet(self, ranges: Extents | None) -> None:
+        """For `snapshot`, which knows now what it selects: None is the whole disk.
+
+        Raise `NotQuietError` if other ranges were watched: these are from now on, and it is called
+        once more when they were quiet for long enough. Nothing at other levels than `idle`.
+        """
+        if self._is_watching and ranges != self._watched:
+            self._watch(ranges)
+            raise NotQuietError(f"{self._occasion.volume}: the selection moved meanwhile")
+
+    def _watch(self, ranges: Extents | None) -> None:
+        self._watched, self._is_watching = ranges, True
+        self._volume.watch_writes(ranges=ranges)
 
     def _wait_quiet(self, limit_ns: int) -> bool:
         """Wait until it has been quiet for long enough; false if the limit comes first."""

@@ -185,18 +185,30 @@ def effective_rules(volume: OpenVolume, request: RulesRequest) -> EffectiveRules
     return EffectiveRules(terms=default, is_default=bool(default))
 
 
-def explain_terms(volume: OpenVolume, rules: tuple[RuleTerm, ...]) -> Explanation:
+def explain_terms(
+    volume: OpenVolume, rules: tuple[RuleTerm, ...], *, known: selection.Known | None = None
+) -> Explanation:
     """Return what terms come to on the live disk, as far as is known before an instant."""
-    disk = LiveDisk(volume.engine)
-    return explain_on(disk, rules, volume=volume.name, block_size=volume.engine.block_size)
+    return explain_on(
+        LiveDisk(volume.engine),
+        rules,
+        volume=volume.name,
+        block_size=volume.engine.block_size,
+        known=known,
+    )
 
 
 def explain_on(
-    disk: selection.Disk, rules: tuple[RuleTerm, ...], *, volume: str, block_size: int
+    disk: selection.Disk,
+    rules: tuple[RuleTerm, ...],
+    *,
+    volume: str,
+    block_size: int,
+    known: selection.Known | None = None,
 ) -> Explanation:
     """Return what terms come to on a disk before an instant; raise `RuleError`."""
     parsed = selection.Rules.parse([(term.action, term.text) for term in rules])
-    resolved = selection.resolve(parsed, disk, block_size=block_size)
+    resolved = selection.resolve(parsed, disk, block_size=block_size, known=known)
     return _explanation(resolved, rules, volume=volume)
 
 

@@ -1,6 +1,6 @@
 """What terms may ask about a disk, and what they answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -48,16 +48,27 @@ class Readers(Protocol):
         """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What readers said of a disk, for somebody who looks at it again a moment later.
+
+    Only what readers say, which takes long: what lies where is always read anew.
+    """
+
+    identities: dict[Place, Identity | Unresolved] = field(default_factory=dict)
+
+
 class DiskFacts:
     """What terms may ask about a disk. Reads what it lacks when a term first needs it."""
 
-    def __init__(self, disk: Disk, readers: Readers) -> None:
+    def __init__(self, disk: Disk, readers: Readers, known: Known | None = None) -> None:
+        """Take what is known already; what is found out is added to it."""
         self._disk = disk
         self._readers = readers
+        self._known = known or Known()
         self._table: PartitionTable | None = None
         self._is_table_read = False
         self._places: Places | None = None
-        self._identities: dict[str, Identity | Unresolved] = {}
 
     @property
     def size(self) -> int:
@@ -93,14 +104,14 @@ class DiskFacts:
 
     def identity(self, place: Place) -> Identity | Unresolved:
         """Return which filesystem lies at a place, or why that is not known."""
-        found = self._identities.get(place.name)
+        found = self._known.identities.get(place)
         if found is None:
             assert place.content is not None, "only a place with a filesystem is asked about"
             try:
                 found = self._readers.identify(place.disk(self._disk), content=place.content)
             except (UnresolvedError, OriginIOError) as error:
                 found = Unresolved(place=place.name, reason=error.message)
-            self._identities[place.name] = found
+            self._known.identities[place] = found
         return found
 
     def filesystems_named(self, name: str) -> tuple[list[Place], list[tuple[Unresolved, Place]]]:

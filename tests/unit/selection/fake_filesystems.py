@@ -146,9 +146,13 @@ class FakeReaders:
 
     def __init__(self, filesystems: list[FakeFilesystem]) -> None:
         self.filesystems = filesystems
+        self.identified: list[str] = []
+        """The labels of those that were asked which they are."""
 
     def identify(self, disk: Disk, *, content: Content) -> Identity:
-        return self._open(disk).identity
+        identity = self._open(disk).identity
+        self.identified.append(identity.label)
+        return identity
 
     def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
         filesystem = self._open(disk)

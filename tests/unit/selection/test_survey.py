@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError, RuleError
 from stillblock.extents import intersect, subtract, total_bytes
-from stillblock.selection import Pending, Phase, Resolution, Rules, resolve, resolve_frozen
+from stillblock.model import Extents
+from stillblock.selection import Known, Pending, Phase, Resolution, Rules, resolve, resolve_frozen
 from stillblock.selection.disk import Disk
 from stillblock.selection.facts import Readers
 from stillblock.selection.filesystems import FileKind
@@ -21,7 +22,7 @@ from unit.selection.fake_filesystems import (
     swap_head,
 )
 from unit.selection.lvm_images import group_text, physical_volume, segment, volume
-from unit.selection.partition_images import MIB, BytesDisk, blank
+from unit.selection.partition_images import MIB, BytesDisk, GptPart, blank, gpt_disk
 
 KIB = 1024
 AT = MIB
@@ -732,6 +733,24 @@ def test_a_filesystem_that_may_have_the_name_too_is_included() -> None:
     _, final = both(disk, readers, "+fs:data")
     assert final.extents == ((AT, 3 * AT),)
     assert [unresolved.place for unresolved in final.unresolved] == ["part:2"]
+
+
+def test_what_is_known_of_a_filesystem_is_not_asked_again_but_where_it_lies_is_read_anew() -> None:
+    disk, readers = partitioned(FakeFilesystem(label="data"), FakeFilesystem(label="other"))
+    known = Known()
+
+    def part_of_data() -> Extents:
+        rules = rules_of("+fs:data")
+        return resolve(rules, disk, block_size=4096, readers=readers, known=known).extents
+
+    assert part_of_data() == ((AT, 2 * AT),)
+    assert part_of_data() == ((AT, 2 * AT),)
+    assert readers.identified == ["data", "other"]
+    moved = gpt_disk({1: GptPart(4096, 6143)}, size=disk.size)
+    put_filesystem(moved, 2 * AT, 0)
+    disk.content[:] = moved.content
+    assert part_of_data() == ((2 * AT, 3 * AT),)
+    assert readers.identified == ["data", "other", "data"]
 
 
 def test_a_label_is_found_by_what_is_shown_of_it() -> None:

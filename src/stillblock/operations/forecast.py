@@ -102,18 +102,21 @@ def _parts(
         return found, ()
     wanted = normalise(extent for place in places for extent in place.extents)
     rounded = round_out(wanted, block_size=volume.engine.block_size, size=volume.engine.size_bytes)
+    readers = WorkerReaders()
     with disk_at_rest(volume, rounded) as disk:
         for place in places:
             try:
-                found += _of_place(place, disk, is_alone=is_alone)
+                found += _of_place(place, disk, readers, is_alone=is_alone)
             except UnresolvedError as error:
                 notes.append(f"nothing is known of the files on {place.name}: {error.message}")
     return found, tuple(notes)
 
 
-def _of_place(place: Place, disk: selection.Disk, *, is_alone: bool) -> list[tuple[str, Extents]]:
+def _of_place(
+    place: Place, disk: selection.Disk, readers: WorkerReaders, *, is_alone: bool
+) -> list[tuple[str, Extents]]:
     assert place.content is not None, "only filesystems are asked"
-    census = WorkerReaders().census(place.disk(disk), content=place.content)
+    census = readers.census(place.disk(disk), content=place.content)
     _, _, name = place.name.partition(":")
     prefix = "path:" if is_alone or not name else f"path:{name}:"
     found = [

@@ -23,7 +23,7 @@ from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place
 from stillblock.selection.rules import Rules
 from stillblock.selection.terms import resolve_term
-from stillblock.selection.workers import WorkerReaders
+from stillblock.selection.workers import ASKING_S_MAX, WorkerReaders
 
 RESOLUTION_VERSION: Final = 1
 
@@ -213,9 +213,10 @@ def resolve(
     Raise `RuleError` if a term means nothing here or all of them together select nothing, and
     `PartitionTableError` if a term needs a partition table that cannot be relied on. Reads only
     what the terms need: nothing for ranges, the table for partitions, the first 68 KiB of each
-    place for files. A filesystem is opened only to learn its label, and not if that is `known`.
+    place for files. A filesystem is opened only to learn its label, and not if that is `known`;
+    all of them together for `ASKING_S_MAX` at most, and what is not asked may have any label.
     """
-    facts = DiskFacts(disk, readers or WorkerReaders(), known)
+    facts = DiskFacts(disk, readers or WorkerReaders(total_s=ASKING_S_MAX), known)
     terms: list[PendingTerm] = []
     for term in rules.terms:
         kind, match = resolve_term(term.text, facts)

@@ -13,6 +13,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -37,6 +38,11 @@ from stillblock.selection.wire import (
     unpack_document,
 )
 
+ASKING_S_MAX: Final = 120.0
+"""For asking all filesystems of a disk which they are. Somebody waits, and the volume with him."""
+READING_S_MAX: Final = 3600.0
+"""For reading all filesystems of a disk, each of which has its own limit. A snapshot is final only
+then; the largest disks that are honest need some minutes."""
 _PATH_LENGTH_MAX: Final = 4096
 """Characters of a path: as long as one may be."""
 _CAVEATS_MAX: Final = 20
@@ -45,25 +51,42 @@ T = TypeVar("T")
 
 
 class WorkerReaders:
-    """Reads each filesystem in a process of its own, which ends with the request."""
+    """Reads each filesystem in a process of its own, which ends with the request.
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    All requests together have `total_s`, from the first on: a disk may have a thousand partitions,
+    and each may have been made to let its reader hang.
+    """
+
+    def __init__(self, limits: Limits | None = None, *, total_s: float = READING_S_MAX) -> None:
         self._limits = limits or Limits()
+        self._total_s = total_s
+        self._deadline: float | None = None
 
     def identify(self, disk: Disk, *, content: Content) -> Identity:
         """Return which filesystem lies on a disk; raise `UnresolvedError`."""
-        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+        with self._worker(disk, content) as worker:
             return worker.identify()
 
     def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
         """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
-        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+        with self._worker(disk, content) as worker:
             return worker.survey(request)
 
     def census(self, disk: Disk, *, content: Content) -> Census:
         """Return which directories most of it belongs to; raise `UnresolvedError`."""
-        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+        with self._worker(disk, content) as worker:
             return worker.census()
+
+    def _worker(self, disk: Disk, content: Content) -> "Worker":
+        """Return one that ends with the time for all; raise `UnresolvedError` if that is over."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + self._total_s
+        left_s = round(self._deadline - now, 1)
+        if left_s <= 0:
+            raise UnresolvedError(f"the {self._total_s:g} s for reading all filesystems were over")
+        limits = replace(self._limits, wall_s=min(self._limits.wall_s, left_s))
+        return Worker(disk, reader=READERS[content], limits=limits)
 
 
 class Worker:

@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from array import array
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 from processes import wait_gone
 from stillblock.codec import CodecError
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError
+from stillblock.model import Extents
+from stillblock.selection import Rules, resolve, resolve_frozen
 from stillblock.selection.confinement import Limits, can_filter_calls
 from stillblock.selection.disk import Disk
-from stillblock.selection.filesystems import UnresolvedError
+from stillblock.selection.filesystems import Content, UnresolvedError
+from stillblock.selection.filesystems.opening import READERS
 from stillblock.selection.survey import SurveyRequest, SurveyTerm, TermKind
 from stillblock.selection.wire import (
     FRAME_BYTES_MAX,
@@ -25,7 +29,8 @@ from stillblock.selection.wire import (
     receive,
     unpack_document,
 )
-from stillblock.selection.workers import Worker, _survey
+from stillblock.selection.workers import Worker, WorkerReaders, _survey
+from unit.selection.fake_filesystems import FakeFilesystem, partitioned
 from unit.selection.partition_images import MIB, BytesDisk, blank
 
 REQUEST = SurveyRequest(
@@ -93,6 +98,42 @@ def test_a_reader_that_computes_without_an_end_is_killed_though_nobody_watches()
     assert failure_of("hanging", Limits(cpu_s=1)) == (
         "its reader broke off: it used more than 1 s of processor time"
     )
+
+
+def test_readers_that_hang_on_every_partition_have_one_time_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(READERS, Content.EXT, "unit.selection.worker_readers:open_hanging")
+    disk, _ = partitioned(FakeFilesystem(), FakeFilesystem(), FakeFilesystem())
+    rules = Rules.parse([("exclude", "path:/**"), ("exclude", "free")])
+    begun = time.monotonic()
+    pending = resolve(rules, disk, block_size=4096).pending
+    assert pending is not None
+    found = resolve_frozen(pending, disk, readers=WorkerReaders(total_s=1.0))
+    assert time.monotonic() - begun < 60
+
+    assert found.extents == ((0, disk.size),), "all is kept"
+    over = "the 1 s for reading all filesystems were over"
+    assert [(unresolved.place, unresolved.reason) for unresolved in found.unresolved] == [
+        ("part:1", "its reader did not end within 1 s"),
+        ("part:2", over),
+        ("part:3", over),
+    ]
+
+
+def test_what_could_not_be_asked_for_its_label_in_time_may_have_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(READERS, Content.EXT, "unit.selection.worker_readers:open_hanging")
+    disk, _ = partitioned(FakeFilesystem(), FakeFilesystem())
+
+    def extents(action: str) -> Extents:
+        rules = Rules.parse([(action, "fs:data")])
+        readers = WorkerReaders(total_s=1.0)
+        return resolve(rules, disk, block_size=4096, readers=readers).extents
+
+    assert extents("include") == ((MIB, 3 * MIB),)
+    assert extents("exclude") == ((0, disk.size),)
 
 
 @pytest.mark.parametrize("reader", ["greedy", "greedy_step_by_step"])

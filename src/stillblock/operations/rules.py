@@ -206,9 +206,13 @@ def explain_on(
     block_size: int,
     known: selection.Known | None = None,
 ) -> Explanation:
-    """Return what terms come to on a disk before an instant; raise `RuleError`."""
-    parsed = selection.Rules.parse([(term.action, term.text) for term in rules])
-    resolved = selection.resolve(parsed, disk, block_size=block_size, known=known)
+    """Return what terms come to on a disk before an instant; raise `RuleError`.
+
+    Presets are `expanded` by then: which there are depends on who asks.
+    """
+    resolved = selection.resolve(
+        selection.Rules(terms=rules), disk, block_size=block_size, known=known
+    )
     return _explanation(resolved, rules, volume=volume)
 
 

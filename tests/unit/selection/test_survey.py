@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError, RuleError
 from stillblock.extents import intersect, subtract, total_bytes
 from stillblock.model import Extents
-from stillblock.selection import Known, Pending, Phase, Resolution, Rules, resolve, resolve_frozen
+from stillblock.selection import (
+    Known,
+    Pending,
+    Phase,
+    Resolution,
+    Rules,
+    frozen,
+    resolve,
+    resolve_frozen,
+)
 from stillblock.selection.disk import Disk
 from stillblock.selection.facts import Readers
 from stillblock.selection.filesystems import FileKind
@@ -442,6 +451,39 @@ def test_zeros_that_cannot_be_read_are_kept(error: Exception) -> None:
     final = resolve_frozen(instant.pending, Failing(disk, (MIB, MIB + 1), error))
     assert final.extents == ((MIB, 2 * MIB),)
     assert error.message in final.unresolved[0].reason  # type: ignore[attr-defined]
+
+
+def striped(size: int) -> BytesDisk:
+    """A disk of which each other block is zero."""
+    disk = blank(size)
+    for at in range(0, size, 8192):
+        disk.content[at] = 1
+    return disk
+
+
+def test_zeros_in_too_many_pieces_are_kept_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "ZERO_PIECES_MAX", 300)
+    instant, final = both(striped(4 * MIB), FakeReaders([]), "-zero")
+    assert total_bytes(instant.extents) == 4 * MIB
+    # Of each MiB 128 blocks are zero, and it is known after three that they are too many.
+    assert total_bytes(intersect(final.extents, ((0, 3 * MIB),))) == 3 * MIB // 2
+    assert intersect(final.extents, ((3 * MIB, 4 * MIB),)) == ((3 * MIB, 4 * MIB),)
+    (unresolved,) = final.unresolved
+    assert unresolved.reason == (
+        f"there are more than 300 pieces of zeros, which were not looked for any more from byte "
+        f"{3 * MIB} on"
+    )
+
+    _, included = both(striped(4 * MIB), FakeReaders([]), "+zero")
+    assert total_bytes(intersect(included.extents, ((0, 3 * MIB),))) == 3 * MIB // 2
+    assert intersect(included.extents, ((3 * MIB, 4 * MIB),)) == ((3 * MIB, 4 * MIB),)
+
+
+def test_a_disk_of_zeros_is_one_piece_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "ZERO_PIECES_MAX", 3)
+    _, final = both(blank(8 * MIB), FakeReaders([]), "-zero", "+8KiB-12KiB")
+    assert final.extents == ((8 * KIB, 12 * KIB),)
+    assert final.unresolved == ()
 
 
 def test_a_volume_that_is_closed_meanwhile_ends_the_work() -> None:

@@ -4,12 +4,12 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from array import array
 from pathlib import Path
 
 import pytest
 
+from processes import wait_gone
 from stillblock.codec import CodecError
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError
 from stillblock.selection.confinement import Limits, can_filter_calls
@@ -204,18 +204,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 30
-    while _is_running(pid):
-        assert time.monotonic() < deadline, f"worker {pid} outlived its parent"
-        time.sleep(0.01)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+    assert wait_gone([pid], 30), f"worker {pid} outlived its parent"
 
 
 # What a worker that was taken over may say --------------------------------------------------------

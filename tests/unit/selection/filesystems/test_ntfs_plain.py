@@ -12,7 +12,7 @@ from stillblock.selection.filesystems.ntfs_records import (
     parse_boot_sector,
     parse_record,
 )
-from unit.selection.filesystems.fuse import FileDisk
+from unit.selection.filesystems.mounting import FileDisk
 from unit.selection.filesystems.test_ntfs import fill, make, mount
 
 pytestmark = [pytest.mark.needs("mkfs.ntfs", "ntfs-3g"), pytest.mark.slow]

@@ -11,8 +11,9 @@ from stillblock.extents import intersect, normalise, round_out, total_bytes, uni
 from stillblock.operations.disks import LiveDisk
 from stillblock.operations.explaining import disk_at_rest
 from stillblock.selection import WorkerReaders
+from stillblock.selection.facts import DiskFacts
 from stillblock.selection.filesystems import UnresolvedError
-from stillblock.selection.places import Place, read_places
+from stillblock.selection.places import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ def forecast(volume: OpenVolume) -> Forecast:
     span_ns = time.time_ns() - since_ns if changes else 0
     if not any(changes):
         return _judged(volume.name, changes, (), span_ns=span_ns, notes=())
-    places = read_places(LiveDisk(volume.engine))
+    places = DiskFacts(LiveDisk(volume.engine)).places
     concerned = tuple(place for place in places.filesystems if _touches(changes, place))
     named, notes = _parts(volume, concerned, is_alone=len(places.filesystems) == 1)
     named += [("swap", place.extents) for place in places.swap]

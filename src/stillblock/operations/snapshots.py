@@ -174,8 +174,9 @@ def _resolved(
     known: selection.Known | None = None,
 ) -> SnapshotPlan:
     """Return what a snapshot would hold by the rules and the disk as they are now."""
+    known = known or selection.Known()
     rules = effective_rules(
-        volume, RulesRequest(terms=request.terms, only_these=request.only_these)
+        volume, RulesRequest(terms=request.terms, only_these=request.only_these), known=known
     )
     explained = explain_terms(volume, rules.terms, known=known)
     return SnapshotPlan(

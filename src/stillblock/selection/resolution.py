@@ -23,7 +23,6 @@ from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place
 from stillblock.selection.rules import Rules
 from stillblock.selection.terms import resolve_term
-from stillblock.selection.workers import ASKING_S_MAX, WorkerReaders
 
 RESOLUTION_VERSION: Final = 1
 
@@ -216,7 +215,7 @@ def resolve(
     place for files. A filesystem is opened only to learn its label, and not if that is `known`;
     all of them together for `ASKING_S_MAX` at most, and what is not asked may have any label.
     """
-    facts = DiskFacts(disk, readers or WorkerReaders(total_s=ASKING_S_MAX), known)
+    facts = DiskFacts(disk, readers, known)
     terms: list[PendingTerm] = []
     for term in rules.terms:
         kind, match = resolve_term(term.text, facts)

@@ -795,6 +795,24 @@ def test_what_is_known_of_a_filesystem_is_not_asked_again_but_where_it_lies_is_r
     assert readers.identified == ["data", "other", "data"]
 
 
+def test_the_text_of_a_volume_group_is_read_once_while_it_stays_the_same() -> None:
+    disk = BytesDisk(physical_volume(group_text(volume("root", segment(0, 4, "pv0", 0)))))
+    readers, known = FakeReaders([]), Known()
+
+    def root() -> Extents:
+        rules = rules_of("+lv:vg0/root")
+        return resolve(rules, disk, block_size=4096, readers=readers, known=known).extents
+
+    first = root()
+    assert root() == first
+    assert readers.parsed_count == 1
+    moved = group_text(volume("root", segment(0, 4, "pv0", 8)), seqno=4)
+    disk.content[:] = physical_volume(moved)
+    assert total_bytes(root()) == total_bytes(first)
+    assert root() != first
+    assert readers.parsed_count == 2
+
+
 def test_a_label_is_found_by_what_is_shown_of_it() -> None:
     filesystem = FakeFilesystem({"/a": file((100, 200))}, label="a\xa0b")
     disk, readers = partitioned(filesystem)

@@ -6,21 +6,9 @@ import threading
 
 import pytest
 
-import stillblock
 from stillblock.errors import NotQuietError, UsageError
 from stillblock.model import Consistency
 from stillblock.operations.consistency import ConsistencyRequest, set_consistency
-
-SIZE = 4 << 20
-
-
-@pytest.fixture
-def volume(tmp_path):
-    origin = tmp_path / "disk.img"
-    origin.write_bytes(bytes(SIZE))
-    stillblock.create("web", origin=origin)
-    with stillblock.open("web") as opened:
-        yield opened
 
 
 def settle(volume, **fields):

@@ -4,12 +4,12 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from array import array
 from pathlib import Path
 
 import pytest
 
+from processes import wait_gone
 from stillblock.codec import CodecError
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError
 from stillblock.selection.confinement import Limits, can_filter_calls
@@ -143,6 +143,30 @@ def test_a_failed_read_reaches_the_reader_and_costs_only_itself(error: Exception
     assert label_of("reading_badly", disk) == "bad sector, good"
 
 
+class BadSector(BytesDisk):
+    """Fails whatever touches one sector."""
+
+    at = 1_500_000 // 512 * 512
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        if offset < self.at + 512 and offset + length > self.at:
+            raise OriginIOError("bad sector")
+        return super().pread(offset=offset, length=length)
+
+
+def test_reads_of_every_size_bring_what_is_there_and_fail_only_where_they_must() -> None:
+    size = 2 * MIB + 1000
+    content = b"".join(number.to_bytes(4, "little") for number in range(size // 4))
+    disk = BadSector(bytearray(content))
+    failing = sorted(
+        (offset, step)
+        for step in (4096, 10_000, 300_000, MIB, 5 * MIB)
+        for offset in range(0, size, step)
+        if offset < disk.at + 512 and offset + step > disk.at
+    )
+    assert label_of("reading_in_steps", disk) == f"0 {failing}"
+
+
 def test_a_volume_that_is_closed_meanwhile_ends_the_request() -> None:
     disk = Failing(bytearray(b"good" * 4096))
     disk.error = ClosedError("the volume was closed")
@@ -180,18 +204,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 30
-    while _is_running(pid):
-        assert time.monotonic() < deadline, f"worker {pid} outlived its parent"
-        time.sleep(0.01)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+    assert wait_gone([pid], 30), f"worker {pid} outlived its parent"
 
 
 # What a worker that was taken over may say --------------------------------------------------------

@@ -3,6 +3,7 @@
 mod full;
 mod moments;
 mod narrowing;
+mod regions;
 mod resizing;
 mod upkeep;
 

@@ -84,6 +84,14 @@ pub enum Rule {
     HighestEpochKept,
     /// A compacted journal does not know which restores have ended.
     EndedRestoresKept,
+    /// Blocks of a region are written before its record is durable.
+    RegionFirst,
+    /// A block of a region is marked after it was written.
+    RegionMarkedFirst,
+    /// What was written in regions is forgotten at an instant.
+    RegionsKeptAtInstant,
+    /// After a power cut a region left open counts as unchanged.
+    RegionsWholeAfterCut,
 }
 
 impl Rule {
@@ -128,6 +136,10 @@ impl Rule {
         Self::DecisionsMeanwhileCopied,
         Self::HighestEpochKept,
         Self::EndedRestoresKept,
+        Self::RegionFirst,
+        Self::RegionMarkedFirst,
+        Self::RegionsKeptAtInstant,
+        Self::RegionsWholeAfterCut,
     ];
 }
 

@@ -431,6 +431,7 @@ mod tests {
                 epoch_header_bytes: 0,
                 epoch_header_crc: 0,
                 merged: None,
+                takes_regions: false,
             };
             let epoch_header = Some(EpochHeader {
                 epoch,

@@ -26,6 +26,9 @@ use std::time::Duration;
 /// left after.
 const DRAIN_ROUNDS: u32 = 2;
 
+/// More open regions than this are closed before: a batch or two are left for the instant.
+const REGIONS_AT_INSTANT_MAX: usize = 512;
+
 /// What to keep, and how long writers may be held.
 pub struct SnapshotRequest {
     /// The blocks that matter.
@@ -164,6 +167,9 @@ impl Volume {
             let sequence = self.state.lock().buffer.last_sequence();
             let epoch = committer.epoch;
             self.commit_until(committer, epoch, sequence, None)?;
+            if self.state.lock().regions.open_count() > REGIONS_AT_INSTANT_MAX {
+                self.close_regions(committer)?;
+            }
             if !is_broken(Rule::OriginDurableAtInstant) {
                 self.sync_origin()?;
             }
@@ -188,6 +194,7 @@ impl Volume {
         // here is what they are at the flip, where both bitmaps are swapped in.
         let mut pending = self.state.lock().pending.clone();
         pending.merge(&Bitmap::from_set(blocks, selection));
+        let none_covered = Bitmap::new(blocks);
 
         let mut state = self.state.lock();
         let closed = Clock::now();
@@ -204,6 +211,7 @@ impl Volume {
         let is_drained = state.straight_in_flight == 0 || is_broken(Rule::DrainBeforeInstant);
         assert!(is_drained, "P2: no write is in flight at the instant");
         let frozen = state.freeze_classes();
+        state.regions.end_epoch(none_covered);
         let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
         let old_pending = std::mem::replace(&mut state.pending, pending);
         for &block in frozen.keys() {
@@ -265,6 +273,7 @@ impl Volume {
         }
         let frozen = (!is_broken(Rule::ClassesFrozen)).then_some(&flip.frozen);
         self.commit_until(committer, before, flip.upto, frozen)?;
+        self.record_ended(committer)?;
         if !is_broken(Rule::OriginDurableAtInstant) {
             self.sync_origin()?;
         }
@@ -344,7 +353,8 @@ impl Volume {
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
             state.epoch = before;
             state.buffer.merge_epochs(before);
-            (state.unsettled, state.pending) = (unsettled, pending);
+            state.regions.resume();
+            state.replace_bits((unsettled, pending));
         }
         if self.undo_instant(committer).is_ok() {
             self.clear_store_failure();
@@ -365,7 +375,7 @@ impl Volume {
         let before = committer.epoch;
         let bits = self.bits(before, self.block_count(self.size_bytes()));
         let mut state = self.state.lock();
-        (state.unsettled, state.pending) = bits;
+        state.replace_bits(bits);
         Ok(())
     }
 
@@ -405,6 +415,13 @@ impl Volume {
 }
 
 impl State {
+    /// Take other bitmaps. They know nothing of what was written in regions: what is in them is
+    /// recorded once more, which harms nobody.
+    pub(super) fn replace_bits(&mut self, bits: (Bitmap, Bitmap)) {
+        (self.unsettled, self.pending) = bits;
+        self.regions.uncover();
+    }
+
     /// What the slots' blocks need in the epoch that ends now.
     fn freeze_classes(&self) -> FrozenClasses {
         self.buffer.blocks().map(|block| (block, self.class(block))).collect()

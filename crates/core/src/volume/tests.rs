@@ -4,6 +4,7 @@ mod full;
 mod journal;
 mod moments;
 mod narrowing;
+mod regions;
 mod resizing;
 mod upkeep;
 

@@ -224,19 +224,18 @@ def test_a_compacted_journal_is_as_the_page_says(tmp_path):
         volume.delete_snapshot(epoch=epoch)
     for size in range(12):
         volume.set_meta(bytes([size]) * 512 * 1024)
-    before = journal_records((store / "journal").read_bytes())
     deadline = time.monotonic() + 60
     while (store / "journal").stat().st_size > 4 << 20:
         assert time.monotonic() < deadline, "it is never compacted"
         volume.delete_snapshot(epoch=snapshot())  # an instant lets upkeep look
-        volume.set_meta(b"last")
+    volume.set_meta(b"last")
     volume.close()
     records = journal_records((store / "journal").read_bytes())
     names = [record.name for record in records]
     assert names[:2] == ["Compacted", "Created"]
     assert names[-1] == "Closed"
     assert "Freed" in names
-    versions = {record.name: record.header["version"] for record in before + records}
+    versions = {record.name: record.header["version"] for record in records}
     assert (versions["Compacted"], versions["Created"], versions["VolumeMeta"]) == (3, 1, 1)
     first = Reader(records[0].payload)
     epoch_max, restoring = first.u32(), first.u32()
@@ -245,7 +244,7 @@ def test_a_compacted_journal_is_as_the_page_says(tmp_path):
     assert (restoring, aborted) == (0, [])
     assert gone[0] == (1, 3)
     assert 4 <= gone[1][0] < gone[-1][1] <= epoch_max + 1
-    assert records[0].header["sequence"] > len(before) - len(records), "numbers go on"
+    assert records[-1].header["sequence"] > 4 + 3 + 12, "numbers go on"
     volume = native.Volume.open(store, buffer_dir=memory)
     assert volume.meta() == b"last"
     assert [info.epoch for info in volume.epochs()] == [3]

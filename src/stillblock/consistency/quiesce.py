@@ -20,7 +20,7 @@ from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.guest import GuestFreeze
 from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
-from stillblock.errors import NotQuietError, QuiesceError, RefusedError, UsageError
+from stillblock.errors import ClosedError, NotQuietError, QuiesceError, RefusedError, UsageError
 from stillblock.model import (
     Consistency,
     ConsistencySettings,
@@ -74,6 +74,10 @@ class Occasion:
     """Where it is written down what is frozen, for the next server."""
     selection: Extents | None = None
     """`idle`: the ranges that have to be quiet; None: the whole disk."""
+    before_freeze: Callable[[], None] = lambda: None
+    """Called once hooks have run, before anything is frozen: what may have to wait for others."""
+    is_closing: threading.Event = field(default_factory=threading.Event)
+    """Set once nobody may wait for a quiet moment any longer."""
 
 
 def check_settings(settings: ConsistencySettings) -> None:
@@ -116,6 +120,8 @@ class Moment:
         self._applications: Applications | None = None
         self._steps: list[QuiesceStep] = []
         self._shortfalls: list[str] = []
+        self._watched: Extents | None = None
+        self._is_watching = False
         self._passed_ns: int | None = None
         self._releasing: threading.Thread | None = None
         self._release_lock = threading.Lock()
@@ -129,6 +135,7 @@ class Moment:
             if level is Consistency.APPLICATION and self._settings.hooks is not None:
                 self._prepare_applications(Path(self._settings.hooks))
             if level in {Consistency.FILESYSTEM, Consistency.APPLICATION}:
+                self._occasion.before_freeze()
                 self._freeze()
         if self._shortfalls:
             # Half of it held still for nothing.
@@ -206,12 +213,15 @@ class Moment:
     # The instant
 
     def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
-        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never."""
+        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never.
+
+        Raise `ClosedError` if that was waited for until the volume closes.
+        """
         if self._settings.level is not Consistency.IDLE:
             return snapshot(None, self._passed)
         begun_ns = time.monotonic_ns()
         limit_ns = begun_ns + self._settings.idle_limit_ms * _NS_PER_MS
-        self._volume.watch_writes(ranges=self._occasion.selection)
+        self._watch(self._occasion.selection)
         try:
             while self._wait_quiet(limit_ns):
                 try:
@@ -221,6 +231,7 @@ class Moment:
                 self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
                 return taken
         finally:
+            self._is_watching = False
             self._volume.unwatch_writes()
         words = (
             f"there was no time of {self._settings.quiet_ms} ms without a write within "
@@ -235,6 +246,20 @@ class Moment:
         self._shortfalls.append(words)
         return snapshot(None, self._passed)
 
+    def require_quiet(self, ranges: Extents | None) -> None:
+        """For `snapshot`, which knows now what it selects: None is the whole disk.
+
+        Raise `NotQuietError` if other ranges were watched: these are from now on, and it is called
+        once more when they were quiet for long enough. Nothing at other levels than `idle`.
+        """
+        if self._is_watching and ranges != self._watched:
+            self._watch(ranges)
+            raise NotQuietError(f"{self._occasion.volume}: the selection moved meanwhile")
+
+    def _watch(self, ranges: Extents | None) -> None:
+        self._watched, self._is_watching = ranges, True
+        self._volume.watch_writes(ranges=ranges)
+
     def _wait_quiet(self, limit_ns: int) -> bool:
         """Wait until it has been quiet for long enough; false if the limit comes first."""
         wanted_ns = self._settings.quiet_ms * _NS_PER_MS
@@ -244,7 +269,11 @@ class Moment:
                 return time.monotonic_ns() < limit_ns
             if time.monotonic_ns() + left_ns >= limit_ns:
                 return False
-            time.sleep(left_ns / 1e9)
+            if self._occasion.is_closing.wait(left_ns / 1e9):
+                raise ClosedError(
+                    f"{self._occasion.volume} is being closed while a quiet moment was waited "
+                    "for; nothing was taken"
+                )
 
     def _note_idle(self, begun_ns: int, detail: str, *, is_ok: bool = True) -> None:
         self._steps.append(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from stillblock.consistency.quiesce import quiesced
+from stillblock import selection
+from stillblock.consistency.quiesce import Moment, quiesced
 from stillblock.errors import ProtectedError, QuiesceError, StillblockError, UsageError
 from stillblock.extents import total_bytes
 from stillblock.model import (
@@ -23,7 +25,7 @@ from stillblock.model import (
     SnapshotRecord,
     TermOutcome,
 )
-from stillblock.operations.consistency import occasion, settings_for
+from stillblock.operations.consistency import occasion, ranges_to_watch, settings_for
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import (
     Instant,
@@ -38,6 +40,8 @@ from stillblock.operations.rules import RulesRequest, effective_rules, explain_t
 from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stillblock import native
 
 
@@ -153,13 +157,31 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         )
     if request.name is not None:
         volume.check_name_free(request.name, what="snapshot")
-    rules = effective_rules(
-        volume, RulesRequest(terms=request.terms, only_these=request.only_these)
+    return _resolved(
+        volume,
+        request,
+        name=request.name or volume.free_name(),
+        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
     )
-    explained = explain_terms(volume, rules.terms)
+
+
+def _resolved(
+    volume: OpenVolume,
+    request: SnapshotRequest,
+    *,
+    name: str,
+    consistency: ConsistencySettings,
+    known: selection.Known | None = None,
+) -> SnapshotPlan:
+    """Return what a snapshot would hold by the rules and the disk as they are now."""
+    known = known or selection.Known()
+    rules = effective_rules(
+        volume, RulesRequest(terms=request.terms, only_these=request.only_these), known=known
+    )
+    explained = explain_terms(volume, rules.terms, known=known)
     return SnapshotPlan(
         volume=volume.name,
-        name=request.name or volume.free_name(),
+        name=name,
         size_bytes=explained.size_bytes,
         rules=rules.terms,
         terms=explained.outcomes(),
@@ -169,7 +191,7 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         notes=explained.notes,
         pause_limit_ms=request.pause_limit_ms,
         low=explained.low,
-        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
+        consistency=consistency,
         pending=explained.pending,
         is_default=rules.is_default,
     )
@@ -178,41 +200,32 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
 def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     """Take a snapshot; it is durable when this returns. Raise `PauseTimeoutError` past the limit.
 
-    Ranges and partitions are resolved before the instant: they hold from the first write after it.
+    Ranges, partitions and volumes are resolved right before the instant, when everybody holds
+    still: they hold from the first write after it.
     What needs a filesystem is resolved afterwards, in a thread: until then the receipt is not
     final, and the snapshot can be neither read nor restored.
     Raise `QuiesceError`, `NotQuietError` or `FreezeRefusedError`, with nothing taken, if the level
-    of consistency cannot be reached and no fallback is wanted.
+    of consistency cannot be reached and no fallback is wanted; `ClosedError` if the volume closes
+    while a quiet moment is waited for.
     """
-    with volume.lock:
-        plan = plan_snapshot(volume, request)
-        record = SnapshotRecord(
-            name=plan.name,
-            id=new_id(),
-            description=request.description,
-            rules=plan.rules,
-            terms=plan.terms,
-            pending=plan.pending,
-            is_default=plan.is_default,
-            notes=plan.notes,
-            versions=versions(),
-        )
-        record = with_left_out(record, plan.left_out)
+    # Others work on while this waits for its turn, for hooks and for a quiet moment.
+    with volume.instants.turn(), ExitStack() as held:
+        with volume.lock:
+            plan = plan_snapshot(volume, request)
+            taking = _Taking(volume, request, plan, held)
         around = occasion(
-            volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents
+            volume,
+            snapshot=plan.name,
+            settings=plan.consistency,
+            selection=plan.extents,
+            before_freeze=taking.prepare,
         )
         with quiesced(around, volume.engine) as moment:
-            instant = moment.take(
-                lambda quiet_ms, passed: volume.engine.snapshot(
-                    selection=plan.extents,
-                    low=plan.low,
-                    meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
-                    pause_limit_ms=plan.pause_limit_ms,
-                    quiet_ms=quiet_ms,
-                    passed=passed,
-                )
+            instant, record = moment.take(
+                lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed)
             )
             quiescing = moment.outcome()
+        plan = taking.plan
         if quiescing.shortfall and not plan.consistency.or_barrier:
             # Right, but not what was asked for.
             volume.engine.delete_snapshot(epoch=instant.epoch)
@@ -246,6 +259,82 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         consistency=str(quiescing.reached),
     )
     return receipt
+
+
+class _Taking:
+    """A snapshot between its plan and its instant: minutes may pass, and then the disk is another.
+
+    What it selects is what the rules mean at the instant, not what they meant when it was asked
+    for. Nothing is asked of readers while filesystems are frozen, for that takes long.
+    """
+
+    def __init__(
+        self, volume: OpenVolume, request: SnapshotRequest, plan: SnapshotPlan, held: ExitStack
+    ) -> None:
+        """Reserve the name. Under the volume's lock, which `held` keeps from the instant on."""
+        self.plan = plan
+        self._volume = volume
+        self._request = request
+        self._held = held
+        self._known: selection.Known | None = None
+        self._waits = plan.consistency.level is not Consistency.BARRIER
+        volume.instants.coming = plan.name
+        if not self._waits:
+            self._hold()
+
+    def prepare(self) -> None:
+        """Do what takes long, before anything is frozen."""
+        self._hold()
+        self._known = selection.Known()
+        self._look_again()
+
+    def take(
+        self, moment: Moment, *, quiet_ms: int | None, passed: Callable[[], None]
+    ) -> tuple[native.Instant, SnapshotRecord]:
+        """Take it. Raise `NotQuietError` where it was not quiet, or other ranges have to be."""
+        with self._volume.lock:
+            if self._waits:
+                self._look_again()
+                moment.require_quiet(ranges_to_watch(self._volume, self.plan.extents))
+            record = _record_of(self.plan, self._request)
+            instant = self._volume.engine.snapshot(
+                selection=self.plan.extents,
+                low=self.plan.low,
+                meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
+                pause_limit_ms=self.plan.pause_limit_ms,
+                quiet_ms=quiet_ms,
+                passed=passed,
+            )
+            self._hold()  # it is there, and nobody finds it before its record is whole
+        return instant, record
+
+    def _look_again(self) -> None:
+        plan = self.plan
+        self.plan = _resolved(
+            self._volume,
+            self._request,
+            name=plan.name,
+            consistency=plan.consistency,
+            known=self._known,
+        )
+
+    def _hold(self) -> None:
+        self._held.enter_context(self._volume.lock)
+
+
+def _record_of(plan: SnapshotPlan, request: SnapshotRequest) -> SnapshotRecord:
+    record = SnapshotRecord(
+        name=plan.name,
+        id=new_id(),
+        description=request.description,
+        rules=plan.rules,
+        terms=plan.terms,
+        pending=plan.pending,
+        is_default=plan.is_default,
+        notes=plan.notes,
+        versions=versions(),
+    )
+    return with_left_out(record, plan.left_out)
 
 
 def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRecord:

@@ -1,4 +1,4 @@
-"""A worker: the process that reads one filesystem, for a parent that reads the disk for it.
+"""A worker: the process that reads one filesystem, or one text, for a parent that reads the disk.
 
 It imports what it needs, gives up every right, and only then sees the first byte of the disk. What
 it is asked and answers is in wire.py; who starts it is in workers.py.
@@ -19,6 +19,7 @@ from stillblock.selection.census import Census, take_census
 from stillblock.selection.confinement import Limits, confine
 from stillblock.selection.filesystems.filesystem import Filesystem
 from stillblock.selection.filesystems.opening import Reader, load_reader
+from stillblock.selection.lvm_text import parse_lvm_text
 from stillblock.selection.survey import Survey, SurveyRequest, survey
 from stillblock.selection.wire import (
     READ,
@@ -52,7 +53,7 @@ def main(descriptor: int) -> NoReturn:
         if kind is not Kind.SETUP:
             raise WireError("the first frame sets up")
         setup = json.loads(payload)
-        reader = load_reader(setup["reader"])
+        reader = load_reader(setup["reader"]) if setup["reader"] else None
         for encoding in _ENCODINGS:
             codecs.lookup(encoding)
         limits = codec.from_json(Limits, setup["limits"])
@@ -67,14 +68,19 @@ def main(descriptor: int) -> NoReturn:
         os._exit(status)
 
 
-def _serve(channel: "_Channel", reader: Reader, disk: "_RemoteDisk", limits: Limits) -> None:
+def _serve(channel: "_Channel", reader: Reader | None, disk: "_RemoteDisk", limits: Limits) -> None:
     filesystem: Filesystem | None = None
     while True:
         kind, payload = channel.receive()
         try:
-            if filesystem is None:
-                filesystem = reader(disk)
-            answer = _answer(filesystem, kind, payload)
+            if kind is Kind.LVM:
+                answer = pack_document(parse_lvm_text(payload.decode("utf-8", "surrogateescape")))
+            elif reader is None:
+                raise WireError(f"{kind.name} needs a reader")
+            else:
+                if filesystem is None:
+                    filesystem = reader(disk)
+                answer = _answer(filesystem, kind, payload)
         except WireError:
             raise
         except MemoryError:

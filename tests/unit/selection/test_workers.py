@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from array import array
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import pytest
 from processes import wait_gone
 from stillblock.codec import CodecError
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError
+from stillblock.model import Extents
+from stillblock.selection import Rules, resolve, resolve_frozen
 from stillblock.selection.confinement import Limits, can_filter_calls
 from stillblock.selection.disk import Disk
-from stillblock.selection.filesystems import UnresolvedError
+from stillblock.selection.filesystems import Content, UnresolvedError
+from stillblock.selection.filesystems.opening import READERS
+from stillblock.selection.lvm_text import LvmTextError, parse_lvm_text
 from stillblock.selection.survey import SurveyRequest, SurveyTerm, TermKind
 from stillblock.selection.wire import (
     FRAME_BYTES_MAX,
@@ -25,13 +30,19 @@ from stillblock.selection.wire import (
     receive,
     unpack_document,
 )
-from stillblock.selection.workers import Worker, _survey
+from stillblock.selection.workers import Worker, WorkerReaders, _section, _survey
+from unit.selection.fake_filesystems import FakeFilesystem, partitioned, swap_head
+from unit.selection.lvm_images import group_text, physical_volume, segment, volume
 from unit.selection.partition_images import MIB, BytesDisk, blank
 
 REQUEST = SurveyRequest(
     place_name="disk",
     terms=(SurveyTerm(kind=TermKind.PATH, glob="/a"), SurveyTerm(kind=TermKind.FREE)),
 )
+
+
+def nested(depth: int) -> dict[str, object]:
+    return {"a": nested(depth - 1)} if depth else {}
 
 
 def worker_of(reader: str, disk: Disk | None = None, limits: Limits | None = None) -> Worker:
@@ -93,6 +104,42 @@ def test_a_reader_that_computes_without_an_end_is_killed_though_nobody_watches()
     assert failure_of("hanging", Limits(cpu_s=1)) == (
         "its reader broke off: it used more than 1 s of processor time"
     )
+
+
+def test_readers_that_hang_on_every_partition_have_one_time_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(READERS, Content.EXT, "unit.selection.worker_readers:open_hanging")
+    disk, _ = partitioned(FakeFilesystem(), FakeFilesystem(), FakeFilesystem())
+    rules = Rules.parse([("exclude", "path:/**"), ("exclude", "free")])
+    begun = time.monotonic()
+    pending = resolve(rules, disk, block_size=4096).pending
+    assert pending is not None
+    found = resolve_frozen(pending, disk, readers=WorkerReaders(total_s=1.0))
+    assert time.monotonic() - begun < 60
+
+    assert found.extents == ((0, disk.size),), "all is kept"
+    over = "the 1 s for all readers together were over"
+    assert [(unresolved.place, unresolved.reason) for unresolved in found.unresolved] == [
+        ("part:1", "its reader did not end within 1 s"),
+        ("part:2", over),
+        ("part:3", over),
+    ]
+
+
+def test_what_could_not_be_asked_for_its_label_in_time_may_have_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(READERS, Content.EXT, "unit.selection.worker_readers:open_hanging")
+    disk, _ = partitioned(FakeFilesystem(), FakeFilesystem())
+
+    def extents(action: str) -> Extents:
+        rules = Rules.parse([(action, "fs:data")])
+        readers = WorkerReaders(total_s=1.0)
+        return resolve(rules, disk, block_size=4096, readers=readers).extents
+
+    assert extents("include") == ((MIB, 3 * MIB),)
+    assert extents("exclude") == ((0, disk.size),)
 
 
 @pytest.mark.parametrize("reader", ["greedy", "greedy_step_by_step"])
@@ -205,6 +252,55 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     assert wait_gone([pid], 30), f"worker {pid} outlived its parent"
+
+
+# The text of volume groups ----------------------------------------------------------------------
+
+
+def test_the_text_of_a_volume_group_is_read_by_a_worker() -> None:
+    odd = 'a { b = "x\udcffy \\" z" c = [ 1, "2", -3 ] d { e = 4.50 } } # end'
+    for text in (group_text(volume("root", segment(0, 4, "pv0", 2))), odd):
+        assert WorkerReaders().parse_lvm(text) == parse_lvm_text(text)
+
+
+def test_a_text_that_is_none_of_a_volume_group_says_why() -> None:
+    with pytest.raises(LvmTextError) as expected:
+        parse_lvm_text("vg0 { id = }")
+    with pytest.raises(LvmTextError) as caught:
+        WorkerReaders().parse_lvm("vg0 { id = }")
+    assert caught.value.message == expected.value.message
+
+
+def test_a_volume_group_that_is_not_read_in_time_is_kept_whole() -> None:
+    disk = BytesDisk(physical_volume(group_text(volume("swap", segment(0, 4, "pv0", 2)))))
+    start = MIB + 2 * 64 * 1024
+    disk.content[start : start + 4096] = swap_head()
+    rules = Rules.parse([("exclude", "swap")])
+    found = resolve(rules, disk, block_size=4096)
+    assert [(part.start, part.end) for part in found.excluded] == [
+        (start + 64 * 1024, start + 4 * 64 * 1024)  # the header is kept
+    ]
+    readers = WorkerReaders(total_s=0)
+    late = resolve(rules, disk, block_size=4096, readers=readers)
+    assert late.excluded == ()
+    (note,) = late.notes
+    assert "opaque and kept whole: the 0 s for all readers together were over" in note
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"vg0": None},
+        {"vg0": {"id": True}},
+        {"vg0": {"id": 1.5}},
+        {"vg0": {"tags": [["nested"]]}},
+        nested(40),
+    ],
+)
+def test_an_answer_that_is_no_text_of_a_volume_group_is_not_believed(document: object) -> None:
+    with pytest.raises(WireError):
+        _section(document, depth=0)
 
 
 # What a worker that was taken over may say --------------------------------------------------------

@@ -22,6 +22,8 @@ pub enum Rule {
     LastBatchVerified,
     /// The log goes on behind a torn batch.
     TornTailCut,
+    /// What is left of a torn batch stays behind the end of the log.
+    TornTailReleased,
     /// The last batch may lose its payload to a deletion.
     SealBeforePunch,
     /// The name of a new segment is not made durable.
@@ -105,6 +107,7 @@ impl Rule {
         Self::Settle,
         Self::LastBatchVerified,
         Self::TornTailCut,
+        Self::TornTailReleased,
         Self::SealBeforePunch,
         Self::NameDurable,
         Self::JournalSync,

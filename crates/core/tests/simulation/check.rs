@@ -11,7 +11,7 @@ use stillblock_core::extent::ExtentSet;
 use stillblock_core::index::run::run_number;
 use stillblock_core::journal::{JOURNAL_NAME, Settled};
 use stillblock_core::log::scan::scan;
-use stillblock_core::log::writer::{Segments, segment_number};
+use stillblock_core::log::writer::{Segments, segment_name, segment_number};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::host::Host;
 use stillblock_core::volume::open::{Cache, OpenRequest, Recover, open_on};
@@ -197,6 +197,9 @@ pub fn check(
         check_rotten(&volume, &machine.model().clone()).map_err(story)?;
         volume.abandon();
         return Ok(None);
+    }
+    if !may_fail && dice.chance(30) {
+        check_tails(&machine.stop().killed(Dice::new(0)), &volume).map_err(story)?;
     }
     verify(&machine, &volume, is_cut, way.is_write_through, may_fail).map_err(story)?;
     if dice.chance(25) {
@@ -452,6 +455,29 @@ pub fn check_kept_once(machine: &Arc<Machine>, volume: &Volume) -> Result<(), St
                 batch.header.epoch
             );
         }
+    }
+    Ok(())
+}
+
+/// P10: behind the last batch of a segment nothing is left of one that was torn. What it held is in
+/// no index, and nobody would remove it when it is let go of.
+fn check_tails(machine: &Arc<Machine>, volume: &Volume) -> Result<(), String> {
+    let segments = Segments::new(SimHost(Arc::clone(machine)).directory(Path::new(LOG)));
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = found.map_err(|e| format!("reading the log: {e}"))?;
+    for segment in found.segments.values() {
+        let number = segment.header.segment;
+        let batches = found.batches.iter().filter(|batch| batch.segment == number);
+        let ends = batches.map(|batch| batch.page + batch.header.total_pages());
+        let end = ends.max().unwrap_or(segment.header.data_start_page()) * 4096;
+        let name = segment_name(number);
+        let world = machine.world();
+        let id = world.find(Path::new(LOG), &name).ok_or("a segment went away")?;
+        let bytes = &world.medium(id).now;
+        let mut rest = vec![0; size(bytes.length().saturating_sub(end))];
+        bytes.read(end, &mut rest).map_err(|e| format!("reading {name}: {e}"))?;
+        let left = rest.iter().position(|&byte| byte != 0);
+        ensure!(left.is_none(), "P10: {name} holds something {left:?} bytes behind its end, {end}");
     }
     Ok(())
 }

@@ -153,7 +153,9 @@ impl From<JournalError> for Error {
             JournalError::Unsettled(source) => Self::store(
                 "the volume journal was compacted and its name is not known to be durable yet",
             )(source),
-            JournalError::Damaged { .. } => Self::Damaged(error.to_string()),
+            JournalError::Damaged { .. } | JournalError::Replaced => {
+                Self::Damaged(error.to_string())
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ mod compaction;
 pub(crate) use self::compaction::{Outline, Replacement, Seen};
 
 use crate::codec::{Malformed, Reader, Writer};
-use crate::extent::ExtentSet;
+use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
@@ -446,6 +446,12 @@ impl Entry {
             kind::COMPACTED => {
                 let (epoch_max, restoring) = (input.u32()?, input.u32()?);
                 let (gone, aborted) = (input.packed_extents()?, input.packed_extents()?);
+                let is_beyond = |last: &Extent| last.end > u64::from(epoch_max) + 1;
+                let last = [gone.as_slice().last(), aborted.as_slice().last()];
+                if last.into_iter().flatten().any(is_beyond) {
+                    // Numbers that were never given out.
+                    return Err(Malformed { at: 0 });
+                }
                 Self::Compacted(Compacted { epoch_max, restoring, gone, aborted })
             }
             _ => return Err(Malformed { at: 0 }),
@@ -498,6 +504,13 @@ pub enum JournalError {
     /// must go on doing so.
     #[error("the volume journal was compacted, and its name is not known to be durable yet: {0}")]
     Unsettled(io::Error),
+    /// The name leads to a file that this program did not put there.
+    #[error(
+        "the file {JOURNAL_NAME} in the store is not the one that this volume was opened with, and \
+         is left as it is; decisions go to that one, which has no name any more: find out who \
+         replaced it before you stop this volume"
+    )]
+    Replaced,
 }
 
 /// The open journal.
@@ -645,10 +658,7 @@ impl Journal {
     pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
         self.heal()?;
         let (kind, payload) = entry.encode();
-        if payload.len() > to_usize(u64::from(RECORD_BYTES_MAX)) {
-            // It could not be read back, and the journal would end there.
-            return Err(JournalError::TooLarge { bytes: payload.len() });
-        }
+        check_length(&payload)?;
         let record = encode_record(self.next_sequence, kind, &payload);
         let end = self.end + to_u64(record.len());
         self.reserve_behind(to_u64(record.len()));
@@ -665,6 +675,12 @@ impl Journal {
         self.next_sequence += 1;
         Ok(())
     }
+}
+
+/// A longer record could not be read back, and the journal would end there.
+fn check_length(payload: &[u8]) -> Result<(), JournalError> {
+    let is_short = payload.len() <= to_usize(u64::from(RECORD_BYTES_MAX));
+    if is_short { Ok(()) } else { Err(JournalError::TooLarge { bytes: payload.len() }) }
 }
 
 /// magic, version, sequence, kind, payload length, checksum of all of it, payload, padding.

@@ -18,6 +18,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A smaller journal is left alone: it is read in a few milliseconds.
 pub(super) const WORTH_BYTES: u64 = 4 << 20;
+/// Merged losses have so many extents a record at most, which is 16 MiB: a record has a limit.
+const LOSS_EXTENTS_MAX: usize = 1 << 20;
 
 /// What there is at the moment at which the journal was looked at.
 #[derive(Debug, Default)]
@@ -35,17 +37,100 @@ struct Plan {
     compacted: Compacted,
     /// Records that are copied.
     kept: BTreeSet<usize>,
-    /// Losses, by epoch, of which one record is made each.
+    /// Losses, by epoch, and the records that are made of them.
     lost: BTreeMap<u32, Vec<usize>>,
     given_up: BTreeMap<u32, Vec<usize>>,
-    /// At most so many bytes.
+    losses: Vec<Entry>,
+    /// Bytes of all records, without losses until those are merged.
     bytes: u64,
 }
 
 impl Plan {
     fn records(&self) -> u64 {
         // The first one, and Freed.
-        to_u64(self.kept.len() + self.lost.len() + self.given_up.len()) + 2
+        to_u64(self.kept.len() + self.losses.len()) + 2
+    }
+
+    /// Make few records of all losses. Reads those there are.
+    fn merge_losses(
+        &mut self,
+        seen: &Seen,
+        outlines: &[Outline],
+        is_over: IsOver<'_>,
+    ) -> Result<()> {
+        let merged = |records: &[usize]| -> Result<Vec<ExtentSet>> {
+            let mut merge = Merge::default();
+            for &at in records {
+                go_on(is_over)?;
+                if let Entry::Lost { blocks, .. } | Entry::GivenUp { blocks, .. } =
+                    seen.entry(&outlines[at])?
+                {
+                    merge.add(&blocks);
+                }
+            }
+            Ok(merge.finish(LOSS_EXTENTS_MAX))
+        };
+        for (&epoch, records) in &self.lost {
+            let sets = merged(records)?.into_iter();
+            self.losses.extend(sets.map(|blocks| Entry::Lost { epoch, blocks }));
+        }
+        for (&epoch, records) in &self.given_up {
+            let sets = merged(records)?.into_iter();
+            self.losses.extend(sets.map(|blocks| Entry::GivenUp { epoch, blocks }));
+        }
+        self.bytes += self.losses.iter().map(Entry::record_bytes).sum::<u64>();
+        Ok(())
+    }
+
+    /// True if it is shorter than what there is; where nobody asks for it, at most half as long.
+    fn is_worth_it(&self, seen: &Seen, outlines: &[Outline], effort: Effort) -> bool {
+        let is_shorter = self.records() < to_u64(outlines.len()) && self.bytes < seen.bytes();
+        is_shorter && (effort == Effort::All || 2 * self.bytes <= seen.bytes())
+    }
+}
+
+/// True once the volume is being closed: whoever has the upkeep lock is waited for.
+type IsOver<'a> = &'a dyn Fn() -> bool;
+
+fn go_on(is_over: IsOver<'_>) -> Result<()> {
+    if is_over() { Err(Error::Closed) } else { Ok(()) }
+}
+
+/// Losses of one epoch, of which few are made. One that is the whole disk says more than its blocks:
+/// that records of the epoch are gone. So whatever may be that, now or when the disk has another
+/// size, stays as it is, and is never made of others.
+#[derive(Default)]
+struct Merge {
+    /// Ends of those that are all blocks before one.
+    whole: BTreeSet<u64>,
+    /// Of all others. Put in order once: how long it takes must not grow with records times extents.
+    extents: Vec<Extent>,
+}
+
+impl Merge {
+    fn add(&mut self, blocks: &ExtentSet) {
+        match blocks.as_slice() {
+            [all] if all.start == 0 => drop(self.whole.insert(all.end)),
+            others => self.extents.extend(others),
+        }
+    }
+
+    /// Sets of at most so many extents, two or more, that have all blocks together.
+    fn finish(self, extents_max: usize) -> Vec<ExtentSet> {
+        let before = |end: u64| ExtentSet::from_extent(Extent::new(0, end));
+        let covered = before(self.whole.last().copied().unwrap_or(0));
+        let mut sets: Vec<ExtentSet> = self.whole.into_iter().map(before).collect();
+        let others = ExtentSet::from_unsorted(self.extents).difference(&covered);
+        match others.as_slice() {
+            [all] if all.start == 0 => {
+                sets.extend([before(1), ExtentSet::from_extent(Extent::new(1, all.end))]);
+            }
+            others => {
+                let some = |extents: &[Extent]| extents.iter().copied().collect();
+                sets.extend(others.chunks(extents_max).map(some));
+            }
+        }
+        sets
     }
 }
 
@@ -149,8 +234,7 @@ fn plan(outlines: &[Outline], standing: &Standing, earlier: &Compacted) -> Plan 
     let all = ExtentSet::from_extent(Extent::new(1, u64::from(epoch_max) + 1));
     let gone = all.difference(&live).difference(&aborted);
     plan.compacted = Compacted { epoch_max, restoring: standing.restoring, gone, aborted };
-    let losses = plan.lost.values().chain(plan.given_up.values()).flatten();
-    let records = plan.kept.iter().chain(losses).map(|&at| outlines[at].bytes);
+    let records = plan.kept.iter().map(|&at| outlines[at].bytes);
     let first = Entry::Compacted(plan.compacted.clone()).record_bytes();
     plan.bytes = records.sum::<u64>() + first + RECORD_UNIT;
     plan
@@ -183,35 +267,38 @@ fn fill(
     outlines: &[Outline],
     plan: &Plan,
     new: &mut Replacement,
-    is_over: &dyn Fn() -> bool,
+    is_over: IsOver<'_>,
 ) -> Result<()> {
     new.push(&Entry::Compacted(plan.compacted.clone()))?;
     for &at in &plan.kept {
-        if is_over() {
-            return Err(Error::Closed);
-        }
+        go_on(is_over)?;
         seen.copy(&outlines[at], new)?;
     }
-    let blocks_of = |records: &[usize]| -> Result<ExtentSet> {
-        let mut all = ExtentSet::new();
-        for &at in records {
-            if let Entry::Lost { blocks, .. } | Entry::GivenUp { blocks, .. } =
-                seen.entry(&outlines[at])?
-            {
-                all = all.union(&blocks);
-            }
-        }
-        Ok(all)
-    };
-    for (&epoch, records) in &plan.lost {
-        new.push(&Entry::Lost { epoch, blocks: blocks_of(records)? })?;
-    }
-    for (&epoch, records) in &plan.given_up {
-        new.push(&Entry::GivenUp { epoch, blocks: blocks_of(records)? })?;
+    for entry in &plan.losses {
+        go_on(is_over)?;
+        new.push(entry)?;
     }
     // All that was decided before: nothing is owed.
     new.push(&Entry::Freed)?;
     Ok(new.sync()?)
+}
+
+fn outlines_of(seen: &Seen, is_over: IsOver<'_>) -> Result<Vec<Outline>> {
+    let mut outlines = Vec::new();
+    for outline in seen.outlines() {
+        go_on(is_over)?;
+        outlines.push(outline?);
+    }
+    Ok(outlines)
+}
+
+/// That all records are intact, those that are left out as well: only a whole journal is replaced.
+fn verify(seen: &Seen, outlines: &[Outline], is_over: IsOver<'_>) -> Result<()> {
+    for outline in outlines {
+        go_on(is_over)?;
+        seen.verify(outline)?;
+    }
+    Ok(())
 }
 
 /// What the first record says if the journal was compacted before.
@@ -232,18 +319,23 @@ impl Volume {
         effort: Effort,
     ) -> Result<()> {
         let Some((seen, standing)) = self.look_at_journal(effort)? else { return Ok(()) };
-        let outlines = seen.outlines()?;
+        let is_over = || self.state.lock().is_closed;
+        let outlines = outlines_of(&seen, &is_over)?;
         if owes_space(&outlines) {
             return Ok(());
         }
-        let plan = plan(&outlines, &standing, &compacted_before(&seen, &outlines)?);
-        let is_shorter = plan.records() < to_u64(outlines.len()) && plan.bytes < seen.bytes();
-        let is_due = 2 * plan.bytes <= seen.bytes();
-        if !is_shorter || (effort == Effort::Due && !is_due) {
+        let mut plan = plan(&outlines, &standing, &compacted_before(&seen, &outlines)?);
+        if !plan.is_worth_it(&seen, &outlines, effort) {
             return Ok(());
         }
+        plan.merge_losses(&seen, &outlines, &is_over)?;
+        if !plan.is_worth_it(&seen, &outlines, effort) {
+            return Ok(());
+        }
+        verify(&seen, &outlines, &is_over)?;
         let is_there = self.take_for_upkeep(plan.bytes + RESERVE_BYTES)?;
-        let done = if is_there { self.replace_journal(&seen, &outlines, &plan) } else { Ok(()) };
+        let replace = || self.replace_journal(&seen, &outlines, &plan, &is_over);
+        let done = if is_there { replace() } else { Ok(()) };
         self.end_taking_for_upkeep();
         match done {
             // Nobody needs it so much that anything else should go without.
@@ -275,10 +367,15 @@ impl Volume {
         Standing { live, epoch_max: committer.epoch_max, restoring }
     }
 
-    fn replace_journal(&self, seen: &Seen, outlines: &[Outline], plan: &Plan) -> Result<()> {
+    fn replace_journal(
+        &self,
+        seen: &Seen,
+        outlines: &[Outline],
+        plan: &Plan,
+        is_over: IsOver<'_>,
+    ) -> Result<()> {
         let mut new = seen.begin(plan.records(), plan.bytes)?;
-        let is_over = || self.state.lock().is_closed;
-        let filled = fill(seen, outlines, plan, &mut new, &is_over);
+        let filled = fill(seen, outlines, plan, &mut new, is_over);
         match filled.and_then(|()| self.role()) {
             Ok(mut committer) => Ok(committer.journal.replace(new)?),
             Err(error) => {
@@ -489,7 +586,14 @@ mod tests {
                     }
                 }
                 (Step::Lost | Step::GivenUp, _) => {
-                    let (epoch, blocks) = (self.highest, blocks(seed));
+                    let end = self.decided().block_count();
+                    let blocks = match seed % 6 {
+                        0 => ExtentSet::from_extent(Extent::new(0, end / 2)),
+                        1 => ExtentSet::from_extent(Extent::new(end / 2, end)),
+                        2 => ExtentSet::from_extent(Extent::new(0, end)),
+                        _ => blocks(seed),
+                    };
+                    let epoch = self.highest;
                     let is_lost = matches!(step, Step::Lost);
                     let lost = Entry::Lost { epoch, blocks: blocks.clone() };
                     self.say(&if is_lost { lost } else { Entry::GivenUp { epoch, blocks } });
@@ -529,10 +633,12 @@ mod tests {
         fn compact(&mut self) -> (u64, u64) {
             self.say(&Entry::Freed);
             let seen = self.journal.seen();
-            let outlines = seen.outlines().expect("read");
+            let outlines = outlines_of(&seen, &|| false).expect("read");
             assert!(!owes_space(&outlines));
             let earlier = compacted_before(&seen, &outlines).expect("read");
-            let plan = plan(&outlines, &self.standing(), &earlier);
+            let mut plan = plan(&outlines, &self.standing(), &earlier);
+            plan.merge_losses(&seen, &outlines, &|| false).expect("read");
+            verify(&seen, &outlines, &|| false).expect("intact");
             let before = to_u64(outlines.len());
             if plan.records() >= before {
                 return (before, before);
@@ -540,7 +646,7 @@ mod tests {
             let mut new = seen.begin(plan.records(), plan.bytes).expect("begun");
             fill(&seen, &outlines, &plan, &mut new, &|| false).expect("written");
             self.journal.replace(new).expect("replaced");
-            assert!(self.journal.seen().bytes() <= plan.bytes, "what was asked for");
+            assert_eq!(self.journal.seen().bytes(), plan.bytes, "what was asked for");
             (before, plan.records())
         }
 
@@ -553,6 +659,8 @@ mod tests {
                 epoch.low = Arc::default();
             }
             let first = epochs.first().unwrap_or(u32::MAX);
+            // Headers of what is live are always found, others perhaps not.
+            let last = epochs.0.keys().next_back().copied().unwrap_or(0);
             let sum = |of: &[(u32, ExtentSet)]| {
                 let mut sums: BTreeMap<u32, ExtentSet> = BTreeMap::new();
                 for (epoch, blocks) in of.iter().filter(|(epoch, _)| *epoch >= first) {
@@ -575,7 +683,7 @@ mod tests {
                 decided.origin_failure,
                 decided.size_bytes,
                 decided.generation,
-                decided.epoch_max.max(self.highest),
+                decided.epoch_max.max(last),
                 decided.selections_when_freed(&self.scan).0,
             )
         }
@@ -603,6 +711,7 @@ mod tests {
             whole.say(&Entry::Freed);
             compacted.compact();
             prop_assert_eq!(compacted.told(), whole.told());
+            prop_assert!(compacted.decided().epoch_max >= whole.decided().epoch_max);
             for &(step, seed) in &later {
                 whole.run(step, seed);
                 compacted.run(step, seed);
@@ -628,5 +737,64 @@ mod tests {
         let (before, after) = life.compact();
         assert!(before > 240 && after == 4, "{before} records, then {after}");
         assert_eq!(life.decided().epoch_max, life.highest, "no number is given out again");
+    }
+
+    /// A loss of the whole disk says that records are gone: two halves do not, in one record either.
+    #[test]
+    fn losses_that_are_the_whole_disk_together_do_not_say_that_records_are_gone() {
+        let gone = "records of epoch 1 are gone";
+        let mut life = Life::new();
+        life.run(Step::Snapshot, 0);
+        for seed in 0..40 {
+            life.run(Step::Meta, seed);
+        }
+        for seed in [1, 0, 3, 0] {
+            life.run(Step::Lost, seed);
+            life.run(Step::GivenUp, seed);
+        }
+        // Both halves, and the first one twice.
+        let then = life.told();
+        assert!(!then.contains(gone));
+        let (before, after) = life.compact();
+        assert!(after + 5 < before && life.journal.first_sequence() > 1, "{before}, then {after}");
+        assert_eq!(life.told(), then);
+        life.run(Step::Lost, 2);
+        let then = life.told();
+        assert!(then.contains(gone), "{then}");
+        for seed in 0..40 {
+            life.run(Step::Policy, seed);
+        }
+        let then = (life.told(), life.compact(), life.told());
+        assert_eq!(then.0, then.2);
+    }
+
+    #[test]
+    fn merged_losses_stay_below_the_limit_of_a_record_and_lose_no_block() {
+        let mut merge = Merge::default();
+        let whole = ExtentSet::from_extent(Extent::new(0, 10));
+        let odd: ExtentSet = (0..20).map(|at| Extent::single(2 * at + 1)).collect();
+        let parts = [&odd, &whole, &odd.intersection(&whole), &odd];
+        for part in parts {
+            merge.add(part);
+        }
+        let sets = merge.finish(4);
+        assert!(sets.contains(&whole) && sets.iter().all(|set| set.as_slice().len() <= 4));
+        assert_eq!(sets.len(), 1 + 15_usize.div_ceil(4));
+        let all = sets.iter().fold(ExtentSet::new(), |all, set| all.union(set));
+        assert_eq!(all, odd.union(&whole));
+    }
+
+    #[test]
+    fn a_volume_that_is_closed_does_not_wait_for_its_losses_to_be_merged() {
+        let mut life = Life::new();
+        life.run(Step::Snapshot, 0);
+        life.run(Step::Lost, 3);
+        let seen = life.journal.seen();
+        assert!(matches!(outlines_of(&seen, &|| true), Err(Error::Closed)));
+        let outlines = outlines_of(&seen, &|| false).expect("read");
+        let mut plan = plan(&outlines, &life.standing(), &Compacted::default());
+        let stopped = plan.merge_losses(&seen, &outlines, &|| true);
+        assert!(matches!(stopped, Err(Error::Closed)));
+        assert!(matches!(verify(&seen, &outlines, &|| true), Err(Error::Closed)));
     }
 }

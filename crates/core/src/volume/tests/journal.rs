@@ -5,6 +5,7 @@ use crate::journal::Settled;
 use crate::volume::inspect::inspect;
 use crate::volume::open::peek;
 use crate::volume::{Effort, OnFull};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 fn journal(scene: &Scene) -> PathBuf {
@@ -241,6 +242,48 @@ fn a_journal_is_not_compacted_before_all_space_is_given_back() {
     drop(upkeep);
     assert_eq!(content(&scene), before);
     scene.faults.clear();
+    volume.maintain(Effort::All).expect("upkeep");
+    assert!(is_compacted(&scene));
+    volume.close().expect("closed");
+}
+
+/// A record that rotted may look as if nothing depended on it. Left out of an intact journal, what
+/// it decided would be gone without a word: a deleted snapshot would be back, a loss not a loss.
+#[test]
+fn a_journal_with_a_rotten_record_is_not_compacted() {
+    let (scene, volume, _) = lived();
+    let whole = content(&scene);
+    let file = std::fs::File::options().write(true).open(journal(&scene)).expect("opened");
+    let field = |at: usize| {
+        usize::try_from(u32::from_le_bytes(whole[at..at + 4].try_into().expect("four bytes")))
+            .expect("small")
+    };
+    let (mut at, mut records) = (0, 0);
+    while at < whole.len() && whole[at..].starts_with(b"SBJR") {
+        let length = field(at + 20);
+        // The number of its epoch or another field, the last byte, and the kind.
+        for (rotten, is_kind) in [(at + 28, false), (at + 27 + length, false), (at + 16, true)] {
+            if rotten >= at + 28 + length {
+                continue;
+            }
+            let offset = u64::try_from(rotten).expect("small");
+            file.write_all_at(&[whole[rotten] ^ 1], offset).expect("written");
+            let (damaged, done) = (content(&scene), volume.maintain(Effort::All));
+            assert_eq!(content(&scene), damaged, "kind {} at {rotten}", field(at + 16));
+            assert!(!new_journal(&scene).exists());
+            // With another kind it may look as if there were nothing to do.
+            let is_said = matches!(done, Err(Error::Damaged(_)));
+            assert!(is_kind || is_said, "kind {} at {rotten}: {done:?}", field(at + 16));
+            file.write_all_at(&whole[rotten..=rotten], offset).expect("written");
+        }
+        at += (28 + length).next_multiple_of(512);
+        records += 1;
+    }
+    assert!(records > 20, "{records}");
+    file.write_all_at(&[whole[28] ^ 1], 28).expect("written");
+    let found = volume.check_structure().expect("checked");
+    assert!(found.iter().any(|f| f.message.contains("the journal is damaged")), "{found:?}");
+    file.write_all_at(&whole[28..29], 28).expect("written");
     volume.maintain(Effort::All).expect("upkeep");
     assert!(is_compacted(&scene));
     volume.close().expect("closed");

@@ -208,10 +208,13 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     of consistency cannot be reached and no fallback is wanted; `ClosedError` if the volume closes
     while a quiet moment is waited for.
     """
-    # Others work on while this waits for its turn, for hooks and for a quiet moment.
-    with volume.instants.turn(), ExitStack() as held:
+    settings = settings_for(volume, level=request.consistency, or_barrier=request.or_barrier)
+    with ExitStack() as held:
+        # Others work on while this waits for its turn, for hooks and for a quiet moment.
+        if settings.level is not Consistency.BARRIER:
+            held.enter_context(volume.instants.turn())
         with volume.lock:
-            plan = plan_snapshot(volume, request)
+            plan = replace(plan_snapshot(volume, request), consistency=settings)
             taking = _Taking(volume, request, plan, held)
         around = occasion(
             volume,
@@ -271,15 +274,18 @@ class _Taking:
     def __init__(
         self, volume: OpenVolume, request: SnapshotRequest, plan: SnapshotPlan, held: ExitStack
     ) -> None:
-        """Reserve the name. Under the volume's lock, which `held` keeps from the instant on."""
+        """Reserve the name. Under the volume's lock, which `held` keeps from the instant on, and
+        from now on if nothing has to be waited for.
+        """
         self.plan = plan
         self._volume = volume
         self._request = request
         self._held = held
         self._known: selection.Known | None = None
         self._waits = plan.consistency.level is not Consistency.BARRIER
-        volume.instants.coming = plan.name
-        if not self._waits:
+        if self._waits:
+            volume.instants.coming = plan.name
+        else:
             self._hold()
 
     def prepare(self) -> None:

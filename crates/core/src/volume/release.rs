@@ -288,14 +288,27 @@ impl Volume {
     /// Something is to be given back, and the bits follow the registry. Holds the role for them: no
     /// batch is under way, and only requests that set nothing run beside it. Bits only go down here,
     /// and no slot, batch or instant can set or clear one meanwhile.
+    ///
+    /// What is settled stays so, blocks of open regions included, which no index knows: writes may
+    /// be on their way straight to them, and a write that took a slot now could bring back what it
+    /// read before those came (P1).
     fn note_decision(&self, committer: &mut Committer) {
         committer.decisions += 1;
         let blocks = self.block_count(self.size_bytes());
-        let (unsettled, pending) = self.bits(committer.epoch, blocks);
-        let mut state = self.state.lock();
-        if unsettled.block_count() == state.unsettled.block_count() {
-            state.replace_bits((unsettled, pending));
+        let (mut unsettled, pending) = self.bits(committer.epoch, blocks);
+        let before = self.state.lock().unsettled.clone();
+        if unsettled.block_count() != before.block_count() {
+            return;
         }
+        if committer.to_undo.is_some() {
+            // With it what the instant selects that is not undone.
+            unsettled = before;
+        } else {
+            unsettled.keep_only(&before);
+            drop(before);
+        }
+        let mut state = self.state.lock();
+        (state.unsettled, state.pending) = (unsettled, pending);
     }
 
     pub(super) fn allocated(&self, committer: &Committer) -> Result<u64> {

@@ -279,3 +279,34 @@ fn an_instant_that_fails_forgets_nothing_that_was_written_in_regions() {
     assert_eq!(changed(&volume, epoch), set(&[3, 4, 5]));
     volume.close().expect("close");
 }
+
+/// A decision made the bitmaps anew from the index, which knows nothing of open regions: what was
+/// written there took a slot again, with sectors read before another write that was on its way
+/// straight to them. What is settled stays so now.
+#[test]
+fn a_decision_undoes_no_write_that_is_on_its_way_in_an_open_region() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, first) = bookmarked(&scene);
+    let second = snapshot(&volume, everything());
+    volume.bookmark(second, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(second, false).expect("deletion");
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    let inner = Arc::clone(&volume);
+    scene.faults.once("origin", "write", move || {
+        inner.delete_bookmark(first).expect("deletion");
+        inner.write(4 * 4096 + 100, &[0xBB; 100], false).expect("the rest of the sector");
+    });
+    volume.write(4 * 4096, &[0xAA; 100], false).expect("a part of a sector");
+    volume.flush().expect("flush");
+    let mut got = [0; 300];
+    volume.read(4 * 4096, &mut got).expect("read");
+    assert_eq!((got[0], got[99], got[100], got[199]), (0xAA, 0xAA, 0xBB, 0xBB));
+    put(&volume, 7, 0xA1);
+    assert_eq!(scene.on_disk(7), 0xA1, "the region is open as before");
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, second), set(&[3, 4, 7]), "exact after a kill");
+    volume.close().expect("close");
+}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common, Size, volume_of
-from stillblock.cli.output import Output
+from stillblock.cli.output import Output, counted
 from stillblock.errors import ExitCode, StillblockError, UsageError
-from stillblock.model import Event, format_instant
+from stillblock.model import Event, format_instant, format_size
 
 if TYPE_CHECKING:
     from stillblock.service.serve import Ready
@@ -38,7 +38,7 @@ def serve(
     """Serve volumes to NBD clients until stopped by a signal or by `volume release`.
 
     Prints the URIs when clients can come. The live disk is exported as VOL, each snapshot as
-    VOL@SNAP. A clean stop leaves the origin complete.
+    VOL@SNAP, each clone as VOL@SNAP+CLONE. A clean stop leaves the origin complete.
 
     Parameters
     ----------
@@ -134,6 +134,7 @@ def status(*, common: Common = _COMMON) -> int:
                 "restore": None,
                 "verification": None,
                 "store": None,
+                "clones": None,
             }
             found.append({"name": entry.name, **stopped})
             rows.append((entry.name, "stopped", "", ""))
@@ -142,7 +143,7 @@ def status(*, common: Common = _COMMON) -> int:
         try:
             exports, restore = session.exports().exports, session.restore_status()
             verification = session.verification_status()
-            store = session.store_usage()
+            store, clones = session.store_usage(), session.list_clones()
         except StillblockError as error:
             output.warn(f"{entry.name}: {error}")
             code = ExitCode.PARTIAL
@@ -155,10 +156,14 @@ def status(*, common: Common = _COMMON) -> int:
                 "restore": restore,
                 "verification": verification,
                 "store": store,
+                "clones": clones,
             }
         )
         rows += [(e.name, "served", str(e.connections), e.uri) for e in exports]
         remarks += [describe(restore)] if restore.is_running else []
+        if clones.clones:
+            taken = format_size(clones.stored_bytes)
+            remarks.append(f"{entry.name}: {counted(len(clones.clones), 'clone')} take {taken}")
         remarks += [describe_verification(verification)] if verification.is_running else []
         if text := usage.describe(store):
             output.warn(text)

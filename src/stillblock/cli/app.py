@@ -30,6 +30,7 @@ _EPILOGUE: Final = (
 _ROOT: Final = {
     "serve": "Serve volumes to NBD clients until stopped.",
     "status": "What is served, to whom, and how far a restore is.",
+    "run": "Run a command on a throw-away clone of a snapshot: a rehearsal.",
     "events": "What happened, one line an event.",
     "doctor": "What this system offers, and what is wrong with it.",
     "demo": "See it work on a real filesystem, in half a minute and without root.",

@@ -1,4 +1,4 @@
-"""The bare commands: serve, status, events, doctor, demo, completion."""
+"""The bare commands: serve, status, run, events, doctor, demo, completion."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from stillblock.cli.options import Common, Size, volume_of
+from stillblock.cli.options import Common, Size, SnapshotRef, snapshot_of, volume_of
 from stillblock.cli.output import Output, counted
 from stillblock.errors import ExitCode, StillblockError, UsageError
-from stillblock.model import Event, format_instant, format_size
+from stillblock.model import Event, format_duration, format_instant, format_size
 
 if TYPE_CHECKING:
     from stillblock.service.serve import Ready
@@ -176,6 +176,47 @@ def status(*, common: Common = _COMMON) -> int:
 
     output.result("status", {"volumes": found}, render)
     return code
+
+
+def run(
+    ref: SnapshotRef,
+    /,
+    *command: Annotated[str, Parameter(help="The command and its arguments, after --.")],
+    no_image: bool = False,
+    keep: bool = False,
+    common: Common = _COMMON,
+) -> int:
+    """Rehearse: run a command on a throw-away clone of a snapshot; its exit code is ours.
+
+    The command finds the clone as a file in $STILLBLOCK_IMAGE and its NBD URI in $STILLBLOCK_URI.
+    Whatever it writes there, neither the snapshot nor the disk change. The clone is dropped when it
+    ends, and how it ended is among the events.
+
+    Parameters
+    ----------
+    no_image
+        No file, the URI only: without nbdfuse.
+    keep
+        Keep the clone, and say its name.
+    """
+    from stillblock.service.rehearsal import rehearse  # noqa: PLC0415 - only to rehearse
+
+    output = Output(common)
+    volume, snapshot = snapshot_of(ref)
+    if not command:
+        raise UsageError("say what to run: stillblock run VOL@SNAP -- COMMAND")
+    verdict = rehearse(
+        common.config(), volume, snapshot, command, has_image=not no_image, is_kept=keep
+    )
+    if output.is_json:
+        output.json("rehearsal", verdict)
+    took = format_duration(verdict.duration_ms * 1_000_000)
+    output.remark(
+        f"{command[0]} ended with {verdict.exit_code} after {took} and wrote "
+        f"{format_size(verdict.written_bytes)} to a clone of {volume}@{verdict.snapshot}"
+        + (f", kept as {verdict.kept}" if verdict.kept else ", which is gone")
+    )
+    return verdict.exit_code
 
 
 def events(

@@ -76,6 +76,14 @@ pub enum Rule {
     MergedNameDurable,
     /// Pages of an index file are believed without a look at their checksums.
     IndexPagesVerified,
+    /// A clone's map names blocks whose content is not durable.
+    CloneDataFirst,
+    /// A clone's map is not synced.
+    CloneMapSync,
+    /// What was written to a clone lately counts after the kernel is gone.
+    CloneRecentOfBoot,
+    /// A first write to a part of a clone's block loses the rest of it.
+    CloneBlockWhole,
     /// Blocks of a region are written before its record is durable.
     RegionFirst,
     /// A block of a region is marked after it was written.
@@ -124,6 +132,10 @@ impl Rule {
         Self::ReplayBeforeClosed,
         Self::MergedNameDurable,
         Self::IndexPagesVerified,
+        Self::CloneDataFirst,
+        Self::CloneMapSync,
+        Self::CloneRecentOfBoot,
+        Self::CloneBlockWhole,
         Self::RegionFirst,
         Self::RegionMarkedFirst,
         Self::RegionsKeptAtInstant,

@@ -200,6 +200,7 @@ impl Volume {
     /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views
     /// then fail.
     pub fn delete_snapshot(&self, epoch: u32, force: bool) -> Result<u64> {
+        let decided = self.hold_without_clones(epoch)?;
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
         self.check_not_restoring_from(epoch)?;
@@ -221,6 +222,7 @@ impl Volume {
             }
             epochs.drop_dead();
         }
+        drop(decided);
         let freed = self.let_go(committer)?;
         if is_broken(Rule::RecordBeforeFree) {
             self.role()?.journal.append(&Entry::Deleted { epoch })?;
@@ -324,7 +326,7 @@ impl Volume {
         })
     }
 
-    pub(super) fn check_held_open(&self) -> Result<()> {
+    pub(crate) fn check_held_open(&self) -> Result<()> {
         self.check_held()
     }
 
@@ -342,6 +344,12 @@ impl Volume {
         check_header(epoch, found)?;
         found.pins += 1;
         Ok(found.origin_bytes)
+    }
+
+    /// The size at the instant of a live snapshot.
+    pub(crate) fn snapshot_bytes(&self, epoch: u32) -> Option<u64> {
+        let epochs = self.epochs.read();
+        epochs.0.get(&epoch).filter(|e| e.has_snapshot()).map(|e| e.origin_bytes)
     }
 
     /// A reader is gone.

@@ -427,6 +427,7 @@ impl Parts {
             to_undo: None,
             is_failure_noted: false,
             regions_looked: Clock::now(),
+            resting_regions: Vec::new(),
             barred_regions: None,
         };
         // Slots until the past is settled; nobody can be acknowledged by them.

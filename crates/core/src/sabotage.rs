@@ -86,6 +86,14 @@ pub enum Rule {
     HighestEpochKept,
     /// A compacted journal does not know which restores have ended.
     EndedRestoresKept,
+    /// A clone's map names blocks whose content is not durable.
+    CloneDataFirst,
+    /// A clone's map is not synced.
+    CloneMapSync,
+    /// What was written to a clone lately counts after the kernel is gone.
+    CloneRecentOfBoot,
+    /// A first write to a part of a clone's block loses the rest of it.
+    CloneBlockWhole,
     /// Blocks of a region are written before its record is durable.
     RegionFirst,
     /// A block of a region is marked after it was written.
@@ -139,6 +147,10 @@ impl Rule {
         Self::DecisionsMeanwhileCopied,
         Self::HighestEpochKept,
         Self::EndedRestoresKept,
+        Self::CloneDataFirst,
+        Self::CloneMapSync,
+        Self::CloneRecentOfBoot,
+        Self::CloneBlockWhole,
         Self::RegionFirst,
         Self::RegionMarkedFirst,
         Self::RegionsKeptAtInstant,

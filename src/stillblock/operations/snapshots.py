@@ -25,6 +25,7 @@ from stillblock.model import (
     SnapshotRecord,
     TermOutcome,
 )
+from stillblock.operations.clones import clone_counts, clones_of, drop_clones_of
 from stillblock.operations.consistency import occasion, ranges_to_watch, settings_for
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import (
@@ -122,6 +123,8 @@ class DeletePlan:
     snapshot: SnapshotInfo
     frees_bytes: int
     keeps_bookmark: bool
+    clones: tuple[str, ...] = ()
+    """Clones of it, by name: it is refused unless forced, and they go with it then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,15 +352,21 @@ def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRec
 
 def list_snapshots(volume: OpenVolume) -> SnapshotList:
     """Return every snapshot, oldest first."""
+    counts = clone_counts(volume)
     return SnapshotList(
         volume=volume.name,
-        snapshots=tuple(snapshot_info(volume, s) for s in volume.snapshots()),
+        snapshots=tuple(
+            replace(snapshot_info(volume, s), clone_count=counts.get(s.epoch.epoch, 0))
+            for s in volume.snapshots()
+        ),
     )
 
 
 def show_snapshot(volume: OpenVolume, target: SnapshotTarget) -> SnapshotInfo:
     """Return one snapshot."""
-    return snapshot_info(volume, volume.snapshot(target.snapshot))
+    snapshot = volume.snapshot(target.snapshot)
+    count = clone_counts(volume).get(snapshot.epoch.epoch, 0)
+    return replace(snapshot_info(volume, snapshot), clone_count=count)
 
 
 def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
@@ -426,15 +435,18 @@ def plan_delete(volume: OpenVolume, target: SnapshotTarget) -> DeletePlan:
             f"{name} is protected from deletion",
             hint=f"`stillblock snapshot protect {name} --off` allows it again",
         )
+    clones = clones_of(volume, epoch=snapshot.epoch.epoch)
     return DeletePlan(
         snapshot=snapshot_info(volume, snapshot),
-        frees_bytes=snapshot.epoch.exclusive_bytes,
+        frees_bytes=snapshot.epoch.exclusive_bytes
+        + sum(clone.entry.allocated_bytes for clone in clones),
         keeps_bookmark=snapshot.epoch.has_bookmark,
+        clones=tuple(clone.record.name for clone in clones),
     )
 
 
 def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
-    """Delete a snapshot; raise `InUseError` if clients hold it, unless forced."""
+    """Delete a snapshot; raise `InUseError` if clients hold it or it has clones, unless forced."""
     with volume.lock:
         plan_delete(volume, SnapshotTarget(snapshot=request.snapshot))
         snapshot = volume.snapshot(request.snapshot)
@@ -443,8 +455,9 @@ def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
         volume.narrowings.cancel(epoch)
         force = request.force or not snapshot.record.is_final
         try:
+            freed_bytes = drop_clones_of(volume, snapshot, force=request.force)
             volume.hooks.withdraw(volume, snapshot, force=force)
-            freed_bytes = volume.engine.delete_snapshot(epoch=epoch, force=force)
+            freed_bytes += volume.engine.delete_snapshot(epoch=epoch, force=force)
         except StillblockError:
             if not snapshot.record.is_final:
                 volume.narrowings.restart(volume, snapshot)

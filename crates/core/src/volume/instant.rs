@@ -26,9 +26,6 @@ use std::time::Duration;
 /// left after.
 const DRAIN_ROUNDS: u32 = 2;
 
-/// More open regions than this are closed before: a batch or two are left for the instant.
-const REGIONS_AT_INSTANT_MAX: usize = 512;
-
 /// What to keep, and how long writers may be held.
 pub struct SnapshotRequest {
     /// The blocks that matter.
@@ -79,6 +76,8 @@ impl Volume {
     /// As [`Volume::snapshot`], at a moment that somebody prepared.
     pub fn snapshot_at(&self, request: SnapshotRequest, moment: Moment<'_>) -> Result<Instant> {
         self.told(self.role().and_then(|mut committer| {
+            // Before the last look at a restore: others may begin one while regions are closed.
+            self.close_regions_first(&mut committer)?;
             self.finish_restore_first(&mut committer)?;
             self.take_instant(&mut committer, request, None, moment)
         }))
@@ -167,9 +166,6 @@ impl Volume {
             let sequence = self.state.lock().buffer.last_sequence();
             let epoch = committer.epoch;
             self.commit_until(committer, epoch, sequence, None)?;
-            if self.state.lock().regions.open_count() > REGIONS_AT_INSTANT_MAX {
-                self.close_regions(committer)?;
-            }
             if !is_broken(Rule::OriginDurableAtInstant) {
                 self.sync_origin()?;
             }
@@ -273,7 +269,7 @@ impl Volume {
         }
         let frozen = (!is_broken(Rule::ClassesFrozen)).then_some(&flip.frozen);
         self.commit_until(committer, before, flip.upto, frozen)?;
-        self.record_ended(committer)?;
+        let unrecorded = self.record_ended(committer);
         if !is_broken(Rule::OriginDurableAtInstant) {
             self.sync_origin()?;
         }
@@ -294,6 +290,7 @@ impl Volume {
         committer.segments.insert(segment, epoch);
         committer.settled.0.insert(epoch, Arc::clone(selection));
         committer.epoch = epoch;
+        self.keep_ended(before, &unrecorded);
         self.index.write().close_epoch(before);
         let info = Epoch {
             origin_bytes: flip.size_bytes,

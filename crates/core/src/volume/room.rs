@@ -114,7 +114,7 @@ impl Volume {
     }
 
     /// What so many slots may take, however they are divided into batches.
-    fn pages_for(&self, slots: usize) -> u64 {
+    pub(super) fn pages_for(&self, slots: usize) -> u64 {
         let (slots, most) = (to_u64(slots), to_u64(BATCH_BLOCKS_MAX));
         let batches = slots.div_ceil(most) + BATCHES_EXTRA;
         if slots == 0 { 0 } else { slots * self.block_pages() + batches * HEADS_PAGES_MAX }
@@ -227,17 +227,9 @@ impl Volume {
         let pages = batch_pages(descriptors, pending_blocks * self.block_pages());
         let mut refused = None;
         for is_last in [false, true] {
-            let wanted = {
-                let mut state = self.state.lock();
-                let wanted = self.pages_for(state.buffer.used()) + pages;
-                if wanted <= state.room.ahead_pages {
-                    // Without an open epoch there is no end to it.
-                    if state.room.ahead_pages != u64::MAX {
-                        state.room.ahead_pages -= pages;
-                    }
-                    return Ok(Claim::Keep);
-                }
-                wanted
+            let wanted = match self.take_ahead(pages) {
+                Ok(()) => return Ok(Claim::Keep),
+                Err(wanted) => wanted,
             };
             if wanted <= LogWriter::ROOM_PAGES_MAX {
                 refused = self.extend(committer, wanted, wanted).err();
@@ -258,6 +250,21 @@ impl Volume {
             OnFull::Hold => Ok(Claim::Wait),
             OnFull::Fail => Err(Self::refusal(&state, &reason.to_string())),
         }
+    }
+
+    /// Take so many pages of what is allocated ahead, beside what slots have taken; tells how many
+    /// there would have to be if there are fewer.
+    pub(super) fn take_ahead(&self, pages: u64) -> std::result::Result<(), u64> {
+        let mut state = self.state.lock();
+        let wanted = self.pages_for(state.buffer.used()) + pages;
+        if wanted > state.room.ahead_pages {
+            return Err(wanted);
+        }
+        // Without an open epoch there is no end to it.
+        if state.room.ahead_pages != u64::MAX {
+            state.room.ahead_pages -= pages;
+        }
+        Ok(())
     }
 
     /// Allocate for the slots there are, one more, and those that may come.
@@ -353,7 +360,7 @@ impl Volume {
     /// Look how much the store takes.
     pub(super) fn count_used(&self, committer: &mut Committer) -> io::Result<()> {
         let kept = committer.journal.allocated_bytes()? + self.log_bytes(committer)?;
-        committer.used_bytes = kept + committer.upkeep_bytes;
+        committer.used_bytes = kept + committer.upkeep_bytes + self.clones_bytes()?;
         Ok(())
     }
 
@@ -366,6 +373,19 @@ impl Volume {
         if is_there {
             committer.upkeep_bytes += more;
             committer.used_bytes += more;
+        }
+        Ok(is_there)
+    }
+
+    /// Take room for what is written to a clone; false if the store has too little. Clones leave
+    /// an eighth of what the store may take: a rehearsal is to cost no snapshot anything.
+    pub(crate) fn take_for_clone(&self, bytes: u64) -> Result<bool> {
+        let mut committer = self.role()?;
+        let left = self.growth_left(&committer).map_err(Error::store("looking for room"))?;
+        let reserve = committer.used_bytes.saturating_add(left) / 8;
+        let is_there = self.allow_growth(&mut committer, bytes.saturating_add(reserve)).is_ok();
+        if is_there {
+            committer.used_bytes += bytes;
         }
         Ok(is_there)
     }
@@ -526,7 +546,7 @@ impl Volume {
     }
 
     /// After space was given back, or the rules changed: count, and let those go on who wait.
-    pub(super) fn recount(&self, committer: &mut Committer) {
+    pub(crate) fn recount(&self, committer: &mut Committer) {
         // Where a file does not tell its size the estimate stays, which errs towards full.
         let _ = self.count_used(committer);
         committer.journal.reserve();

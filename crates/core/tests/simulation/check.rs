@@ -1,5 +1,6 @@
 //! After a stop: open the volume again, and hold it to its promises.
 
+use crate::clones;
 use crate::dice::Dice;
 use crate::machine::{LOG, Machine, STORE, SimHost, Stop};
 use crate::model::{CELL, Model, size};
@@ -7,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use stillblock_core::clone::CLONES_DIRECTORY;
 use stillblock_core::extent::ExtentSet;
 use stillblock_core::index::run::run_number;
 use stillblock_core::journal::{JOURNAL_NAME, Settled};
@@ -340,6 +342,10 @@ fn verify(
     model.check_live(&live, is_cut)?;
     check_snapshots(volume, &mut model, may_fail)?;
     model.settle(&live, is_cut);
+    clones::verify(volume, &mut model, is_cut, may_fail)?;
+    if !may_fail {
+        clones::check_files(machine, volume)?;
+    }
     if is_write_through {
         model.lose_all_bits();
     }
@@ -416,7 +422,10 @@ fn allocated(machine: &Machine) -> u64 {
     let is_kept = |name: &String| segment_number(name).is_some() || run_number(name).is_some();
     let kept = world.list(log).into_iter().filter(is_kept);
     let kept = kept.map(|name| world.find(log, &name).expect("listed"));
-    let files: Vec<u64> = kept.chain(world.find(store, JOURNAL_NAME)).collect();
+    let of_clones = store.join(CLONES_DIRECTORY);
+    let clones = world.list(&of_clones).into_iter();
+    let clones = clones.map(|name| world.find(&of_clones, &name).expect("listed"));
+    let files: Vec<u64> = kept.chain(world.find(store, JOURNAL_NAME)).chain(clones).collect();
     files.into_iter().map(|id| machine.allocated(&world, id)).sum()
 }
 
@@ -495,6 +504,9 @@ fn go_on(
     let data = bytes(cells.clone().map(|_| value));
     volume.write(0, &data, false).map_err(told("a write"))?;
     machine.model().end_write(cells, false);
+    if !may_fail {
+        clones::go_on(machine, volume)?;
+    }
     let selection = machine.model().all_blocks();
     machine.model().begin_snapshot(selection.clone());
     let taken = volume.snapshot(SnapshotRequest {
@@ -526,7 +538,12 @@ fn go_on(
         // A restore may never end if its source is lost.
         return again.close().map_err(told("closing"));
     }
+    clones::verify(&again, &mut model, false, may_fail)?;
+    *machine.model() = model.clone();
     // Without snapshots there is nothing to keep.
+    if !may_fail {
+        clones::drop_all(machine, &again)?;
+    }
     let all: Vec<(u32, bool, bool)> = model
         .snapshots
         .iter()

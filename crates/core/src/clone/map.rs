@@ -94,7 +94,8 @@ impl Header {
         }
     }
 
-    fn block_count(&self) -> u64 {
+    /// Blocks of the disk.
+    pub fn block_count(&self) -> u64 {
         self.size_bytes.div_ceil(u64::from(self.block_size))
     }
 

@@ -106,7 +106,7 @@ impl Overlay {
             Some(recent) => recent,
             None => directory.create(&header.recent_name())?,
         };
-        let blocks = header.size_bytes.div_ceil(u64::from(header.block_size));
+        let blocks = header.block_count();
         let recent = Recent::open(recent, boot_id, known.through, blocks)?;
         let mut own = Bitmap::from_set(blocks, &known.written);
         for &(_, extent) in &recent.waiting {

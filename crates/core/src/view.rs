@@ -49,6 +49,10 @@ impl View {
         self.size_bytes
     }
 
+    pub(crate) fn excluded(&self) -> ExcludedReads {
+        self.excluded
+    }
+
     /// The volume it is of.
     pub fn volume(&self) -> &Arc<Volume> {
         &self.volume
@@ -66,8 +70,12 @@ impl View {
         }
     }
 
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
+    }
+
     fn check(&self, offset: u64, length: u64) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) {
+        if self.is_closed() {
             return Err(Error::Closed);
         }
         match offset.checked_add(length) {

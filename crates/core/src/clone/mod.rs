@@ -295,7 +295,7 @@ impl Volume {
         let overlay = Overlay::open(self.clones_directory(), number, boot_id);
         let overlay = overlay.map_err(|error| damaged(number, error))?;
         let view = View::open(self, overlay.header().epoch, excluded)?;
-        let clone = Arc::new(CloneView::new(view, excluded, overlay));
+        let clone = Arc::new(CloneView::new(view, overlay));
         if let Some(known) = self.clones.known.lock().get_mut(&number) {
             known.opened = Some(Arc::clone(&clone));
         }

@@ -362,11 +362,6 @@ pub(super) fn closed_bytes(directory: &dyn Directory, header: &Header) -> io::Re
     Ok(sum)
 }
 
-/// Bytes of whole blocks, for the room they take.
-pub(super) fn block_bytes(header: &Header, blocks: Extent) -> u64 {
-    blocks.len() * u64::from(header.block_size)
-}
-
 /// The bytes of `blocks` that lie in a range: from and to, in the range.
 pub(super) fn bytes_within(
     blocks: Extent,

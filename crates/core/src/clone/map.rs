@@ -353,7 +353,7 @@ fn read_twice(
         _ => match second_copy(file, at, length, sequence) {
             Some(found) => Some(found),
             // In neither place, and not for want of a record: what it says is not known (P2).
-            None => first?.filter(|_| false),
+            None => first?.and(None),
         },
     };
     let Some(found) = found else { return Ok(None) };

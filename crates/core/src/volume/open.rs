@@ -601,7 +601,7 @@ impl Volume {
     fn note_closed(&self, committer: &mut Committer) -> Result<()> {
         // A full store may refuse both; then the next opening takes open regions for changed, and
         // verifies the last batch, as after a power cut.
-        let _ = self.close_regions(committer);
+        self.close_regions(committer);
         let _ = self.seal(committer);
         committer.log.release_ahead();
         let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;

@@ -10,7 +10,6 @@ use super::map::{Header, Known, Map, MapError, Recent};
 use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
 use crate::sync::{AtomicBool, Condvar, Mutex, RwLock};
@@ -360,15 +359,4 @@ pub(super) fn closed_bytes(directory: &dyn Directory, header: &Header) -> io::Re
         }
     }
     Ok(sum)
-}
-
-/// The bytes of `blocks` that lie in a range: from and to, in the range.
-pub(super) fn bytes_within(
-    blocks: Extent,
-    block_size: u64,
-    offset: u64,
-    length: usize,
-) -> (u64, u64) {
-    let (start, bytes) = blocks.to_bytes(block_size);
-    (start.max(offset), (start + bytes).min(offset + to_u64(length)))
 }

@@ -1,6 +1,6 @@
 //! A clone as a disk: its own blocks from its overlay, all others from the snapshot it began as.
 
-use super::overlay::{Overlay, bytes_within};
+use super::overlay::Overlay;
 use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::{Extent, ExtentSet, round_in, round_out};
@@ -119,9 +119,9 @@ impl CloneView {
         if !self.overlay.has_any(blocks) {
             return self.view.read(offset, buffer);
         }
-        let length = buffer.len();
+        let length = to_u64(buffer.len());
         for (run, is_own) in self.overlay.runs(blocks) {
-            let (from, to) = bytes_within(run, block_size, offset, length);
+            let (from, to) = run.bytes_within(block_size, offset, length);
             let part = &mut buffer[to_usize(from - offset)..to_usize(to - offset)];
             if is_own {
                 self.overlay.read(from, part)?;
@@ -303,7 +303,7 @@ impl CloneView {
             if found.len() > extents_max {
                 break;
             }
-            let (from, to) = bytes_within(run, block_size, offset, to_usize(length));
+            let (from, to) = run.bytes_within(block_size, offset, length);
             if is_own {
                 let mut at = from;
                 while at < to && found.len() <= extents_max {
@@ -343,7 +343,7 @@ impl CloneView {
         let block_size = self.block_size();
         let mut found = Vec::new();
         for (run, is_own) in self.overlay.runs(round_out(offset, length, block_size)) {
-            let (from, to) = bytes_within(run, block_size, offset, to_usize(length));
+            let (from, to) = run.bytes_within(block_size, offset, length);
             if is_own {
                 push_status(&mut found, from, to, 1);
                 continue;

@@ -154,6 +154,13 @@ class SnapshotList:
 
 def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
     """Resolve the rules on the live disk and check the name; change nothing."""
+    settings = settings_for(volume, level=request.consistency, or_barrier=request.or_barrier)
+    return _planned(volume, request, settings)
+
+
+def _planned(
+    volume: OpenVolume, request: SnapshotRequest, consistency: ConsistencySettings
+) -> SnapshotPlan:
     if not 0 < request.pause_limit_ms <= PAUSE_LIMIT_MS_MAX:
         raise UsageError(
             f"pause limit {request.pause_limit_ms} ms is out of range (1 to {PAUSE_LIMIT_MS_MAX})"
@@ -164,7 +171,7 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         volume,
         request,
         name=request.name or volume.free_name(),
-        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
+        consistency=consistency,
     )
 
 
@@ -217,7 +224,7 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         if settings.level is not Consistency.BARRIER:
             held.enter_context(volume.instants.turn())
         with volume.lock:
-            plan = replace(plan_snapshot(volume, request), consistency=settings)
+            plan = _planned(volume, request, settings)
             taking = _Taking(volume, request, plan, held)
         around = occasion(
             volume,

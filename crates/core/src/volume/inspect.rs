@@ -149,7 +149,7 @@ fn left_as(decided: &Decided) -> Result<LeftAs> {
 }
 
 fn is_restoring(decided: &Decided, scan: &Scan) -> bool {
-    let blocks = decided.size_bytes.div_ceil(decided.block_size);
+    let blocks = decided.block_count();
     let restoring = super::decided::restoring_of(scan, decided, blocks);
     restoring.is_some_and(|restoring| restoring.remaining_blocks > 0)
 }

@@ -389,8 +389,7 @@ impl Parts {
         let Self { request, decided, journal, scan, loaded, host, origin, .. } = self;
         let Self { origin_share, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
-        let block_count = decided.size_bytes.div_ceil(decided.block_size);
-        let restoring = restoring_of(&scan, &decided, block_count);
+        let restoring = restoring_of(&scan, &decided, decided.block_count());
         let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
         let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
@@ -483,7 +482,7 @@ fn private_arena(block_size: u64, regions: u32) -> Result<Arc<Arena>> {
 /// What requests meet until the past is settled.
 fn first_state(decided: &Decided, epoch: u32, restoring: Option<Restoring>) -> Result<State> {
     let size_bytes = decided.size_bytes;
-    let block_count = size_bytes.div_ceil(decided.block_size);
+    let block_count = decided.block_count();
     // Slots until the past is settled; nobody can be acknowledged by them.
     // And no regions: what is recorded before they can be marked is recorded block by block.
     let arena = private_arena(decided.block_size, 0)?;
@@ -602,7 +601,7 @@ impl Volume {
     fn note_closed(&self, committer: &mut Committer) -> Result<()> {
         // A full store may refuse both; then the next opening takes open regions for changed, and
         // verifies the last batch, as after a power cut.
-        let _ = self.close_regions(committer);
+        self.close_regions(committer);
         let _ = self.seal(committer);
         committer.log.release_ahead();
         let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;

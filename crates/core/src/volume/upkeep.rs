@@ -235,7 +235,7 @@ impl Volume {
     ) -> Result<()> {
         let layers = Arc::clone(self.index.read().layers());
         for layer in layers.iter().filter(|layer| layer.run.is_damaged()) {
-            let mut scan = scan_headers(&self.segments, self.uuid, &BTreeSet::new())?;
+            let mut scan = scan_headers(&self.segments, self.uuid, &ExtentSet::default())?;
             let by_epoch = scan.epochs();
             let (mut held, mut covers, mut weight) = (Vec::new(), Vec::new(), 0);
             for epoch in layer.epochs.iter() {

@@ -176,7 +176,11 @@ impl Volume {
     }
 
     /// Bring closed epochs to an index file.
-    fn file_closed(&self, upkeep: &mut MutexGuard<'_, Upkeep>, effort: Effort) -> Result<()> {
+    pub(super) fn file_closed(
+        &self,
+        upkeep: &mut MutexGuard<'_, Upkeep>,
+        effort: Effort,
+    ) -> Result<()> {
         let (unfiled, weight) = {
             let index = self.index.read();
             (index.unfiled(), index.unfiled_weight().0)

@@ -11,6 +11,7 @@ from typing import Final
 from cyclopts import App, Group, Parameter
 
 COMMANDS: Final = Group.create_ordered("Start here")
+USES: Final = Group.create_ordered("Use a snapshot")
 NOUNS: Final = Group.create_ordered("Things to work on")
 
 _HELP: Final = (
@@ -36,6 +37,11 @@ _ROOT: Final = {
     "demo": "See it work on a real filesystem, in half a minute and without root.",
     "completion": "Print the completion script of a shell.",
 }
+_FILES: Final = {
+    "ls": "List files of a snapshot or clone, without a mount.",
+    "cat": "Write files of a snapshot or clone to standard output.",
+    "cp": "Copy files out of a snapshot or clone, without a mount.",
+}
 _NOUNS: Final = {
     "volume": "A raw file or block device and all that is kept about it.",
     "rules": "Which blocks matter: the standing rules of a volume.",
@@ -46,7 +52,7 @@ _NOUNS: Final = {
     "hook": "What runs before and after an instant: the hooks that come with stillblock.",
 }
 
-SUMMARIES: Final = {**_ROOT, **_NOUNS}
+SUMMARIES: Final = {**_ROOT, **_FILES, **_NOUNS}
 
 
 def new_app(name: str, *, is_root: bool = False) -> App:
@@ -68,6 +74,8 @@ def build() -> App:
     app = new_app("stillblock", is_root=True)
     for name, summary in _ROOT.items():
         app.command(f"stillblock.cli.root:{name}", name=name, help=summary, group=COMMANDS)
+    for name, summary in _FILES.items():
+        app.command(f"stillblock.cli.files:{name}", name=name, help=summary, group=USES)
     for name, summary in _NOUNS.items():
         app.command(f"stillblock.cli.{name}:app", name=name, help=summary, group=NOUNS)
     return app

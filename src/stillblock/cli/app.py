@@ -37,10 +37,11 @@ _ROOT: Final = {
     "demo": "See it work on a real filesystem, in half a minute and without root.",
     "completion": "Print the completion script of a shell.",
 }
-_FILES: Final = {
+_USES: Final = {
     "ls": "List files of a snapshot or clone, without a mount.",
     "cat": "Write files of a snapshot or clone to standard output.",
     "cp": "Copy files out of a snapshot or clone, without a mount.",
+    "export": "Write a snapshot or clone as a raw or qcow2 image.",
 }
 _NOUNS: Final = {
     "volume": "A raw file or block device and all that is kept about it.",
@@ -52,7 +53,7 @@ _NOUNS: Final = {
     "hook": "What runs before and after an instant: the hooks that come with stillblock.",
 }
 
-SUMMARIES: Final = {**_ROOT, **_FILES, **_NOUNS}
+SUMMARIES: Final = {**_ROOT, **_USES, **_NOUNS}
 
 
 def new_app(name: str, *, is_root: bool = False) -> App:
@@ -74,8 +75,9 @@ def build() -> App:
     app = new_app("stillblock", is_root=True)
     for name, summary in _ROOT.items():
         app.command(f"stillblock.cli.root:{name}", name=name, help=summary, group=COMMANDS)
-    for name, summary in _FILES.items():
-        app.command(f"stillblock.cli.files:{name}", name=name, help=summary, group=USES)
+    for name, summary in _USES.items():
+        module = "export" if name == "export" else "files"
+        app.command(f"stillblock.cli.{module}:{name}", name=name, help=summary, group=USES)
     for name, summary in _NOUNS.items():
         app.command(f"stillblock.cli.{name}:app", name=name, help=summary, group=NOUNS)
     return app

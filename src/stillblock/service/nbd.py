@@ -95,7 +95,7 @@ class NbdDisk:
             parts.append(self._read_reply(offset=start, length=size))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def pwrite(self, data: bytes, *, offset: int) -> None:
+    def pwrite(self, data: bytes | memoryview, *, offset: int) -> None:
         """Write all of `data`; durable after the next flush."""
         rest = memoryview(data)
         while rest:

@@ -46,7 +46,7 @@ test: gates test-rust ## Everything, exactly what CI runs: the gates, then every
 
 .PHONY: check
 check: gates ## Format, lint, types, layers and the fast tests
-	cargo test --quiet --lib --package stillblock-core
+	cargo test --quiet --lib --package stillblock-core --package stillblock-fuse
 	$(PYTEST) -m "not slow and not long" tests/unit
 
 .PHONY: format
@@ -122,7 +122,7 @@ layers: setup-test
 .PHONY: test-rust
 test-rust: setup-test
 	@# Not the shim: it is a module of an interpreter and does not link alone. Python's tests test it.
-	cargo $(CARGO_TEST) --locked --package stillblock-core
+	cargo $(CARGO_TEST) --locked --package stillblock-core --package stillblock-fuse
 	@# The same engine in the machine that is stopped at every step: docs/reliability.md.
 	cargo $(CARGO_TEST) --locked --package stillblock-core --features simulation --test simulation
 	cargo test --quiet --locked --doc --package stillblock-core

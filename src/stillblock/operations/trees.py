@@ -77,8 +77,10 @@ class SnapshotFiles:
     def tree_at(self, place_name: str) -> Tree | None:
         """Return the filesystem of a place, None if nothing is read there."""
         for place in self._facts.places.filesystems:
+            if place.name != place_name:
+                continue
             identity = self._facts.identity(place)
-            if place.name == place_name and not isinstance(identity, Unresolved):
+            if not isinstance(identity, Unresolved):
                 prefix = f"{self._held.reference}:{place.name}"
                 return Tree(self._held, place, identity, prefix=prefix)
         return None
@@ -87,6 +89,13 @@ class SnapshotFiles:
     def places(self) -> tuple[Place, ...]:
         """What the disk is made of."""
         return self._facts.places.places
+
+    def why_unknown(self, place: Place) -> str:
+        """Return why it is not known what a place holds; empty if it is, or nothing known is."""
+        if place.content is not None or place.opaque_reason:
+            return place.opaque_reason
+        refusal = self._held.refusal(place.disk_extents(((0, _HEAD_BYTES),)))
+        return "" if refusal is None else f"its beginning is not held: {refusal.reason}"
 
     def _only(self) -> Place:
         there = self._facts.places.filesystems
@@ -125,10 +134,7 @@ class SnapshotFiles:
     def _info(self, place: Place) -> FilesystemInfo:
         kind = "" if place.content is None else str(place.content)
         if not place.is_filesystem:
-            note = place.opaque_reason
-            if place.content is None and not note:
-                refusal = self._held.refusal(place.disk_extents(((0, _HEAD_BYTES),)))
-                note = "" if refusal is None else f"its beginning is not held: {refusal.reason}"
+            note = self.why_unknown(place)
             return FilesystemInfo(place=place.name, kind=kind, size_bytes=place.size, note=note)
         identity = self._facts.identity(place)
         if isinstance(identity, Unresolved):

@@ -492,6 +492,41 @@ class PackedLeftOut:
     extents: str
 
 
+class CheckOutcome(StrEnum):
+    """What became of checking a filesystem, or all of a snapshot's; from best to worst."""
+
+    LEFT_OUT = "left-out"
+    """The snapshot's rules leave it out."""
+    SOUND = "sound"
+    UNCHECKED = "unchecked"
+    """It could not be checked, which says nothing of it."""
+    DAMAGED = "damaged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesystemCheck:
+    """One filesystem of a snapshot, replayed and checked on a clone of it; or a command's word."""
+
+    place: str
+    """`disk`, `part:2` or `lv:vg/root`; empty: what a command looked at."""
+    content: str
+    """Its family, or the command."""
+    outcome: CheckOutcome
+    detail: str = ""
+    """What the checker said, or why it could not be asked."""
+    duration_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotVerification:
+    """What `snapshot verify` last found."""
+
+    verified_unix_ns: int
+    outcome: CheckOutcome
+    """The worst of all; `unchecked` if nothing was checked."""
+    checks: tuple[FilesystemCheck, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotRecord:
     """What we write beside an instant in the store; the engine keeps it as opaque bytes."""
@@ -527,6 +562,8 @@ class SnapshotRecord:
     """Of what resolved its rules."""
     digest: str = ""
     """SHA-256 of what the receipt says and must go on saying."""
+    verification: SnapshotVerification | None = None
+    """What its filesystems came to on a clone; None: nobody looked."""
 
     @property
     def is_final(self) -> bool:
@@ -638,6 +675,8 @@ class SnapshotInfo:
     """Why that is less than was asked for; empty if it is not."""
     is_final: bool = True
     """False: it is being narrowed, and cannot be read, cloned or restored yet."""
+    verified: CheckOutcome | None = None
+    """What `snapshot verify` last found; None: nobody looked."""
     clone_count: int = 0
     """Clones of it, which go with it."""
 
@@ -680,6 +719,8 @@ class Receipt:
     """SHA-256 of all this but name, protection, description and what became of the content."""
     is_intact: bool = True
     """False: it does not come to its digest; somebody or something changed it."""
+    verification: SnapshotVerification | None = None
+    """What its filesystems came to on a clone; None: nobody looked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""`stillblock snapshot`: create, list, show, receipt, rename, delete, protect, diff."""
+"""`stillblock snapshot`: create, list, show, receipt, verify, rename, delete, protect, diff."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Final
 
 from cyclopts import Parameter
@@ -29,16 +30,20 @@ from stillblock.cli.output import (
     show_unresolved,
     size_exact,
 )
+from stillblock.cli.verifying import summary, verify_and_tell
+from stillblock.cli.verifying import table as verification_table
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
+    CheckOutcome,
     Consistency,
     Receipt,
     Reference,
     SnapshotInfo,
     SnapshotPurpose,
     SnapshotState,
+    SnapshotVerification,
     format_duration,
     format_instant,
     format_size,
@@ -53,6 +58,11 @@ _COMMON: Final = Common()
 _CHANGE: Final = Change()
 _LOST_SHOWN_MAX: Final = 32
 _NOT_FINAL: Final = "narrowing: it selects more than its rules say until they are resolved"
+_VERIFIED: Final = {
+    CheckOutcome.SOUND: "verified",
+    CheckOutcome.UNCHECKED: "verified in part",
+    CheckOutcome.DAMAGED: "VERIFICATION FAILED",
+}
 _CHANGED: Final = "it does not come to its digest: it is not what was written down"
 
 
@@ -68,9 +78,11 @@ def create(
     consistency: Consistency | None = None,
     or_barrier: bool | None = None,
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
+    verify: bool = False,
+    verify_with: str = "",
     dry_run: bool = False,
     common: Common = _COMMON,
-) -> None:
+) -> int:
     """Take a snapshot of VOL@NAME, or of VOL under a name made of the UTC time.
 
     The instant is at once. What the rules say of files, swap files and free space is resolved
@@ -93,10 +105,16 @@ def create(
         Where that cannot be reached, take a barrier snapshot that says so, instead of none.
     wait
         Wait until the rules are resolved; else a serve process goes on by itself.
+    verify
+        Then check its filesystems, as `snapshot verify` does; it stays whatever is found.
+    verify_with
+        The same by a command of yours, which finds a clone as `stillblock run` shows it.
     dry_run
         Print what it would hold, and take nothing.
     """
     output = Output(common)
+    if (verify or verify_with) and not wait:
+        raise UsageError("what is to be verified is waited for: leave out --no-wait")
     reference = Reference.parse(ref)
     if reference.clone or reference.repository or reference.path:
         raise UsageError(f"{ref!r} should be VOL or VOL@NAME")
@@ -115,7 +133,7 @@ def create(
             output.result("snapshot-plan", plan, lambda out: _render_plan(out, plan))
             for note in plan.notes:
                 output.warn(note)
-            return
+            return ExitCode.OK
         receipt = session.create_snapshot(request, wait=False)
         if wait and not receipt.snapshot.is_final:
             text = f"{receipt.snapshot.reference} is taken; resolving its rules"
@@ -132,6 +150,11 @@ def create(
         )
     if receipt.is_default:
         output.remark(f"nobody gave rules: {DEFAULT_TOLD.format(volume=reference.volume)}")
+    if verify or verify_with:
+        name = receipt.snapshot.name
+        command = shlex.split(verify_with)
+        return verify_and_tell(output, common, reference.volume, name, command)
+    return ExitCode.OK
 
 
 @app.command(name="list")
@@ -197,6 +220,23 @@ def receipt(ref: SnapshotRef, /, *, extents: bool = False, common: Common = _COM
     with open_session(common.config(), volume) as session:
         found = session.receipt(name)
     output.result("receipt", found, lambda out: _render_receipt(out, found, with_extents=extents))
+
+
+@app.command
+def verify(
+    ref: SnapshotRef,
+    /,
+    *command: Annotated[str, Parameter(help="A command and its arguments, after --.")],
+    common: Common = _COMMON,
+) -> int:
+    """Check what a snapshot holds: replay and check each filesystem on a throw-away clone.
+
+    Neither the snapshot nor the disk change, and lists say what was found. Journals of XFS and
+    btrfs are replayed by the kernel, which needs root. Instead a command of yours may look: it
+    finds the clone as `stillblock run` shows it, and says by any exit code but 0: damaged.
+    """
+    volume, name = snapshot_of(ref)
+    return verify_and_tell(Output(common), common, volume, name, command)
 
 
 @app.command
@@ -382,6 +422,7 @@ def _flags(info: SnapshotInfo) -> str:
         f"DAMAGED {format_size(info.damaged_bytes)}" if info.damaged_bytes else "",
         "DAMAGED" if info.damage else "",
         "SUSPECT" if info.is_suspect else "",
+        "" if info.verified is None else _VERIFIED[info.verified],
     ]
     return ", ".join(filter(None, notes))
 
@@ -442,6 +483,10 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
     _render_lost(out, info)
 
 
+def _verified(found: SnapshotVerification) -> str:
+    return f"{format_instant(found.verified_unix_ns)}: {summary(found)}"
+
+
 def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     info, at = found.snapshot, found.narrowed_unix_ns
     out.pairs(
@@ -469,8 +514,12 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("DAMAGED", info.damage),
             ("SUSPECT", info.suspect_reason),
             ("accepted", info.accepted),
+            ("verified", "" if found.verification is None else _verified(found.verification)),
         )
     )
+    if found.verification is not None:
+        out.line()
+        verification_table(out, found.verification)
     if found.terms:
         out.line()
         show_terms(out, found.terms)

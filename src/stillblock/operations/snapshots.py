@@ -404,6 +404,7 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         digest=record.digest,
         is_intact=not can_be_checked
         or digest_of(record, Instant.of(epoch), extents) == record.digest,
+        verification=record.verification,
     )
 
 
@@ -543,4 +544,5 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         consistency=record.consistency,
         shortfall="" if record.quiescing is None else record.quiescing.shortfall,
         is_final=record.is_final,
+        verified=None if record.verification is None else record.verification.outcome,
     )

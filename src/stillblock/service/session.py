@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from stillblock.errors import NarrowingError
 from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
+from stillblock.operations.checking import FilesystemList, VerificationRequest
 from stillblock.operations.clones import (
     CloneChange,
     CloneChanged,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         Receipt,
         RestoreProgress,
         SnapshotInfo,
+        SnapshotVerification,
         StoreUsage,
         VolumeInfo,
     )
@@ -252,6 +254,17 @@ class Session(abc.ABC):
         """Refuse deletion, or allow it again."""
         return self.call(
             verbs.PROTECT_SNAPSHOT, ProtectRequest(snapshot=snapshot, is_protected=is_protected)
+        )
+
+    def list_filesystems(self, snapshot: str) -> FilesystemList:
+        """Return the filesystems of a snapshot."""
+        return self.call(verbs.LIST_FILESYSTEMS, SnapshotTarget(snapshot=snapshot))
+
+    def keep_verification(self, snapshot: str, verification: SnapshotVerification) -> SnapshotInfo:
+        """Keep in the receipt what a snapshot's filesystems came to."""
+        return self.call(
+            verbs.KEEP_VERIFICATION,
+            VerificationRequest(snapshot=snapshot, verification=verification),
         )
 
     def plan_delete(self, snapshot: str) -> DeletePlan:

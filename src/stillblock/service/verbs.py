@@ -22,6 +22,7 @@ from stillblock.model import (
 )
 from stillblock.operations import (
     bookmarks,
+    checking,
     clones,
     consistency,
     explaining,
@@ -320,6 +321,24 @@ PROTECT_SNAPSHOT: Final = Verb(
     request=snapshots.ProtectRequest,
     result=SnapshotInfo,
     run=snapshots.protect_snapshot,
+)
+LIST_FILESYSTEMS: Final = Verb(
+    name="list_filesystems",
+    method="GET",
+    path="/snapshots/{snapshot}/filesystems",
+    summary="The filesystems of a snapshot.",
+    request=snapshots.SnapshotTarget,
+    result=checking.FilesystemList,
+    run=checking.list_filesystems,
+)
+KEEP_VERIFICATION: Final = Verb(
+    name="keep_verification",
+    method="POST",
+    path="/snapshots/{snapshot}/verification",
+    summary="Keep in the receipt what a snapshot's filesystems came to.",
+    request=checking.VerificationRequest,
+    result=SnapshotInfo,
+    run=checking.keep_verification,
 )
 PLAN_DELETE: Final = Verb(
     name="plan_delete",

@@ -14,7 +14,7 @@ def crc32c(data: bytes, seed: int = 0) -> int:
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
-    "excluded", "recovery_needed", "restore_running", "not_quiet", "closed", "internal".
+    "excluded", "recovery_needed", "undecided", "restore_running", "not_quiet", "closed", "internal".
     """
 
 @final
@@ -52,6 +52,8 @@ class Epoch:
     """Blocks whose content is there and is known to fail its checksum."""
     damage: str
     """Why nothing of the snapshot can be read, its header being gone; empty if it is there."""
+    undecided: str
+    """Why it is not known whether the snapshot, one of a group, exists; empty if it is. Nothing of it can be read."""
     accepted: str
     """Which doubt somebody accepted, and their note; empty if nobody had to."""
     is_suspect: bool
@@ -156,7 +158,9 @@ class Volume:
         buffer_dir: str | None = None,
         buffer_bytes: int = 67108864,
         recover: Literal["refuse", "replay", "discard"] = "refuse",
-    ) -> Volume: ...
+        peers: Sequence[str] = ...,
+    ) -> Volume:
+        """Open and lock; `peers` are stores of other volumes, asked how groups ended that this one does not know."""
     @staticmethod
     def peek(*, store: str) -> tuple[str, str, int, bytes]:
         """(uuid, origin path, block size, meta) of a store without opening the volume, even while it is served."""
@@ -208,6 +212,20 @@ class Volume:
         """Take a snapshot; what `low` has of the selection is given up first when the store is full.
 
         With `quiet_ms` only if no watched write came for so long; `passed` is called once writes go on again.
+        """
+    @staticmethod
+    def snapshot_group(
+        *,
+        group_id: str,
+        members: Sequence[
+            tuple[Volume, Sequence[tuple[int, int]], Sequence[tuple[int, int]], bytes, int, int | None]
+        ],
+        passed: Callable[[], object] | None = None,
+    ) -> list[Instant]:
+        """Take one snapshot of each volume, all at one instant, or none.
+
+        `group_id` has 32 hexadecimal digits. A member is a volume, its `selection`, `low`, `meta`, `pause_limit_ms`
+        and `quiet_ms`, as in `snapshot`. The instants come back in the order of the members.
         """
     def watch_writes(self, *, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Look at writes of these ranges, or of the whole disk, from now on."""

@@ -382,6 +382,8 @@ class SnapshotState(StrEnum):
     OK = "ok"
     SUSPECT = "suspect"
     """Something happened that could not be seen: the origin was written by others."""
+    UNDECIDED = "undecided"
+    """One of a group, and whether that exists cannot be told here; kept, and not readable."""
     NARROWING = "narrowing"
     """Taken, and held; what its rules say of files and free space is still being worked out."""
     PARTIAL = "partial"
@@ -452,6 +454,16 @@ class PackedLeftOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotGroup:
+    """Snapshots of several volumes with one instant."""
+
+    id: str
+    """32 hexadecimal digits."""
+    members: tuple[str, ...]
+    """What they were called at the instant, `VOL@SNAP`, in the order they were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotRecord:
     """What we write beside an instant in the store; the engine keeps it as opaque bytes."""
 
@@ -486,6 +498,8 @@ class SnapshotRecord:
     """Of what resolved its rules."""
     digest: str = ""
     """SHA-256 of what the receipt says and must go on saying."""
+    group: SnapshotGroup | None = None
+    """With which others it has its instant in common; None: with nobody."""
 
     @property
     def is_final(self) -> bool:
@@ -545,6 +559,10 @@ class SnapshotInfo:
     """Why that is less than was asked for; empty if it is not."""
     is_final: bool = True
     """False: it is being narrowed, and cannot be read, cloned or restored yet."""
+    group: SnapshotGroup | None = None
+    """With which others it has its instant in common; None: with nobody."""
+    undecided: str = ""
+    """Why it is not known whether it exists; empty if it is. Nothing of it can be read then."""
 
     @property
     def reference(self) -> str:

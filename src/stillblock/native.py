@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 from stillblock import _native
@@ -90,6 +91,37 @@ def check_unused(store: Path) -> None:
         _native.Volume.check_unused(store=str(store))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMember:
+    """One volume's part in a group, as for `Volume.snapshot`."""
+
+    volume: Volume
+    selection: Extents
+    low: Extents
+    meta: bytes
+    pause_limit_ms: int
+    quiet_ms: int | None = None
+
+
+def snapshot_group(
+    group_id: str, members: Sequence[GroupMember], *, passed: Callable[[], object] | None = None
+) -> list[Instant]:
+    """Take one snapshot of each volume, all at one instant, or none; in the order of the members.
+
+    From 2 to 64 volumes, each once. `group_id` has 32 hexadecimal digits. Raise what
+    `Volume.snapshot` raises.
+    """
+    with _translated():
+        return _native.Volume.snapshot_group(
+            group_id=group_id,
+            members=[
+                (m.volume.inner, m.selection, m.low, m.meta, m.pause_limit_ms, m.quiet_ms)
+                for m in members
+            ],
+            passed=passed,
+        )
+
+
 class Volume:
     """One origin with its store, open in this process. Thread-safe."""
 
@@ -109,8 +141,12 @@ class Volume:
         buffer_dir: Path | None = None,
         buffer_bytes: int = BUFFER_BYTES_DEFAULT,
         recover: Recovery = "refuse",
+        peers: Sequence[Path] = (),
     ) -> Self:
-        """Open and lock the volume; raise `LockedError`, `RecoveryNeededError` and their like."""
+        """Open and lock the volume; raise `LockedError`, `RecoveryNeededError` and their like.
+
+        `peers` are stores of other volumes: asked about groups whose end this one does not know.
+        """
         with _translated():
             return cls(
                 _native.Volume.open(
@@ -121,6 +157,7 @@ class Volume:
                     buffer_dir=None if buffer_dir is None else str(buffer_dir),
                     buffer_bytes=buffer_bytes,
                     recover=recover,
+                    peers=[str(peer) for peer in peers],
                 )
             )
 

@@ -70,6 +70,9 @@ pub enum Error {
     /// A person must decide before the volume can be opened.
     #[error("{0}")]
     RecoveryNeeded(String),
+    /// Whether a snapshot exists is decided in a store that is not there.
+    #[error("{0}")]
+    Undecided(String),
     /// Not while a restore runs.
     #[error("{0}")]
     RestoreRunning(String),
@@ -100,6 +103,7 @@ impl Error {
             Self::Lost { .. } => "snapshot_lost",
             Self::Excluded(_) => "excluded",
             Self::RecoveryNeeded(_) => "recovery_needed",
+            Self::Undecided(_) => "undecided",
             Self::RestoreRunning(_) => "restore_running",
             Self::Closed => "closed",
         }

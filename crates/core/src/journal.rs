@@ -19,7 +19,7 @@ const UNIT: u64 = 512;
 const MAGIC: [u8; 4] = *b"SBJR";
 const HEADER_BYTES: usize = 28;
 /// The highest version this code reads; it writes the lowest that has a record's kind.
-pub const JOURNAL_VERSION: u32 = 2;
+pub const JOURNAL_VERSION: u32 = 3;
 /// Space kept allocated beyond the end, so that marks can be written when the store is full.
 const RESERVE_BYTES: u64 = 1 << 20;
 /// No record of ours is longer: a selection of 16 million extents.
@@ -190,6 +190,44 @@ pub enum Entry {
         /// Which blocks.
         blocks: ExtentSet,
     },
+    /// An instant of several volumes is about to be taken here: until the group is decided the
+    /// header of this epoch alone says nothing.
+    GroupBegun {
+        /// The epoch it begins here; the number is given to no other instant.
+        epoch: u32,
+        /// All who take part.
+        group: Group,
+    },
+    /// All members of a group have their snapshots, or none has. In the journal of its first member:
+    /// the commit of all of them. In the others: what was decided there.
+    GroupDecided {
+        /// The epoch it begins here.
+        epoch: u32,
+        /// Which group.
+        id: [u8; 16],
+        /// False: the snapshot of this epoch never was.
+        is_committed: bool,
+    },
+}
+
+/// Volumes that have one instant in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// Its identity.
+    pub id: [u8; 16],
+    /// Who takes part, in the order of their uuids; the journal of the first decides.
+    pub members: Vec<GroupMember>,
+}
+
+/// One volume of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupMember {
+    /// Which volume.
+    pub uuid: [u8; 16],
+    /// The epoch that the instant begins there.
+    pub epoch: u32,
+    /// Where its store was then.
+    pub store: Vec<u8>,
 }
 
 /// What is known of a snapshot once its selection is final.
@@ -222,8 +260,11 @@ pub struct StorePolicy {
     pub limit_bytes: u64,
 }
 
-/// Kinds above this one came with version 2: a program that does not know them says so.
+/// Kinds above these came with versions 2 and 3: a program that does not know them says so.
 const VERSION_1_KIND_MAX: u8 = 17;
+const VERSION_2_KIND_MAX: u8 = 24;
+/// Volumes of one group: far more than one process serves.
+pub const GROUP_MEMBERS_MAX: usize = 64;
 
 impl Entry {
     fn encode(&self) -> (u8, Vec<u8>) {
@@ -324,8 +365,24 @@ impl Entry {
                 out.u32(*epoch).extents(blocks);
                 21
             }
+            Self::GroupBegun { .. } | Self::GroupDecided { .. } => self.encode_group(&mut out),
         };
         (kind, out.0)
+    }
+
+    fn encode_group(&self, out: &mut Writer) -> u8 {
+        match self {
+            Self::GroupBegun { epoch, group } => {
+                out.u32(*epoch);
+                put_group(out, group);
+                25
+            }
+            Self::GroupDecided { epoch, id, is_committed } => {
+                out.u32(*epoch).raw(id).u32(u32::from(*is_committed));
+                26
+            }
+            _ => unreachable!("called for these only"),
+        }
     }
 
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
@@ -380,9 +437,40 @@ impl Entry {
                 let (selection, low) = (input.packed_extents()?, input.packed_extents()?);
                 Self::Narrowed { epoch, selection, settled: Some(Settled { meta, low }) }
             }
+            25 => Self::GroupBegun { epoch: input.u32()?, group: take_group(&mut input)? },
+            26 => Self::GroupDecided {
+                epoch: input.u32()?,
+                id: input.array()?,
+                is_committed: match input.u32()? {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(Malformed { at: 20 }),
+                },
+            },
             _ => return Err(Malformed { at: 0 }),
         })
     }
+}
+
+fn put_group(out: &mut Writer, group: &Group) {
+    let count = u32::try_from(group.members.len()).expect("a group is bounded");
+    out.raw(&group.id).u32(count);
+    for member in &group.members {
+        out.raw(&member.uuid).u32(member.epoch).bytes(&member.store);
+    }
+}
+
+fn take_group(input: &mut Reader<'_>) -> Result<Group, Malformed> {
+    let (id, count) = (input.array()?, input.u32()?);
+    if count == 0 || to_usize(u64::from(count)) > GROUP_MEMBERS_MAX {
+        return Err(Malformed { at: 20 });
+    }
+    let mut members = Vec::new();
+    for _ in 0..count {
+        let (uuid, epoch) = (input.array()?, input.u32()?);
+        members.push(GroupMember { uuid, epoch, store: input.bytes()?.to_vec() });
+    }
+    Ok(Group { id, members })
 }
 
 fn put_identity(out: &mut Writer, identity: &OriginIdentity) {
@@ -571,7 +659,11 @@ impl Journal {
 fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Writer::default();
     let length = u32::try_from(payload.len()).expect("a record is bounded");
-    let version = if kind > VERSION_1_KIND_MAX { JOURNAL_VERSION } else { 1 };
+    let version = match kind {
+        kind if kind > VERSION_2_KIND_MAX => JOURNAL_VERSION,
+        kind if kind > VERSION_1_KIND_MAX => 2,
+        _ => 1,
+    };
     out.raw(&MAGIC).u32(version).u64(sequence).u32(u32::from(kind)).u32(length);
     let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
     out.u32(crc).raw(payload);

@@ -74,6 +74,12 @@ pub enum Rule {
     MergedNameDurable,
     /// Pages of an index file are believed without a look at their checksums.
     IndexPagesVerified,
+    /// The gates of a group close one after the other.
+    GroupGatesTogether,
+    /// A group is decided before all headers are durable.
+    GroupHeadersFirst,
+    /// A header of a group is believed before anybody knows how the group ended.
+    GroupAsks,
 }
 
 impl Rule {
@@ -113,6 +119,9 @@ impl Rule {
         Self::ReplayBeforeClosed,
         Self::MergedNameDurable,
         Self::IndexPagesVerified,
+        Self::GroupGatesTogether,
+        Self::GroupHeadersFirst,
+        Self::GroupAsks,
     ];
 }
 

@@ -52,6 +52,9 @@ fn read_bytes(
     PyBytes::new_with(py, to_usize(length), |buffer| py.detach(|| read(buffer)).map_err(from_core))
 }
 
+/// Volume, selection, low, meta, milliseconds of pause at most, of quiet at least.
+type GroupMember = (Py<Volume>, Ranges, Ranges, Vec<u8>, u64, Option<u64>);
+
 #[pyclass(frozen)]
 pub struct Volume(pub Arc<core::Volume>);
 
@@ -89,7 +92,7 @@ impl Volume {
 
     #[staticmethod]
     #[pyo3(signature = (*, store, origin=None, cache="writeback", direct=false, buffer_dir=None,
-        buffer_bytes=67_108_864, recover="refuse"))]
+        buffer_bytes=67_108_864, recover="refuse", peers=Vec::new()))]
     #[allow(clippy::too_many_arguments)] // keywords in Python
     fn open(
         py: Python<'_>,
@@ -100,6 +103,7 @@ impl Volume {
         buffer_dir: Option<PathBuf>,
         buffer_bytes: u64,
         recover: &str,
+        peers: Vec<PathBuf>,
     ) -> PyResult<Self> {
         let caches = [("writeback", Cache::WriteBack), ("writethrough", Cache::WriteThrough)];
         let recoveries = [
@@ -116,6 +120,7 @@ impl Volume {
             buffer_bytes,
             recover: choose("recover", recover, &recoveries)?,
             has_background: true,
+            peers,
         };
         detached(py, || open::open(request)).map(Self)
     }
@@ -262,9 +267,37 @@ impl Volume {
             meta,
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
-        let told = passed.map(|call| -> Box<dyn FnOnce() + Send> { Box::new(move || tell(&call)) });
-        let moment = core::Moment { quiet: quiet_ms.map(Duration::from_millis), passed: told };
+        let quiet = quiet_ms.map(Duration::from_millis);
+        let moment = core::Moment { quiet, passed: passed.map(told) };
         detached(py, || self.0.snapshot_at(request, moment)).map(Instant::from)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, group_id, members, passed=None))]
+    fn snapshot_group(
+        py: Python<'_>,
+        group_id: &str,
+        members: Vec<GroupMember>,
+        passed: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Instant>> {
+        let id = u128::from_str_radix(group_id, 16).ok().filter(|_| group_id.len() == 32);
+        let id = id.ok_or_else(|| raise("usage", format!("{group_id:?} is no group id")))?;
+        let member = |member: GroupMember| -> PyResult<core::Member> {
+            let (volume, selection, low, meta, pause_limit_ms, quiet_ms) = member;
+            let volume = volume.get();
+            let request = core::SnapshotRequest {
+                selection: volume.blocks(&selection)?,
+                low: volume.blocks(&low)?,
+                meta,
+                pause_limit: Duration::from_millis(pause_limit_ms),
+            };
+            let quiet = quiet_ms.map(Duration::from_millis);
+            Ok(core::Member { volume: Arc::clone(&volume.0), request, quiet })
+        };
+        let members = members.into_iter().map(member).collect::<PyResult<Vec<_>>>()?;
+        let passed = passed.map(told);
+        let taken = detached(py, || core::snapshot_group(id.to_be_bytes(), members, passed))?;
+        Ok(taken.into_iter().map(Instant::from).collect())
     }
 
     #[pyo3(signature = (*, ranges=None))]
@@ -539,6 +572,10 @@ impl View {
     fn close(&self) {
         self.0.close();
     }
+}
+
+fn told(call: Py<PyAny>) -> core::Told<'static> {
+    Box::new(move || tell(&call))
 }
 
 /// Call back into Python from a thread of the engine; what it raises is nobody's to catch there.

@@ -1,15 +1,16 @@
 """The order of things around an instant: hooks, freezes, the instant, thaws, hooks.
 
-`quiesced` is the one way in. Freezes come before the gate closes, so that what they write passes
-through the volume like any write; thaws begin as soon as the gate is open again, while the snapshot
-is still being made durable. Whatever happens in between, everybody is let go.
+`quiesced` is the way in, and `quiesced_together` for a group of volumes. Freezes come before the
+gate closes, so that what they write passes through the volume like any write; thaws begin as soon
+as the gate is open again, while the snapshot is still being made durable. Whatever happens in
+between, everybody is let go.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
@@ -31,7 +32,7 @@ from stillblock.model import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -122,13 +123,18 @@ class Moment:
 
     # Before
 
-    def prepare(self) -> None:
-        """Bring everybody to hold still. What fails is a shortfall, or ends it."""
-        level = self._settings.level
-        with self._or_barrier():
-            if level is Consistency.APPLICATION and self._settings.hooks is not None:
-                self._prepare_applications(Path(self._settings.hooks))
-            if level in {Consistency.FILESYSTEM, Consistency.APPLICATION}:
+    def prepare_applications(self) -> None:
+        """Bring applications to hold still. What fails is a shortfall, or ends it."""
+        level, hooks = self._settings.level, self._settings.hooks
+        if level is Consistency.APPLICATION and hooks is not None:
+            with self._or_barrier():
+                self._prepare_applications(Path(hooks))
+
+    def freeze(self) -> None:
+        """Bring filesystems to hold still. What fails is a shortfall, or ends it."""
+        is_wanted = self._settings.level in {Consistency.FILESYSTEM, Consistency.APPLICATION}
+        if is_wanted and not self._shortfalls:
+            with self._or_barrier():
                 self._freeze()
         if self._shortfalls:
             # Half of it held still for nothing.
@@ -207,21 +213,41 @@ class Moment:
 
     def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
         """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never."""
-        if self._settings.level is not Consistency.IDLE:
-            return snapshot(None, self._passed)
-        begun_ns = time.monotonic_ns()
-        limit_ns = begun_ns + self._settings.idle_limit_ms * _NS_PER_MS
+        return take_together((self,), lambda quiet_ms, passed: snapshot(quiet_ms[0], passed))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a quiet moment."""
+        return self._settings.level is Consistency.IDLE
+
+    @property
+    def idle_limit_ns(self) -> int:
+        """How long it waits for one."""
+        return self._settings.idle_limit_ms * _NS_PER_MS
+
+    @property
+    def quiet_ms(self) -> int | None:
+        """For how long nothing may have been written; None: that does not matter."""
+        return self._settings.quiet_ms if self.is_idle else None
+
+    def watch(self) -> None:
+        """Look at the writes that have to be over."""
         self._volume.watch_writes(ranges=self._occasion.selection)
-        try:
-            while self._wait_quiet(limit_ns):
-                try:
-                    taken = snapshot(self._settings.quiet_ms, self._passed)
-                except NotQuietError:
-                    continue
-                self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
-                return taken
-        finally:
-            self._volume.unwatch_writes()
+
+    def unwatch(self) -> None:
+        """Look no more."""
+        self._volume.unwatch_writes()
+
+    def not_quiet_for_ns(self) -> int:
+        """Return how much longer it would have to be quiet; 0 or less: it was for long enough."""
+        return (self.quiet_ms or 0) * _NS_PER_MS - (self._volume.quiet_ns() or 0)
+
+    def note_quiet(self, begun_ns: int) -> None:
+        """Write down that there was a quiet moment."""
+        self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
+
+    def note_never_quiet(self, begun_ns: int) -> None:
+        """Write down that there was none; raise `NotQuietError` if nothing is to be taken then."""
         words = (
             f"there was no time of {self._settings.quiet_ms} ms without a write within "
             f"{self._settings.idle_limit_ms} ms"
@@ -233,18 +259,6 @@ class Moment:
                 hint="ask for a shorter --quiet-time, a longer --idle-limit, or add --or-barrier",
             )
         self._shortfalls.append(words)
-        return snapshot(None, self._passed)
-
-    def _wait_quiet(self, limit_ns: int) -> bool:
-        """Wait until it has been quiet for long enough; false if the limit comes first."""
-        wanted_ns = self._settings.quiet_ms * _NS_PER_MS
-        while True:
-            left_ns = wanted_ns - (self._volume.quiet_ns() or 0)
-            if left_ns <= 0:
-                return time.monotonic_ns() < limit_ns
-            if time.monotonic_ns() + left_ns >= limit_ns:
-                return False
-            time.sleep(left_ns / 1e9)
 
     def _note_idle(self, begun_ns: int, detail: str, *, is_ok: bool = True) -> None:
         self._steps.append(
@@ -257,7 +271,7 @@ class Moment:
             )
         )
 
-    def _passed(self) -> None:
+    def passed(self) -> None:
         """Let everybody go on while the snapshot is being made durable. Called by the engine."""
         self._passed_ns = time.monotonic_ns()
         if self._freezes or self._applications is not None:
@@ -341,6 +355,54 @@ def _within_budget(steps: list[QuiesceStep]) -> tuple[QuiesceStep, ...]:
     )
 
 
+def take_together(
+    moments: Sequence[Moment],
+    snapshot: Callable[[tuple[int | None, ...], Callable[[], None]], T],
+) -> T:
+    """Call `snapshot(quiet_ms of each, passed)` when it is time for all of them.
+
+    Raise `NotQuietError` if that time never comes.
+    """
+
+    def passed() -> None:
+        for moment in moments:
+            moment.passed()
+
+    idle = [moment for moment in moments if moment.is_idle]
+    if not idle:
+        return snapshot((None,) * len(moments), passed)
+    begun_ns = time.monotonic_ns()
+    limit_ns = begun_ns + min(moment.idle_limit_ns for moment in idle)
+    for moment in idle:
+        moment.watch()
+    try:
+        while _wait_quiet(idle, limit_ns):
+            try:
+                taken = snapshot(tuple(moment.quiet_ms for moment in moments), passed)
+            except NotQuietError:
+                continue
+            for moment in idle:
+                moment.note_quiet(begun_ns)
+            return taken
+    finally:
+        for moment in idle:
+            moment.unwatch()
+    for moment in idle:
+        moment.note_never_quiet(begun_ns)
+    return snapshot((None,) * len(moments), passed)
+
+
+def _wait_quiet(idle: Sequence[Moment], limit_ns: int) -> bool:
+    """Wait until all have been quiet for long enough; false if the limit comes first."""
+    while True:
+        left_ns = max(moment.not_quiet_for_ns() for moment in idle)
+        if left_ns <= 0:
+            return time.monotonic_ns() < limit_ns
+        if time.monotonic_ns() + left_ns >= limit_ns:
+            return False
+        time.sleep(left_ns / 1e9)
+
+
 @contextmanager
 def quiesced(occasion: Occasion, volume: WatchedVolume) -> Iterator[Moment]:
     """Prepare an instant, and let everybody go in the end.
@@ -348,10 +410,30 @@ def quiesced(occasion: Occasion, volume: WatchedVolume) -> Iterator[Moment]:
     Raise `UsageError`, `FreezeRefusedError` or `QuiesceError`, with nothing held still, if the
     level cannot be reached and no fallback was asked for.
     """
-    check_settings(occasion.settings)
-    moment = Moment(occasion, volume)
-    try:
-        moment.prepare()
+    with quiesced_together(((occasion, volume),)) as (moment,):
         yield moment
+
+
+@contextmanager
+def quiesced_together(
+    parts: Sequence[tuple[Occasion, WatchedVolume]],
+) -> Iterator[tuple[Moment, ...]]:
+    """Prepare one instant of several volumes, and let everybody go in the end.
+
+    Applications of all volumes hold still before any filesystem is frozen: what they write
+    meanwhile may lie on another volume of the group. No gate is closed yet, so no freeze waits for
+    one of ours. Raises what `quiesced` raises.
+    """
+    for occasion, _ in parts:
+        check_settings(occasion.settings)
+    moments = tuple(Moment(occasion, volume) for occasion, volume in parts)
+    try:
+        for moment in moments:
+            moment.prepare_applications()
+        for moment in moments:
+            moment.freeze()
+        yield moments
     finally:
-        moment.wait_released()
+        with ExitStack() as letting_go:
+            for moment in moments:
+                letting_go.callback(moment.wait_released)

@@ -19,6 +19,7 @@ from stillblock.model import (
     Quiescing,
     Receipt,
     RuleTerm,
+    SnapshotGroup,
     SnapshotInfo,
     SnapshotRecord,
     TermOutcome,
@@ -39,6 +40,7 @@ from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
     from stillblock import native
+    from stillblock.consistency.quiesce import Moment, Occasion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,67 +187,112 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     of consistency cannot be reached and no fallback is wanted.
     """
     with volume.lock:
-        plan = plan_snapshot(volume, request)
-        record = SnapshotRecord(
-            name=plan.name,
-            id=new_id(),
-            description=request.description,
-            rules=plan.rules,
-            terms=plan.terms,
-            pending=plan.pending,
-            is_default=plan.is_default,
-            notes=plan.notes,
-            versions=versions(),
-        )
-        record = with_left_out(record, plan.left_out)
-        around = occasion(
-            volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents
-        )
-        with quiesced(around, volume.engine) as moment:
+        draft = draft_snapshot(volume, plan_snapshot(volume, request), request)
+        with quiesced(draft.occasion, volume.engine) as moment:
             instant = moment.take(
                 lambda quiet_ms, passed: volume.engine.snapshot(
-                    selection=plan.extents,
-                    low=plan.low,
-                    meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
-                    pause_limit_ms=plan.pause_limit_ms,
+                    selection=draft.plan.extents,
+                    low=draft.plan.low,
+                    meta=draft.meta(moment),
+                    pause_limit_ms=draft.plan.pause_limit_ms,
                     quiet_ms=quiet_ms,
                     passed=passed,
                 )
             )
             quiescing = moment.outcome()
-        if quiescing.shortfall and not plan.consistency.or_barrier:
+        if draft.falls_short(quiescing):
             # Right, but not what was asked for.
             volume.engine.delete_snapshot(epoch=instant.epoch)
-            raise QuiesceError(
-                f"{volume.name}: {quiescing.asked} was not held until the instant: "
-                f"{quiescing.shortfall}; nothing was taken",
-                hint="raise the limit, or add --or-barrier to keep such a snapshot",
-            )
-        # Committed. The length of the pause is known only now; a crash here loses the number.
-        record = replace(
-            _with_quiescing(record, quiescing),
-            pause_ns=instant.pause_ns,
-            in_flight=instant.in_flight,
-            commit_ns=instant.commit_ns,
-        )
-        if record.is_final:
-            extents = volume.engine.selection(epoch=instant.epoch)
-            record = sealed(record, Instant.of(instant), extents)
-        try:
-            volume.store_record(instant.epoch, record)
-        finally:  # it is there, whatever could not be written beside it
-            volume.hooks.reconcile(volume)
-            if not record.is_final:
-                volume.narrowings.start(volume, volume.snapshot(record.id))
-        receipt = read_receipt(volume, SnapshotTarget(snapshot=record.id))
+            raise not_held(volume, quiescing)
+        receipt = keep_snapshot(volume, draft, instant, quiescing)
+    note_created(volume, draft, receipt)
+    return receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A snapshot that is about to be taken."""
+
+    plan: SnapshotPlan
+    record: SnapshotRecord
+    occasion: Occasion
+
+    def meta(self, moment: Moment) -> bytes:
+        """Return what is written with the instant, before anybody knows how it went."""
+        return encode_snapshot(_with_quiescing(self.record, moment.undecided))
+
+    def falls_short(self, quiescing: Quiescing) -> bool:
+        """Whether it is less consistent than it may be."""
+        return bool(quiescing.shortfall) and not self.plan.consistency.or_barrier
+
+
+def draft_snapshot(
+    volume: OpenVolume,
+    plan: SnapshotPlan,
+    request: SnapshotRequest,
+    *,
+    group: SnapshotGroup | None = None,
+) -> Draft:
+    """Return all that is known of a snapshot before its instant."""
+    record = SnapshotRecord(
+        name=plan.name,
+        id=new_id(),
+        description=request.description,
+        rules=plan.rules,
+        terms=plan.terms,
+        pending=plan.pending,
+        is_default=plan.is_default,
+        notes=plan.notes,
+        versions=versions(),
+        group=group,
+    )
+    around = occasion(volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents)
+    return Draft(plan=plan, record=with_left_out(record, plan.left_out), occasion=around)
+
+
+def not_held(volume: OpenVolume, quiescing: Quiescing) -> QuiesceError:
+    """Return the error for a level that was not held until the instant."""
+    return QuiesceError(
+        f"{volume.name}: {quiescing.asked} was not held until the instant: "
+        f"{quiescing.shortfall}; nothing was taken",
+        hint="raise the limit, or add --or-barrier to keep such a snapshot",
+    )
+
+
+def keep_snapshot(
+    volume: OpenVolume, draft: Draft, instant: native.Instant, quiescing: Quiescing
+) -> Receipt:
+    """Write down how a snapshot that is committed came about, and let its narrowing begin."""
+    # The length of the pause is known only now; a crash here loses the number.
+    record = replace(
+        _with_quiescing(draft.record, quiescing),
+        pause_ns=instant.pause_ns,
+        in_flight=instant.in_flight,
+        commit_ns=instant.commit_ns,
+    )
+    if record.is_final:
+        extents = volume.engine.selection(epoch=instant.epoch)
+        record = sealed(record, Instant.of(instant), extents)
+    try:
+        volume.store_record(instant.epoch, record)
+    finally:  # it is there, whatever could not be written beside it
+        volume.hooks.reconcile(volume)
+        if not record.is_final:
+            volume.narrowings.start(volume, volume.snapshot(record.id))
+    return read_receipt(volume, SnapshotTarget(snapshot=record.id))
+
+
+def note_created(volume: OpenVolume, draft: Draft, receipt: Receipt) -> None:
+    """Record the event."""
+    group = "" if draft.record.group is None else draft.record.group.id
     volume.event(
         "snapshot_created",
-        snapshot=plan.name,
-        selected_bytes=plan.selected_bytes,
-        pause_ns=instant.pause_ns,
-        consistency=str(quiescing.reached),
+        snapshot=draft.plan.name,
+        selected_bytes=draft.plan.selected_bytes,
+        pause_ns=receipt.pause_ns or 0,
+        consistency=receipt.consistency,
+        **({"group": group} if group else {}),
     )
-    return receipt
 
 
 def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRecord:
@@ -428,4 +475,6 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         consistency=record.consistency,
         shortfall="" if record.quiescing is None else record.quiescing.shortfall,
         is_final=record.is_final,
+        group=record.group,
+        undecided=epoch.undecided,
     )

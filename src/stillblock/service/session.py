@@ -306,6 +306,11 @@ class LocalSession(Session):
         self._opened.close()
 
     @property
+    def opened(self) -> OpenVolume:
+        """The volume itself."""
+        return self._opened
+
+    @property
     def is_remote(self) -> bool:
         """False: it is here."""
         return False

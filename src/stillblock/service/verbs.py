@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 Q = TypeVar("Q")
 R = TypeVar("R")
 
+GROUPS_PATH: Final = "/v1/groups"
+"""POST takes snapshots of several volumes, all served here, at one instant."""
+PLAN_GROUP_PATH: Final = "/v1/plans/group"
+
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 

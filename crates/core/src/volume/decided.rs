@@ -7,12 +7,12 @@ use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::index::memory::Memory;
-use crate::journal::{Entry, OriginIdentity, StorePolicy};
+use crate::journal::{Entry, Group, OriginIdentity, StorePolicy};
 use crate::log::format::{Kind, LOST_AT_SOURCE};
 use crate::log::scan::{FoundBatch, Scan, scan};
 use crate::log::writer::Segments;
 use crate::number::to_u64;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// The journal, folded.
@@ -39,6 +39,10 @@ pub(super) struct Decided {
     /// Something was deleted or narrowed and its space not given back yet.
     pub(super) owes_space: bool,
     pub(super) epoch_max: u32,
+    /// Groups begun here whose end this journal does not tell, by epoch.
+    pub(super) groups: BTreeMap<u32, Group>,
+    /// Why their end is not known elsewhere either.
+    pub(super) doubts: BTreeMap<u32, String>,
     pub(super) entries: Vec<Entry>,
 }
 
@@ -73,13 +77,26 @@ impl Decided {
             Entry::Narrowed { epoch, .. }
             | Entry::Deleted { epoch }
             | Entry::BookmarkDeleted { epoch } => {
+                if matches!(entry, Entry::Deleted { .. }) {
+                    self.groups.remove(epoch);
+                }
                 self.owes_space = true;
+                self.epoch_max = self.epoch_max.max(*epoch);
+            }
+            Entry::GroupBegun { epoch, group } => {
+                self.groups.insert(*epoch, group.clone());
+                self.epoch_max = self.epoch_max.max(*epoch);
+            }
+            Entry::GroupDecided { epoch, is_committed, .. } => {
+                self.groups.remove(epoch);
+                self.owes_space |= !is_committed;
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
             Entry::Freed => self.owes_space = false,
             Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
             Entry::Aborted { epoch } => {
                 self.aborted.insert(*epoch);
+                self.groups.remove(epoch);
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
             Entry::Lost { epoch, blocks } => self.lost.push((*epoch, blocks.clone())),
@@ -123,13 +140,16 @@ impl Decided {
         let (mut snapshots, mut bookmarks) = (BTreeSet::new(), BTreeSet::new());
         for entry in &self.entries {
             match entry {
-                Entry::EpochMeta { epoch, .. } | Entry::Narrowed { epoch, .. } => {
+                Entry::EpochMeta { epoch, .. }
+                | Entry::Narrowed { epoch, .. }
+                | Entry::GroupDecided { epoch, is_committed: true, .. } => {
                     snapshots.insert(*epoch);
                 }
                 Entry::Bookmarked { epoch, .. } => {
                     bookmarks.insert(*epoch);
                 }
-                Entry::Deleted { epoch } => {
+                Entry::Deleted { epoch }
+                | Entry::GroupDecided { epoch, is_committed: false, .. } => {
                     snapshots.remove(epoch);
                 }
                 Entry::BookmarkDeleted { epoch } => {
@@ -173,7 +193,10 @@ impl Decided {
         let is_decision = |entry: &Entry| {
             matches!(
                 entry,
-                Entry::Narrowed { .. } | Entry::Deleted { .. } | Entry::BookmarkDeleted { .. }
+                Entry::Narrowed { .. }
+                    | Entry::Deleted { .. }
+                    | Entry::BookmarkDeleted { .. }
+                    | Entry::GroupDecided { is_committed: false, .. }
             )
         };
         // Records are numbered from 1.
@@ -210,6 +233,13 @@ impl Decided {
         }
         for entry in entries {
             apply(&mut epochs, entry);
+        }
+        for (epoch, group) in &self.groups {
+            let found = epochs.0.get_mut(epoch).filter(|found| found.selection.is_some());
+            if let Some(found) = found {
+                let why = self.doubts.get(epoch).cloned();
+                found.undecided = why.unwrap_or_else(|| group.where_it_is_decided());
+            }
         }
         // Noted at an earlier opening; what showed it may be gone.
         let all = self.all_blocks();
@@ -257,10 +287,11 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
                 found.selection = Some(Arc::new(selection.clone()));
             }
         }
-        Entry::Deleted { epoch } => {
+        Entry::Deleted { epoch } | Entry::GroupDecided { epoch, is_committed: false, .. } => {
             if let Some(found) = epochs.0.get_mut(epoch) {
                 found.selection = None;
                 found.damage.clear();
+                found.undecided.clear();
             }
         }
         Entry::Bookmarked { epoch, meta } => {

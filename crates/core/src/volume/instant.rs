@@ -14,17 +14,17 @@ use crate::epochs::Epoch;
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
-use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader};
+use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader, RestoreHeader};
 use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
-use crate::sync::{Clock, MutexGuard, unix_ns};
+use crate::sync::{Clock, unix_ns};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Rounds in which the buffer and the origin are drained before the gate closes, so that little is
 /// left after.
-const DRAIN_ROUNDS: u32 = 2;
+pub(super) const DRAIN_ROUNDS: u32 = 2;
 
 /// What to keep, and how long writers may be held.
 pub struct SnapshotRequest {
@@ -55,15 +55,38 @@ pub struct Instant {
     pub commit: Duration,
 }
 
+/// An instant that is about to be taken.
+pub(super) struct Prepared {
+    pub(super) epoch: u32,
+    pub(super) selection: Arc<ExtentSet>,
+    low: Arc<ExtentSet>,
+    meta: Vec<u8>,
+    pub(super) pause_limit: Duration,
+    /// Space for originals in the file of its epoch.
+    room_pages: u64,
+}
+
+/// The bitmaps of the new epoch, made before the gate closes.
+pub(super) struct NextBits {
+    unsettled: Bitmap,
+    pending: Bitmap,
+}
+
+/// The header of an epoch that is durable.
+pub(super) struct WrittenHeader {
+    segment: u32,
+    restore: Option<RestoreHeader>,
+}
+
 /// The moment itself: what the flip saw.
-struct Flip {
+pub(super) struct Flip {
     /// Bits of the blocks that had slots.
     frozen: FrozenClasses,
     /// The last write before the instant.
     upto: u64,
     size_bytes: u64,
     created_unix_ns: u64,
-    pause: Duration,
+    pub(super) pause: Duration,
     in_flight: u64,
 }
 
@@ -89,6 +112,37 @@ impl Volume {
         restore: Option<&PreparedRestore>,
         moment: Moment<'_>,
     ) -> Result<Instant> {
+        let prepared = self.prepare_instant(committer, request)?;
+        let drained = self.drain_before_instant(committer);
+        let flipped = drained.and_then(|()| self.flip(&prepared, moment.quiet));
+        let flip = match flipped {
+            Ok(flip) => flip,
+            Err(error) => {
+                Self::forget_instant(committer);
+                return Err(error);
+            }
+        };
+        committer.epoch_max = prepared.epoch;
+        let opened = Clock::now();
+        if let Some(passed) = moment.passed {
+            passed();
+        }
+        match self.write_header(committer, &prepared, &flip, restore) {
+            Ok(header) => self.begin_epoch(committer, &prepared, &flip, header),
+            Err(error) => {
+                return Err(self.abort_instant(committer, &prepared, error));
+            }
+        }
+        Ok(self.end_instant(committer, &prepared, &flip, opened))
+    }
+
+    /// What can be done before the gate closes, but draining: a file for the new epoch, with a name
+    /// that is durable.
+    pub(super) fn prepare_instant(
+        &self,
+        committer: &mut Committer,
+        request: SnapshotRequest,
+    ) -> Result<Prepared> {
         // Half of what can be read back: a restore lists its blocks beside the selection.
         let low = Arc::new(request.low.intersection(&request.selection));
         let parts = request.selection.as_slice().len() + low.as_slice().len() + 64;
@@ -105,50 +159,37 @@ impl Volume {
         self.undo_instant(committer)?;
         committer.journal.heal()?;
         let room_pages = self.prepare_epoch(committer, header_bytes)?;
-        let drained = self.drain_before_instant(committer);
-        let flipped = drained.and_then(|()| {
-            let on_flip = |state: &mut State| Self::note_flip(state, room_pages);
-            self.flip(epoch, &selection, request.pause_limit, moment.quiet, on_flip)
-        });
-        let flip = match flipped {
-            Ok(flip) => flip,
-            Err(error) => {
-                // If it stays it is an empty file without a header: a scan knows it for what it is,
-                // and removes it.
-                let _ = committer.log.discard_epoch();
-                committer.log.forget_prepared();
-                return Err(error);
-            }
-        };
-        committer.epoch_max = epoch;
-        let opened = Clock::now();
-        if let Some(passed) = moment.passed {
-            passed();
-        }
-        let committed = self.commit_instant(
-            committer,
-            epoch,
-            room_pages,
-            &flip,
-            &selection,
-            &low,
-            &request.meta,
-            restore,
-        );
-        if let Err(error) = committed {
-            return Err(self.abort_instant(committer, epoch, &selection, error));
-        }
+        let SnapshotRequest { meta, pause_limit, .. } = request;
+        Ok(Prepared { epoch, selection, low, meta, pause_limit, room_pages })
+    }
+
+    /// There was no instant.
+    pub(super) fn forget_instant(committer: &mut Committer) {
+        // If it stays it is an empty file without a header: a scan knows it for what it is, and
+        // removes it.
+        let _ = committer.log.discard_epoch();
+        committer.log.forget_prepared();
+    }
+
+    /// It is durable: tell of it.
+    pub(super) fn end_instant(
+        &self,
+        committer: &mut Committer,
+        prepared: &Prepared,
+        flip: &Flip,
+        opened: Clock,
+    ) -> Instant {
         self.want_upkeep();
         // Its estimates are corrected by what is there now.
         self.recount(committer);
-        Ok(Instant {
-            epoch,
+        Instant {
+            epoch: prepared.epoch,
             size_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             pause: flip.pause,
             in_flight: flip.in_flight,
             commit: opened.elapsed(),
-        })
+        }
     }
 
     /// Snapshots with equal selections share one copy in memory.
@@ -161,79 +202,96 @@ impl Volume {
     /// Writes go on while most of what an instant has to wait for is done.
     fn drain_before_instant(&self, committer: &mut Committer) -> Result<()> {
         for _ in 0..DRAIN_ROUNDS {
-            let sequence = self.state.lock().buffer.last_sequence();
-            let epoch = committer.epoch;
-            self.commit_until(committer, epoch, sequence, None)?;
-            if !is_broken(Rule::OriginDurableAtInstant) {
-                self.sync_origin()?;
-            }
+            self.drain_once(committer)?;
         }
         Ok(())
     }
 
+    pub(super) fn drain_once(&self, committer: &mut Committer) -> Result<()> {
+        let sequence = self.state.lock().buffer.last_sequence();
+        let epoch = committer.epoch;
+        self.commit_until(committer, epoch, sequence, None)?;
+        if is_broken(Rule::OriginDurableAtInstant) { Ok(()) } else { self.sync_origin() }
+    }
+
     /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
     /// already.
-    fn flip(
-        &self,
-        epoch: u32,
-        selection: &Arc<ExtentSet>,
-        limit: Duration,
-        quiet: Option<Duration>,
-        on_flip: impl FnOnce(&mut State),
-    ) -> Result<Flip> {
+    fn flip(&self, prepared: &Prepared, quiet: Option<Duration>) -> Result<Flip> {
+        let next = self.next_bits(&prepared.selection);
+        let closed = Clock::now();
+        let closing = self.close_gate(quiet);
+        let drained = closing
+            .and_then(|count| self.wait_drained(closed, prepared.pause_limit).map(|()| count));
+        match drained {
+            Ok(in_flight) => {
+                let mut flip = self.switch(prepared, next, in_flight);
+                flip.pause = self.open_gate(closed);
+                Ok(flip)
+            }
+            Err(error) => {
+                self.open_gate(closed);
+                Err(error)
+            }
+        }
+    }
+
+    /// Bits change only in the hands of the committer role, which is ours: what is made of them here
+    /// is what they are at the flip, where both bitmaps are swapped in.
+    pub(super) fn next_bits(&self, selection: &ExtentSet) -> NextBits {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
-        // Bits change only in the hands of the committer role, which is ours: what is made of them
-        // here is what they are at the flip, where both bitmaps are swapped in.
         let mut pending = self.state.lock().pending.clone();
         pending.merge(&Bitmap::from_set(blocks, selection));
+        NextBits { unsettled, pending }
+    }
 
+    /// No write is admitted from here on; tells how many are in flight. It stays closed, whatever is
+    /// returned, until [`Self::open_gate`].
+    pub(super) fn close_gate(&self, quiet: Option<Duration>) -> Result<u64> {
         let mut state = self.state.lock();
-        let closed = Clock::now();
         state.is_gate_closed = true;
-        let in_flight = state.straight_in_flight;
-        let is_quiet = quiet.map_or(Ok(()), |wanted| state.check_quiet(wanted));
-        let drained = is_quiet.and_then(|()| self.wait_drained(&mut state, closed, limit));
-        if let Err(error) = drained {
-            state.is_gate_closed = false;
-            drop(state);
-            self.gate_opened.notify_all();
-            return Err(error);
-        }
+        quiet.map_or(Ok(()), |wanted| state.check_quiet(wanted))?;
+        Ok(state.straight_in_flight)
+    }
+
+    /// Writes go on; tells for how long they did not.
+    pub(super) fn open_gate(&self, closed: Clock) -> Duration {
+        self.state.lock().is_gate_closed = false;
+        let pause = closed.elapsed();
+        self.gate_opened.notify_all();
+        self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
+        pause
+    }
+
+    /// From here on everything belongs to the new epoch. The gate is closed and nothing in flight.
+    pub(super) fn switch(&self, prepared: &Prepared, next: NextBits, in_flight: u64) -> Flip {
+        let mut state = self.state.lock();
         let is_drained = state.straight_in_flight == 0 || is_broken(Rule::DrainBeforeInstant);
         assert!(is_drained, "P2: no write is in flight at the instant");
         let frozen = state.freeze_classes();
-        let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
-        let old_pending = std::mem::replace(&mut state.pending, pending);
+        let old_unsettled = std::mem::replace(&mut state.unsettled, next.unsettled);
+        let old_pending = std::mem::replace(&mut state.pending, next.pending);
         for &block in frozen.keys() {
-            let value = selection.contains(block);
+            let value = prepared.selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
         }
-        state.epoch = epoch;
-        on_flip(&mut state);
+        state.epoch = prepared.epoch;
+        Self::note_flip(&mut state, prepared.room_pages);
         let upto = state.buffer.last_sequence();
         let size_bytes = state.size_bytes;
-        let created_unix_ns = unix_ns();
-        state.is_gate_closed = false;
-        let pause = closed.elapsed();
         drop(state);
-        self.gate_opened.notify_all();
         drop((old_unsettled, old_pending));
-        self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
-        Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
+        let pause = Duration::ZERO;
+        Flip { frozen, upto, size_bytes, created_unix_ns: unix_ns(), pause, in_flight }
     }
 
     /// Wait for straight writes in flight; they hold no slot and must reach the origin before the
     /// instant.
-    fn wait_drained(
-        &self,
-        state: &mut MutexGuard<'_, State>,
-        closed: Clock,
-        limit: Duration,
-    ) -> Result<()> {
+    pub(super) fn wait_drained(&self, closed: Clock, limit: Duration) -> Result<()> {
+        let mut state = self.state.lock();
         while state.straight_in_flight > 0 && !is_broken(Rule::DrainBeforeInstant) {
-            let waited = self.drained.wait_until(state, closed + limit);
+            let waited = self.drained.wait_until(&mut state, closed + limit);
             if waited.timed_out() && state.straight_in_flight > 0 {
                 return Err(Error::PauseTimeout(format!(
                     "{} writes did not finish within the pause limit of {} ms; no snapshot was \
@@ -247,19 +305,16 @@ impl Volume {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)] // the parts of one commit, gathered by its only caller
-    fn commit_instant(
+    /// What was written before goes to the old epoch, and the origin is made durable; then the
+    /// header is: **the commit of an instant**, unless it is one of a group.
+    pub(super) fn write_header(
         &self,
         committer: &mut Committer,
-        epoch: u32,
-        room_pages: u64,
+        prepared: &Prepared,
         flip: &Flip,
-        selection: &Arc<ExtentSet>,
-        low: &Arc<ExtentSet>,
-        meta: &[u8],
         restore: Option<&PreparedRestore>,
-    ) -> Result<()> {
-        let before = committer.epoch;
+    ) -> Result<WrittenHeader> {
+        let (before, epoch) = (committer.epoch, prepared.epoch);
         if is_broken(Rule::HeaderBeforeNewer) {
             self.commit_until(committer, epoch, u64::MAX, None)?;
         }
@@ -274,15 +329,26 @@ impl Volume {
             predecessor: before,
             created_unix_ns: flip.created_unix_ns,
             origin_bytes: flip.size_bytes,
-            selection: (**selection).clone(),
+            selection: (*prepared.selection).clone(),
             restore: restore.clone(),
-            meta: meta.to_vec(),
-            low: (**low).clone(),
+            meta: prepared.meta.clone(),
+            low: (*prepared.low).clone(),
         };
-        let committed = committer.log.commit_epoch(epoch, &header.encode(), room_pages);
+        let committed = committer.log.commit_epoch(epoch, &header.encode(), prepared.room_pages);
         let segment = committed.map_err(Error::store("writing the epoch header"))?;
+        Ok(WrittenHeader { segment, restore })
+    }
 
-        committer.segments.insert(segment, epoch);
+    /// The header is durable: what comes now is recorded in the new epoch.
+    pub(super) fn begin_epoch(
+        &self,
+        committer: &mut Committer,
+        prepared: &Prepared,
+        flip: &Flip,
+        header: WrittenHeader,
+    ) {
+        let (before, epoch, selection) = (committer.epoch, prepared.epoch, &prepared.selection);
+        committer.segments.insert(header.segment, epoch);
         committer.settled.0.insert(epoch, Arc::clone(selection));
         committer.epoch = epoch;
         self.index.write().close_epoch(before);
@@ -290,13 +356,13 @@ impl Volume {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             selection: Some(Arc::clone(selection)),
-            low: Arc::clone(low),
-            meta: meta.to_vec(),
+            low: Arc::clone(&prepared.low),
+            meta: prepared.meta.clone(),
             ..Epoch::default()
         };
         let mut epochs = self.epochs.write();
         epochs.0.insert(epoch, info);
-        if let Some(restore) = restore {
+        if let Some(restore) = header.restore {
             if let Some(source) = epochs.0.get_mut(&restore.source_epoch) {
                 source.pins += 1;
             }
@@ -319,27 +385,25 @@ impl Volume {
             });
             self.kick(&mut state);
         }
-        Ok(())
     }
 
     /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
     /// durable in spite of the error. Until that is removed or denied nothing may be recorded, and
     /// what it selects stays unsettled, so that no write reaches the origin that it would not know
     /// of: if the process ends before, the instant has come (P2).
-    fn abort_instant(
+    pub(super) fn abort_instant(
         &self,
         committer: &mut Committer,
-        epoch: u32,
-        selection: &ExtentSet,
+        prepared: &Prepared,
         error: Error,
     ) -> Error {
-        committer.to_undo = Some(epoch);
+        committer.to_undo = Some(prepared.epoch);
         let before = committer.epoch;
         {
             let blocks = self.block_count(self.size_bytes());
             // Made before the state is locked: the registry comes first in the order of locks.
             let (mut unsettled, pending) = self.bits(before, blocks);
-            unsettled.merge(&Bitmap::from_set(blocks, selection));
+            unsettled.merge(&Bitmap::from_set(blocks, &prepared.selection));
             let mut state = self.state.lock();
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
             state.epoch = before;

@@ -9,7 +9,8 @@
 //! - [`past`] reads what blocks were at an instant.
 //! - [`room`] allocates log space ahead and applies the policy of a full store; [`loss`] chooses what
 //!   is lost, and says so.
-//! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
+//! - [`instant`] takes snapshots, [`group`] of several volumes at once; [`release`] narrows and
+//!   deletes them; [`restore`] puts them back.
 //!
 //! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
 //! log, to decide in the journal, to change bits downwards and to begin epochs. Any thread may take
@@ -25,6 +26,7 @@ pub mod check;
 mod commit;
 mod decided;
 mod freeing;
+mod group;
 pub mod host;
 mod increment;
 pub mod inspect;
@@ -45,6 +47,7 @@ mod upkeep;
 mod watch;
 mod write;
 
+pub use group::{Member, snapshot_group};
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
 pub(crate) use past::Patience;
 pub(crate) use read::push_status;
@@ -52,7 +55,7 @@ pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
 pub use room::{LIMIT_BYTES_MIN, StoreUsage};
 pub use upkeep::Effort;
-pub use watch::Moment;
+pub use watch::{Moment, Told};
 
 pub use crate::journal::{OnFull, StorePolicy};
 

@@ -84,6 +84,8 @@ pub struct OpenRequest {
     pub recover: Recover,
     /// Commit in a thread of its own; without it every wait does the work itself (simulation).
     pub has_background: bool,
+    /// Stores of other volumes: asked about groups whose end this one does not know.
+    pub peers: Vec<PathBuf>,
 }
 
 /// What a store says of itself.
@@ -197,6 +199,8 @@ struct Parts {
     journal: Journal,
     scan: Scan,
     loaded: Loaded,
+    /// How groups ended that the journal does not tell of yet.
+    settled: Vec<Entry>,
     host: Arc<dyn Host>,
     origin: Arc<dyn OriginDevice>,
     origin_share: Option<u64>,
@@ -213,11 +217,12 @@ pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
 /// As [`open`], on any machine.
 pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>> {
     let store_lock = lock_existing(&*host, &request.store)?;
-    let (journal, decided) = read_decisions(&*host.directory(&request.store), &request.store)?;
+    let (journal, mut decided) = read_decisions(&*host.directory(&request.store), &request.store)?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
     let mut scan = scan_headers(&segments, decided.uuid, &decided.aborted)?;
+    let settled = decided.settle_groups(&*host, &scan, &request.peers);
     let looking = || Error::store("looking for room");
     let need = origin.needs_beside(&request.store).map_err(looking())?;
     let free = segments.directory().free_bytes().map_err(looking())?;
@@ -230,6 +235,7 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
         journal,
         scan,
         loaded,
+        settled,
         host,
         origin,
         origin_share,
@@ -243,7 +249,8 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
 impl Parts {
     fn assemble(mut self) -> Result<Arc<Volume>> {
         let boot = self.host.boot_id()?;
-        let doubt = Past { losses: self.unrecorded_losses(), ..self.examine(boot)? };
+        let groups = std::mem::take(&mut self.settled);
+        let doubt = Past { losses: self.unrecorded_losses(), groups, ..self.examine(boot)? };
         let buffer_path = self.buffer_path();
         let (opened, buffer_bytes) = (self.request.has_background, self.request.buffer_bytes);
         let (recover, is_failed) = (self.request.recover, !self.decided.origin_failure.is_empty());

@@ -41,8 +41,15 @@ fn unknown(epoch: u32, what: &str) -> Error {
     Error::NotFound(format!("epoch {epoch} has no {what}"))
 }
 
-/// What a snapshot without its header selects is not known: everything asked of it is an error.
-fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
+/// What a snapshot without its header selects is not known, nor whether one of an undecided group
+/// exists: everything asked of it is an error.
+pub(super) fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
+    if !epoch.undecided.is_empty() {
+        return Err(Error::Undecided(format!(
+            "snapshot {number}: {}; open the volume where that store is, or delete the snapshot",
+            epoch.undecided
+        )));
+    }
     if epoch.damage.is_empty() {
         return Ok(());
     }
@@ -139,6 +146,9 @@ impl Volume {
         let mut committer = self.role()?;
         let old = {
             let epochs = self.epochs.read();
+            if let Some(found) = epochs.0.get(&epoch) {
+                check_header(epoch, found)?;
+            }
             let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
             found.ok_or_else(|| unknown(epoch, "snapshot"))?
         };
@@ -217,6 +227,7 @@ impl Volume {
             if let Some(found) = epochs.0.get_mut(&epoch) {
                 found.selection = None;
                 found.damage.clear();
+                found.undecided.clear();
             }
             epochs.drop_dead();
         }
@@ -287,7 +298,7 @@ impl Volume {
     /// Something is to be given back, and the bits follow the registry. Holds the role for them: no
     /// batch is under way, and only requests that set nothing run beside it. Bits only go down here,
     /// and no slot, batch or instant can set or clear one meanwhile.
-    fn note_decision(&self, committer: &mut Committer) {
+    pub(super) fn note_decision(&self, committer: &mut Committer) {
         committer.decisions += 1;
         let blocks = self.block_count(self.size_bytes());
         let (unsettled, pending) = self.bits(committer.epoch, blocks);

@@ -1,6 +1,7 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
 mod full;
+mod groups;
 mod moments;
 mod narrowing;
 mod resizing;
@@ -199,6 +200,7 @@ impl Scene {
             buffer_bytes: 8 << 20,
             recover: Recover::Refuse,
             has_background: false,
+            peers: Vec::new(),
         }
     }
 

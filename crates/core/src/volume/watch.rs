@@ -14,6 +14,9 @@ use std::time::Duration;
 /// Offsets that are remembered; whoever probes with reads makes far fewer.
 const SEEN_MAX: usize = 256;
 
+/// Somebody who is told that an instant has passed.
+pub type Told<'a> = Box<dyn FnOnce() + Send + 'a>;
+
 /// What an instant waits for and whom it tells.
 #[derive(Default)]
 pub struct Moment<'a> {
@@ -22,7 +25,7 @@ pub struct Moment<'a> {
     pub quiet: Option<Duration>,
     /// Called once the gate is open again, before the snapshot is durable: whoever held still for
     /// the instant may go on. Not called if there was no instant.
-    pub passed: Option<Box<dyn FnOnce() + Send + 'a>>,
+    pub passed: Option<Told<'a>>,
 }
 
 /// Which writes are looked at, and when the last one came.

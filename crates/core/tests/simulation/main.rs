@@ -11,6 +11,7 @@ mod check;
 mod dice;
 mod disk;
 mod exhaustive;
+mod group;
 mod machine;
 mod model;
 mod program;
@@ -103,6 +104,18 @@ fn with_faults_nothing_is_wrong_that_does_not_say_so() {
     run_seeds(seeds(60), Faults::Any);
 }
 
+#[test]
+fn a_group_is_whole_or_not_there_and_of_one_moment_after_a_stop_at_every_step() {
+    let run = |seed| scheduled(seed, move || group::run(seed, Faults::None, usize::MAX));
+    let tally = run_all(seeds(30), run);
+    assert!(tally.stops >= 5_000, "every step is a stop: {tally:?}");
+}
+
+#[test]
+fn with_faults_a_group_is_whole_or_not_there() {
+    run_all(seeds(60), |seed| scheduled(seed, move || group::run(seed, Faults::Any, 120)));
+}
+
 /// All short programs that begin with one of these; at least `stops_min` stops.
 fn run_programs(firsts: &[exhaustive::Step], stops_min: u64) {
     let programs = firsts.iter().flat_map(|&first| exhaustive::programs(first));
@@ -158,7 +171,12 @@ fn notice(rules: impl Iterator<Item = Rule>) {
         std::panic::set_hook(Box::new(|_| {}));
         break_rule(Some(rule));
         let caught = (1..=limit).find_map(|seed| {
-            let ran = scheduled(seed, move || program::run(seed, faults_for(rule), 40));
+            let ran = scheduled(seed, move || match rule {
+                Rule::GroupGatesTogether | Rule::GroupHeadersFirst | Rule::GroupAsks => {
+                    group::run(seed, faults_for(rule), 40)
+                }
+                _ => program::run(seed, faults_for(rule), 40),
+            });
             ran.err().map(|why| (seed, why))
         });
         break_rule(None);

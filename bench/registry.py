@@ -18,12 +18,13 @@ SERVERS: dict[str, type[Target]] = {
 
 OURS = "stillblock"
 OURS_RAW, OURS_HALF, OURS_SEVERAL = f"{OURS}@raw", f"{OURS}@half", f"{OURS}@k8"
+OURS_BOOKMARK = f"{OURS}@bookmark"
 QSD_RAW, QSD_CBW, QSD_CBW_HALF = "qsd-raw", "qsd-cbw", "qsd-cbw@half"
 QEMU_NBD, NBDKIT = "qemu-nbd", "nbdkit"
 
 DEFAULT_TARGETS = (
     *(QSD_RAW, QEMU_NBD, NBDKIT, QSD_CBW, QSD_CBW_HALF),
-    *(OURS_RAW, OURS, OURS_HALF, OURS_SEVERAL),
+    *(OURS_RAW, OURS, OURS_HALF, OURS_BOOKMARK, OURS_SEVERAL),
 )
 
 

@@ -79,6 +79,13 @@ class Stillblock(Target):
     def delete_snapshot(self, number: int) -> None:
         self._call("DELETE", f"/v1/volumes/{VOLUME}/snapshots/s{number}")
 
+    def leave_bookmark(self, number: int) -> None:
+        body = {"snapshot": f"s{number}"}
+        self._call("POST", f"/v1/volumes/{VOLUME}/bookmarks", body)
+        self.delete_snapshot(number)
+        # Nothing is left to read.
+        self.view_uri = None
+
     def store_bytes(self) -> int:
         volume = self._call("GET", f"/v1/volumes/{VOLUME}")
         return fields.integer(volume.get("store_bytes"), "store_bytes")

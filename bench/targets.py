@@ -27,12 +27,14 @@ class Role(enum.Enum):
     """Several snapshots of everything with nothing written between them."""
     HALF = "half"
     """One snapshot of quarters 1 and 3 of the disk."""
+    BOOKMARK = "bookmark"
+    """A bookmark of everything, its snapshot deleted: changes are tracked, nothing is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetName:
-    """`stillblock`, `stillblock@raw`, `stillblock@half`, `stillblock@k8`: a server and the role
-    it plays."""
+    """`stillblock`, `stillblock@raw`, `@half`, `@bookmark`, `@k8`: a server and the role it
+    plays."""
 
     server: str
     role: Role
@@ -49,9 +51,11 @@ class TargetName:
             return cls(server=server, role=Role.RAW, snapshot_count=0)
         if suffix == "half":
             return cls(server=server, role=Role.HALF, snapshot_count=1)
+        if suffix == "bookmark":
+            return cls(server=server, role=Role.BOOKMARK, snapshot_count=1)
         if suffix.startswith("k") and suffix[1:].isdecimal() and int(suffix[1:]) > 1:
             return cls(server=server, role=Role.SEVERAL, snapshot_count=int(suffix[1:]))
-        raise UsageError(f"{text}: no such role; write @raw, @half or @k8")
+        raise UsageError(f"{text}: no such role; write @raw, @half, @bookmark or @k8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +129,8 @@ class Target(ABC):
                 self.take_snapshot(number, extents=quarters(self.place.size_bytes))
             else:
                 self.take_snapshot(number)
+        if self.role is Role.BOOKMARK:
+            self.leave_bookmark(1)
         if self.view_uri is not None:
             self._wait_for_view(self.view_uri)
 
@@ -140,6 +146,10 @@ class Target(ABC):
     def delete_snapshot(self, number: int) -> None:
         """Delete snapshot `number`."""
         raise PeerError(f"{self.name.server}: no snapshot {number} to delete: it takes none")
+
+    def leave_bookmark(self, number: int) -> None:
+        """Go on tracking what changes since snapshot `number`, and delete it."""
+        raise PeerError(f"{self.name.server}: no bookmark of snapshot {number}: it has none")
 
     def store_bytes(self) -> int | None:
         """Bytes kept for snapshots now, preallocated space left out; None if it cannot tell."""

@@ -69,7 +69,7 @@ class Row:
     @property
     def is_first_write(self) -> bool:
         """Whether its blocks are fresh in this session; such rows include the flush."""
-        return self.name.startswith(("fw", "burst", "uw"))
+        return self.name.startswith(("fw", "burst", "uw", "tw"))
 
     def region(self, size_bytes: int) -> tuple[int, int]:
         """(offset, length) on a disk of that size."""
@@ -95,6 +95,7 @@ _RAW_SNAP = frozenset({Role.RAW, Role.SNAPSHOT})
 _ALL_BUT_SEVERAL = frozenset({Role.RAW, Role.SNAPSHOT, Role.HALF})
 _RAW_SNAP_SEVERAL = frozenset({Role.RAW, Role.SNAPSHOT, Role.SEVERAL})
 _RAW_HALF = frozenset({Role.RAW, Role.HALF})
+_RAW_BOOKMARK = frozenset({Role.RAW, Role.BOOKMARK})
 _IO_SYNC = frozenset({Mode.IO, Mode.SYNC})
 _IO_DIRECT = frozenset({Mode.IO, Mode.DIRECT})
 _SYNC = frozenset({Mode.SYNC})
@@ -166,6 +167,9 @@ ROWS: tuple[Row, ...] = (
     # snapshot.
     _row("uw4k_q1", ("randwrite", _4K, 1), (15, 1), _STEADY, roles=_RAW_HALF),
     _row("uw4k_q32", ("randwrite", _4K, 32), (15, 1), _STEADY, roles=_RAW_HALF),
+    # Tracked by a bookmark, preserved for nobody: a record a mebibyte, then a bit a block.
+    _row("tw4k_q1", ("randwrite", _4K, 1), (15, 0.5), _STEADY, roles=_RAW_BOOKMARK),
+    _row("tw4k_q32", ("randwrite", _4K, 32), (15.5, 0.5), _STEADY, roles=_RAW_BOOKMARK),
 )
 
 VIEW_ROWS = ("view_alone", "view_r64k_busy", "view_w4k_busy")

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from processes import wait_until
 from serving import run, try_run
 
 START_S = 60.0
@@ -255,10 +256,8 @@ class Redis(Database):
         words += ["--dir", str(self.folder / "redis"), "--save", "", *self.persistence]
         self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.wait_for("redis-cli", "-s", self._socket(), "PING")
-        until = time.monotonic() + START_S
-        while "PONG" not in run("redis-cli", "-s", self._socket(), "PING").out:
-            assert time.monotonic() < until  # it is loading
-            time.sleep(0.05)
+        ping = ("redis-cli", "-s", self._socket(), "PING")
+        assert wait_until(lambda: "PONG" in run(*ping).out, START_S), "it is loading"
 
     def client(self) -> Client:
         eval_all = "EVAL \"return table.concat(redis.call('KEYS','*'), ',')\" 0"

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Final
 
-from serving import MIB, run
+from serving import BLOCK, MIB, Served, run
 
 PARTITION_AT: Final = MIB
 MARKER: Final = b"this must be nowhere in a store. " * 124
@@ -58,6 +58,18 @@ def partitioned(disk: Path, filesystem: bytes, *, size: int) -> None:
     content[440:444] = b"\x21\x43\x65\x87"
     content[510:512] = b"\x55\xaa"
     disk.write_bytes(content)
+
+
+def secret_blocks(content: bytes) -> list[int]:
+    """Return where on a disk the blocks begin that hold the secret."""
+    return [at for at in range(0, len(content), BLOCK) if content.startswith(SECRET, at)]
+
+
+def overwrite_everything(served: Served) -> None:
+    with served.client() as client:
+        for at in range(0, client.size_bytes, MIB):
+            client.pwrite(b"\xee" * MIB, offset=at)
+        client.flush()
 
 
 def read_file(disk: Path, path: str) -> bytes:

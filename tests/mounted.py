@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from processes import WAIT_S, wait_until
 from serving import MIB, Served, run, try_run, volume_of
 
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 SIZE = {"ext4": 64 * MIB, "xfs": 320 * MIB}
-WAIT_S = 20.0
 
 
 @dataclass
@@ -80,25 +80,42 @@ def formatted(kind: str = "ext4", *options: str, size: int | None = None) -> Ite
 
 
 @contextmanager
+def as_file(
+    served: Served, snapshot: str | None = None
+) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """An export as a file, and the nbdfuse that makes it one; skip without FUSE."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("host: no /dev/fuse")
+    with (
+        tempfile.TemporaryDirectory(prefix="sb-nbd-") as folder,
+        tempfile.TemporaryFile() as said,
+    ):
+        file = Path(folder) / "disk"
+        fuse = subprocess.Popen(["nbdfuse", str(file), served.uri(snapshot)], stderr=said)
+        try:
+            # It says nothing when it is ready, but then the file is there.
+            assert wait_until(
+                lambda: fuse.poll() is not None or (file.exists() and file.stat().st_size > 0)
+            )
+            if fuse.poll() is not None:
+                said.seek(0)
+                words = said.read().decode()
+                if "fuse" in words.lower() and "permi" in words.lower():
+                    pytest.skip(f"host: FUSE is not allowed here: {words.strip()}")
+                raise AssertionError(words)
+            yield file, fuse
+        finally:
+            _end(fuse, Path(folder))
+
+
+@contextmanager
 def mounted(served: Served, *options: str, snapshot: str | None = None) -> Iterator[Mounted]:
     """Mount what a server exports; all of it is undone in the end, also if the server is gone."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-mount-")))
         folder.chmod(0o755)  # servers that use the mount are other users
-        (folder / "fuse").mkdir()
         (folder / "point").mkdir()
-        file = folder / "fuse" / "disk"
-        read_only = ["--readonly"] if snapshot else []
-        fuse = subprocess.Popen(["nbdfuse", *read_only, str(file), served.uri(snapshot)])
-        stack.callback(_end, fuse, folder / "fuse")
-        for _ in range(400):
-            if file.exists():
-                break
-            assert fuse.poll() is None, "nbdfuse ended"
-            try:
-                fuse.wait(timeout=0.05)
-            except subprocess.TimeoutExpired:
-                pass
+        file, fuse = stack.enter_context(as_file(served, snapshot))
         attached = try_run("losetup", "--find", "--show", *(["-r"] if snapshot else []), str(file))
         if attached.code != 0:
             pytest.skip(f"host: no loop devices: {attached.err.strip()}")

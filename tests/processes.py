@@ -1,8 +1,9 @@
-"""Finding the programs that hold still for us, to kill them."""
+"""Finding the programs that hold still for us, to kill them, and waiting for what they do."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 WAIT_S = 20.0
@@ -35,11 +36,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_gone(pids: list[int], timeout_s: float = WAIT_S) -> bool:
-    """Wait until none of them is left; false if one is for too long."""
+def wait_until(is_so: Callable[[], bool], timeout_s: float = WAIT_S) -> bool:
+    """Wait until it is so; false if it is not for too long."""
     until = time.monotonic() + timeout_s
-    while any(is_alive(pid) for pid in pids):
+    while not is_so():
         if time.monotonic() > until:
             return False
         time.sleep(0.02)
     return True
+
+
+def wait_gone(pids: list[int], timeout_s: float = WAIT_S) -> bool:
+    """Wait until none of them is left; false if one is for too long."""
+    return wait_until(lambda: not any(is_alive(pid) for pid in pids), timeout_s)

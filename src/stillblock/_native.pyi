@@ -7,9 +7,24 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Self, final
 
 Extents = list[tuple[int, int]]
+ClusterRuns = list[tuple[int, int, int | None]]
+"""VCN, number of clusters, LCN; None is a hole."""
+PlainFile = tuple[
+    int, list[tuple[int, bytes]], int, int, tuple[ClusterRuns, int, int, int] | None
+]
+"""Sequence number, names (reference of the directory, UTF-16), time of change (100 ns since 1601), size, and unless the
+data is in the record: its runs, bytes allocated, size, bytes initialised."""
 
 def crc32c(data: bytes, seed: int = 0) -> int:
     """CRC-32C (Castagnoli) of `data`, going on from `seed`, the CRC of what comes before it."""
+
+def plain_file(
+    raw: bytes, *, number: int, cluster_size: int, cluster_count: int
+) -> PlainFile | None:
+    """What MFT record `number` of NTFS says, `raw` as on disk, if it is one whole file in a plain record.
+
+    None for everything else, damage included. Sizes are in bytes, runs in clusters.
+    """
 
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",

@@ -247,8 +247,9 @@ class Volume:
         stand alone. What only `include_low` selects is given up first when the store is full. With
         `wait` its selection is final: files and free space are resolved after the instant.
         `consistency` and `or_barrier` stand in for the volume's standing ones. Raise `RuleError`,
-        `NameTakenError`, `PauseTimeoutError` when writes could not be held within the limit, or
-        `QuiesceError`, `NotQuietError`, `FreezeRefusedError` when the level cannot be reached.
+        `NameTakenError`, `PauseTimeoutError` when writes could not be held within the limit,
+        `QuiesceError`, `NotQuietError`, `FreezeRefusedError` when the level cannot be reached, or
+        `ClosedError` when the volume is closed while a quiet moment is waited for.
         """
         receipt = snapshots.create_snapshot(
             self._opened,

@@ -21,6 +21,7 @@ RestoreStatus = _native.RestoreStatus
 Inspection = _native.Inspection
 StoreUsage = _native.StoreUsage
 crc32c = _native.crc32c
+plain_file = _native.plain_file
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]

@@ -238,6 +238,6 @@ def test_the_whole_demo_holds(tmp_path):
     assert ran.returncode == 0, ran.stderr
     outcome = json.loads(ran.stdout)
     assert outcome["ok"]
-    assert len(outcome["proofs"]) == 11
+    assert len(outcome["proofs"]) == 14
     assert 0 < outcome["blocks_preserved"] <= outcome["blocks_changed_selected"]
     assert list(tmp_path.iterdir()) == []

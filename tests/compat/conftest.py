@@ -46,9 +46,9 @@ class Golden:
         return stillblock.open("web", **options)
 
 
-def unpacked(name: str, tmp_path: Path) -> Golden:
+def unpacked(name: str, tmp_path: Path, archive_name: str = "volume.tar.xz") -> Golden:
     packed, directory = Path(__file__).parent / name, tmp_path / "golden"
-    with tarfile.open(packed / "volume.tar.xz") as archive:
+    with tarfile.open(packed / archive_name) as archive:
         archive.extractall(directory, filter="data")
     expected = json.loads((packed / "expected.json").read_text(encoding="utf-8"))
     return Golden(directory=directory, expected=expected)
@@ -63,3 +63,15 @@ def golden(tmp_path: Path) -> Golden:
 def golden_v2(tmp_path: Path) -> Golden:
     """With index files and merged segments."""
     return unpacked("store-v2", tmp_path)
+
+
+@pytest.fixture
+def golden_v3(tmp_path: Path) -> Golden:
+    """With regions, all of them closed."""
+    return unpacked("store-v3", tmp_path)
+
+
+@pytest.fixture
+def cut_v3(tmp_path: Path) -> Golden:
+    """The same after a power cut, with regions left open."""
+    return unpacked("store-v3", tmp_path, "cut.tar.xz")

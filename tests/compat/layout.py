@@ -214,7 +214,7 @@ def segment(data: bytes, *, block_size: int, punched_is_fine: bool = True) -> Se
     layout = table("log.md", "Segment header")
     header = layout.decode(data)
     assert header["magic"] == b"SBLOGSEG"
-    assert header["version"] == 1
+    assert header["version"] in (1, 3)
     assert header["crc"] == crc32c(data[: layout.offset("crc")])
     length = int(header["epoch_header_bytes"])
     pages = 1 + -(-length // PAGE)

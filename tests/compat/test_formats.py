@@ -192,7 +192,7 @@ def test_the_records_of_a_group_are_as_the_page_says(tmp_path):
 def test_the_kinds_of_records_have_their_numbers():
     for page, heading, kinds in (
         ("journal.md", "Kinds", [*range(1, 23), *range(24, 27)]),
-        ("log.md", "Descriptor", [*range(1, 6)]),
+        ("log.md", "Descriptor", [*range(1, 8)]),
     ):
         assert list(numbered_names(page, heading)) == kinds
 
@@ -241,15 +241,19 @@ def test_a_buffer_file_is_its_tables(killed):
     layout, slot_layout = table("buffer.md", "File header"), table("buffer.md", "Slot header")
     header = layout.decode(data)
     uuid, *_ = native.peek(store)
-    assert (header["magic"], header["version"]) == (b"SBBUFFER", 1)
+    assert (header["magic"], header["version"]) == (b"SBBUFFER", 2)
     assert (header["uuid"].hex(), header["generation"]) == (uuid, 1)
     assert header["origin_inode"] == origin.stat().st_ino
     assert header["origin_bytes"] == origin.stat().st_size
     assert header["block_size"] == BLOCK
     assert header["crc"] == crc32c(data[: layout.offset("crc")])
     assert path.name == f"stillblock-{uuid}.buffer"
+    assert header["regions_crc"] == crc32c(data[: layout.offset("regions_crc")])
+    assert header["region_count"] == 1, "one for each mebibyte of the disk"
     slots_bytes = int(header["slot_count"]) * slot_layout.length
-    data_at = PAGE + slots_bytes + -slots_bytes % PAGE
+    regions_at = PAGE + slots_bytes + -slots_bytes % PAGE
+    data_at = regions_at + PAGE
+    assert not any(data[regions_at:data_at]), "a snapshot needs every block: no region is open"
     assert len(data) == data_at + int(header["slot_count"]) * BLOCK
     alive_unix_ns = int.from_bytes(data[192:200], "little")
     assert abs(alive_unix_ns - path.stat().st_mtime_ns) < 3600 * 10**9
@@ -276,12 +280,12 @@ def test_a_buffer_of_a_newer_version_is_not_replayed_unasked(killed):
     origin, store, memory, path = killed
     layout = table("buffer.md", "File header")
     data = bytearray(path.read_bytes())
-    data[8:12] = (2).to_bytes(4, "little")
+    data[8:12] = (3).to_bytes(4, "little")
     crc_at = layout.offset("crc")
     data[crc_at : crc_at + 4] = crc32c(bytes(data[:crc_at])).to_bytes(4, "little")
     path.write_bytes(data)
     before = origin.read_bytes()
-    with pytest.raises(UnsupportedVersionError, match="version 2"):
+    with pytest.raises(UnsupportedVersionError, match="version 3"):
         native.Volume.open(store, buffer_dir=memory)
     assert path.read_bytes() == data
     assert origin.read_bytes() == before

@@ -106,10 +106,10 @@ def test_a_newer_segment_is_refused(golden):
     path = golden.segments()[-1]
     data = bytearray(path.read_bytes())
     at = layout.offset("version")
-    data[at : at + 4] = (3).to_bytes(4, "little")
+    data[at : at + 4] = (4).to_bytes(4, "little")
     seal_segment_header(data)
     path.write_bytes(data)
-    with pytest.raises(UnsupportedVersionError, match="format version 3 is newer"):
+    with pytest.raises(UnsupportedVersionError, match="format version 4 is newer"):
         golden.open()
 
 

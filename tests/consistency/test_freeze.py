@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mounted import Mounted, formatted, mounted
-from processes import running, status_of, wait_gone
+from processes import running, status_of, wait_gone, wait_until
 from serving import MIB, Served, run, try_run
 from stillblock.consistency import guard, leftover
 from stillblock.consistency.freeze import MountFreeze
@@ -228,10 +228,7 @@ def test_a_server_killed_while_it_freezes_leaves_nothing_frozen_and_no_snapshot(
             served.kill()
             asking.wait(timeout=20)
             assert wait_gone([pid for pid in running("guard.py") if pid not in before])
-            until = time.monotonic() + 20
-            while not mark.exists():
-                assert time.monotonic() < until, "the after-hook ran without the server"
-                time.sleep(0.02)
+            assert wait_until(mark.exists), "the after-hook ran without the server"
         served.start()
         names = [s["name"] for s in served.cli("snapshot", "list", "--json").json["snapshots"]]
         assert names in ([], ["x"])
@@ -257,10 +254,7 @@ def test_what_all_of_them_left_frozen_is_thawed_by_the_next_server(tmp_path):
                 assert wait_gone([freezing.freezer, freezing.guard])
                 assert try_run("fsfreeze", "--freeze", str(disk.point)).code != 0, "still frozen"
                 served.start()
-                until = time.monotonic() + 20
-                while note.exists():
-                    assert time.monotonic() < until
-                    time.sleep(0.02)
+                assert wait_until(lambda: not note.exists())
                 # It is not frozen: thawing it once more is an error.
                 assert try_run("fsfreeze", "--unfreeze", str(disk.point)).code != 0
                 events = served.cli("events", "web", "--json").out
@@ -291,9 +285,7 @@ def hang(disk: Mounted) -> None:
         ],
         stderr=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 20
-    while status_of(writer.pid)[0] != "D":
-        assert time.monotonic() < until, "the direct write waits for the disk"
+    assert wait_until(lambda: status_of(writer.pid)[0] == "D"), "the direct write waits"
     before = set(running("guard.py"))
     begun = time.monotonic()
     with pytest.raises(QuiesceError, match="longer than the limit of 1500 ms"):

@@ -21,11 +21,11 @@ from stillblock.service.groups import GroupSession
 
 CLIENTS = 4
 SNAPSHOTS = 24
-KILLS = 6
+KILLS = 4
 NAMES = ("data", "wal")
 NUMBER = struct.Struct("<Q")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @contextlib.contextmanager
@@ -154,9 +154,11 @@ def check_after_kill(served: Served, order: tuple[str, ...]) -> set[str]:
     served.start(order[1])
     found = []
     for name in NAMES:
-        listed = served.cli("snapshot", "list", name, "--json").json["snapshots"]
-        assert not any(s["undecided"] for s in listed)
-        found.append({s["name"] for s in listed})
+        served.name = name
+        with served.session() as session:
+            listed = session.list_snapshots().snapshots
+        assert not any(s.undecided for s in listed)
+        found.append({s.name for s in listed})
     assert found[0] == found[1]
     for name in found[0]:
         check_of_one_moment(served, name)

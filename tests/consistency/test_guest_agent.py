@@ -16,15 +16,12 @@ from pathlib import Path
 
 import pytest
 
-import stillblock
 from mounted import formatted, mounted, require_mounts
-from processes import running, wait_gone
+from processes import WAIT_S, running, wait_gone, wait_until
 from serving import run
 from stillblock.consistency import agent
 from stillblock.errors import QuiesceError
 from stillblock.operations.consistency import ConsistencyRequest, set_consistency
-
-WAIT_S = 20.0
 
 
 class Guest:
@@ -113,13 +110,9 @@ def guest():
 
 
 @pytest.fixture
-def volume(tmp_path, guest):
-    origin = tmp_path / "disk.img"
-    origin.write_bytes(bytes(1 << 20))
-    stillblock.create("web", origin=origin)
-    with stillblock.open("web") as opened:
-        settle(opened, agent=str(guest.path), freeze_limit_ms=1000)
-        yield opened
+def volume(guest, volume):
+    settle(volume, agent=str(guest.path), freeze_limit_ms=1000)
+    return volume
 
 
 def settle(volume, **fields):
@@ -272,10 +265,7 @@ def test_a_killed_watchdog_of_a_guest_is_replaced_by_the_server(volume, guest):
     settle(volume, freeze_limit_ms=10_000)
     thread = threading.Thread(target=attempt)
     thread.start()
-    until = time.monotonic() + WAIT_S
-    while not guest.is_frozen:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert wait_until(lambda: guest.is_frozen)
     assert volume._opened.frozen_note.exists()
     end_of(running("agent.py"))
     frozen.set()
@@ -337,13 +327,10 @@ class RealAgent:
         self.process = subprocess.Popen(
             [*words, str(point), str(room)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        until = time.monotonic() + WAIT_S
-        while not self.socket.exists():
-            if self.process.poll() is not None:
-                said = self.process.communicate()[0].decode()
-                pytest.skip(f"host: no private mount namespace for qemu-ga: {said}")
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        assert wait_until(lambda: self.socket.exists() or self.process.poll() is not None)
+        if self.process.poll() is not None:
+            said = self.process.communicate()[0].decode()
+            pytest.skip(f"host: no private mount namespace for qemu-ga: {said}")
 
     def close(self) -> None:
         self.process.terminate()

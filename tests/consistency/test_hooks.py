@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import stillblock
 from processes import is_alive
 from stillblock.errors import QuiesceError
 from stillblock.operations.consistency import ConsistencyRequest, set_consistency
 
-SIZE = 1 << 20
 PAGE = 4096
-
-
-@pytest.fixture
-def volume(tmp_path):
-    origin = tmp_path / "disk.img"
-    origin.write_bytes(bytes(SIZE))
-    stillblock.create("web", origin=origin)
-    with stillblock.open("web") as opened:
-        yield opened
 
 
 class Hooks:

@@ -1,58 +1,34 @@
-"""Waiting for a quiet moment, and falling back: in this process, on a volume without a server."""
+"""Waiting for a quiet moment, falling back, and giving it up; mostly without a server."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 
 import stillblock
-from stillblock.errors import NotQuietError, UsageError
+from consistency.writers import Writer
+from processes import wait_until
+from serving import volume as served_volume
+from stillblock.errors import (
+    ClosedError,
+    NameTakenError,
+    NotQuietError,
+    StillblockError,
+    UsageError,
+)
 from stillblock.model import Consistency
 from stillblock.operations.consistency import ConsistencyRequest, set_consistency
-
-SIZE = 4 << 20
-
-
-@pytest.fixture
-def volume(tmp_path):
-    origin = tmp_path / "disk.img"
-    origin.write_bytes(bytes(SIZE))
-    stillblock.create("web", origin=origin)
-    with stillblock.open("web") as opened:
-        yield opened
 
 
 def settle(volume, **fields):
     if "level" in fields:
         fields["level"] = Consistency(fields["level"])
     return set_consistency(volume._opened, ConsistencyRequest(**fields))
-
-
-class Writer:
-    """Writes one block again and again, without a break."""
-
-    def __init__(self, volume, offset):
-        self._stop = threading.Event()
-        self._first = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(volume, offset))
-
-    def _run(self, volume, offset):
-        while not self._stop.is_set():
-            volume.pwrite(b"w" * 4096, offset=offset)
-            self._first.set()
-
-    def __enter__(self):
-        self._thread.start()
-        assert self._first.wait(20)
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        self._stop.set()
-        self._thread.join()
 
 
 def test_a_quiet_disk_is_taken_when_it_was_quiet_for_long_enough(volume):
@@ -131,3 +107,100 @@ def test_a_level_without_its_settings_is_refused_when_it_is_asked_for(volume):
     with pytest.raises(UsageError, match="what to freeze"):
         volume.snapshot("x", consistency="filesystem", or_barrier=True)
     assert volume.snapshots() == ()
+
+
+# While it is waited for ---------------------------------------------------------------------------
+
+
+@contextmanager
+def waiting(volume, name="calm"):
+    """Wait for a quiet moment that does not come before the test is over; yield what came of it."""
+    settle(volume, quiet_ms=60_000, idle_limit_ms=600_000)
+    raised = []
+
+    def ask():
+        try:
+            volume.snapshot(name, consistency="idle")
+        except StillblockError as error:
+            raised.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert wait_until(lambda: volume._opened.engine.quiet_ns() is not None)
+    try:
+        yield raised
+    finally:
+        volume.close()
+        asking.join(20)
+        assert not asking.is_alive()
+
+
+def test_others_work_on_while_a_quiet_moment_is_waited_for(volume):
+    volume.snapshot("early")
+    with waiting(volume) as raised:
+        volume.pwrite(b"x" * 4096, offset=0)
+        assert [snapshot.name for snapshot in volume.snapshots()] == ["early"]
+        settle(volume, quiet_ms=100)  # for the next
+        early = volume.find("early")
+        early.protect(is_protected=False)
+        early.bookmark()
+        early.rename("earlier")
+        volume.find("earlier").restore()
+        volume.find("earlier").delete()
+        assert not raised, "it waits still"
+
+
+def test_the_name_of_a_snapshot_that_is_being_taken_is_taken(volume):
+    early = volume.snapshot("early")
+    with waiting(volume):
+        with pytest.raises(NameTakenError, match="web@calm is being taken"):
+            early.rename("calm")
+        with pytest.raises(NameTakenError, match="web@calm is being taken"):
+            early.bookmark("calm")
+
+
+def test_a_volume_that_closes_waits_for_no_quiet_moment(volume):
+    with waiting(volume) as raised:
+        begun = time.monotonic()
+        volume.close()
+        assert time.monotonic() - begun < 10
+    (error,) = raised
+    assert isinstance(error, ClosedError)
+    assert "nothing was taken" in error.message
+    with stillblock.open("web") as again:
+        assert again.snapshots() == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stop", "release"])
+def test_a_server_that_stops_tells_whoever_waits_for_a_quiet_moment(how):
+    with served_volume(bytes(1 << 20)) as served:
+        served.start()
+        served.cli("volume", "set", "web", "--quiet-time", "60000", "--idle-limit", "600000")
+        words = ("snapshot", "create", "web@calm", "--consistency", "idle")
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "stillblock", *words],
+            env=served.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def is_waiting():
+            """Whether the server has begun, which takes the name."""
+            planned = served.try_cli("snapshot", "create", "web@calm", "--dry-run")
+            return "being taken" in planned.err
+
+        assert wait_until(is_waiting)
+        assert served.cli("snapshot", "list", "web", "--json").json["snapshots"] == []
+        with served.client() as client:
+            client.pwrite(b"x" * 4096, offset=0)
+        begun = time.monotonic()
+        if how == "stop":
+            assert served.stop().code == 0
+        else:
+            served.cli("volume", "release", "web")
+        assert time.monotonic() - begun < 15
+        _, said = asking.communicate(timeout=20)
+        assert asking.returncode == 1
+        assert "web is being closed while a quiet moment was waited for; nothing was taken" in said
+        assert served.origin.read_bytes()[:4096] == b"x" * 4096

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from disks import MARKER, ext4_disk
+from disks import ext4_disk, secret_blocks
 from stillblock.errors import (
     NarrowingError,
     NotFoundError,
@@ -61,12 +61,7 @@ def take(session, name, *, wait=True, **fields):
 
 def where_the_secret_is(origin):
     """Return the blocks of the disk that hold the marker."""
-    content = origin.read_bytes()
-    return tuple(
-        (at, at + 4096)
-        for at in range(0, len(content), 4096)
-        if content[at : at + 1024] == MARKER[:1024]
-    )
+    return tuple((at, at + 4096) for at in secret_blocks(origin.read_bytes()))
 
 
 @pytest.fixture

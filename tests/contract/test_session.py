@@ -192,6 +192,15 @@ def test_only_what_a_term_names_is_restored(session):
     assert plan.unselected_bytes == MIB // 4
 
 
+def test_a_preset_of_the_users_own_says_what_is_restored(session, config):
+    take(session, "monday", terms=WITHOUT_FIRST_HALF)
+    config.presets_dir.mkdir()
+    (config.presets_dir / "mine.toml").write_text('terms = ["include 256K-768K"]')
+    only = (RuleTerm(include=True, text="preset:mine"),)
+    plan = session.plan_restore(RestoreRequest(snapshot="monday", only=only))
+    assert plan.unselected_bytes == MIB // 4
+
+
 def test_the_volume_is_described(session):
     take(session, "monday")
     info = session.show_volume()

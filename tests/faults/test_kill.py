@@ -38,6 +38,9 @@ class Writer:
     end: int
     dice: random.Random
     acknowledged: int = 0
+    #: Blocks of every write that was asked for, and of every one that was acknowledged.
+    asked_blocks: set[int] = field(default_factory=set)
+    written_blocks: set[int] = field(default_factory=set)
     in_flight: tuple[int, bytes] | None = None
     error: BaseException | None = None
     counted: threading.Condition = field(default_factory=threading.Condition)
@@ -61,9 +64,12 @@ class Writer:
         if self.dice.random() < 0.7:
             offset = offset // BLOCK * BLOCK
         data = self.dice.randbytes(size)
+        blocks = range(offset // BLOCK, (offset + size - 1) // BLOCK + 1)
         self.in_flight = (offset, data)
+        self.asked_blocks.update(blocks)
         client.pwrite(data, offset=offset)
         self.disk[offset : offset + size] = data
+        self.written_blocks.update(blocks)
         self.in_flight = None
         if self.dice.random() < 0.05:
             client.flush()
@@ -100,6 +106,24 @@ def same(got: bytes, expected: bytes | bytearray, what: str) -> None:
         raise AssertionError(f"{what}: {len(bad)} blocks differ: {bad[:20]}")
 
 
+def killed_while_writing(served: Served, disk: bytearray, dice: random.Random) -> list[Writer]:
+    """Write from several clients until some point; kill the server, and tell who wrote what."""
+    share = DISK_BYTES // WRITERS // BLOCK * BLOCK
+    writers = [
+        Writer(disk=disk, start=w * share, end=(w + 1) * share, dice=random.Random(dice.random()))
+        for w in range(WRITERS)
+    ]
+    threads = [threading.Thread(target=w.run, args=(served.client(),)) for w in writers]
+    for thread in threads:
+        thread.start()
+    writers[0].wait_for(dice.choice([1, 5, 40, 200]))
+    served.kill()
+    for thread in threads:
+        thread.join()
+    assert [w.error for w in writers if w.error] == []
+    return writers
+
+
 def one_round(
     served: Served, disk: bytearray, snapshots: dict[str, bytes], dice: random.Random, number: int
 ) -> None:
@@ -115,19 +139,7 @@ def one_round(
         if terms:
             content[EXCLUDED] = bytes(2 * MIB)
         snapshots[f"s{number}"] = bytes(content)
-    share = DISK_BYTES // WRITERS // BLOCK * BLOCK
-    writers = [
-        Writer(disk=disk, start=w * share, end=(w + 1) * share, dice=random.Random(dice.random()))
-        for w in range(WRITERS)
-    ]
-    threads = [threading.Thread(target=w.run, args=(served.client(),)) for w in writers]
-    for thread in threads:
-        thread.start()
-    writers[0].wait_for(dice.choice([1, 5, 40, 200]))
-    served.kill()
-    for thread in threads:
-        thread.join()
-    assert [w.error for w in writers if w.error] == []
+    writers = killed_while_writing(served, disk, dice)
     served.start()
     live = served.read()
     for writer in writers:
@@ -178,6 +190,52 @@ def test_they_survive_hundreds_of_kills(options):
     seed = int(os.environ.get("STILLBLOCK_TEST_SEED", str(time.time_ns() % 10**6)))
     print(f"STILLBLOCK_TEST_SEED={seed}")
     rounds(150, seed, *options)
+
+
+def changed_blocks(served: Served, since: str) -> set[int]:
+    with served.session() as session:
+        extents = session.changes(since=since).extents
+    return {block for start, end in extents for block in range(start // BLOCK, end // BLOCK)}
+
+
+@pytest.mark.timeout(180)
+def test_what_bookmarks_track_is_exact_after_every_kill():
+    """Nothing acknowledged is missed, and nothing counts that nobody asked to be written (P5)."""
+    dice = random.Random(int(os.environ.get("STILLBLOCK_TEST_SEED", "2")))
+    disk = bytearray(pattern(9, DISK_BYTES))
+    bookmarks: dict[str, tuple[set[int], set[int]]] = {}
+
+    def check() -> None:
+        for name, (asked, written) in bookmarks.items():
+            changed = changed_blocks(served, name)
+            assert sorted(written - changed) == [], f"missed since {name}"
+            assert sorted(changed - asked) == [], f"not written since {name}"
+
+    with volume(bytes(disk)) as served:
+        for number in range(6):
+            served.start()
+            check()
+            if number % 2 == 0:
+                name = f"b{number}"
+                with served.session() as session:
+                    session.create_snapshot(SnapshotRequest(name=name))
+                    session.create_bookmark(name)
+                    session.delete_snapshot(name)
+                bookmarks[name] = (set(), set())
+            writers = killed_while_writing(served, disk, dice)
+            for asked, written in bookmarks.values():
+                asked.update(*(writer.asked_blocks for writer in writers))
+                written.update(*(writer.written_blocks for writer in writers))
+            served.start()
+            live = served.read()
+            for writer in writers:
+                writer.settle(live)
+            same(live, disk, "the live disk")
+            check()
+            if number % 3 == 2:
+                assert served.stop().code == 0
+            else:
+                served.kill()
 
 
 @pytest.mark.timeout(120)

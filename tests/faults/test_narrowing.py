@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from disks import MARKER, SECRET, ext4_disk
+from disks import MARKER, SECRET, ext4_disk, secret_blocks
 from serving import volume
 from stillblock import native
 from stillblock.config import Config
@@ -65,10 +65,6 @@ LocalSession(volume).create_snapshot(SnapshotRequest(name="a", terms=TERMS))
 def opened_at(state: Path, memory: Path) -> OpenVolume:
     options = EngineOptions(buffer_dir=memory)
     return OpenVolume.open(Config.load(state_dir=state, environment={}, uid=0), "web", options)
-
-
-def secret_blocks(content: bytes) -> list[int]:
-    return [at for at in range(0, len(content), 4096) if content.startswith(SECRET, at)]
 
 
 def rewrite(volume: OpenVolume) -> None:

@@ -9,17 +9,15 @@ import socket
 import struct
 import subprocess
 import threading
-import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 
+from mounted import as_file
 from serving import BLOCK, MIB, Served, pattern, run, volume
 from stillblock.demo.nbd_client import NbdError
 
 pytestmark = pytest.mark.slow
-
-MOUNT_S = 20.0
 
 
 @pytest.mark.needs("fio")
@@ -50,38 +48,10 @@ def test_fio_verifies_what_it_wrote_under_snapshots(tmp_path):
 
 
 @pytest.fixture
-def mounted(served, tmp_path):
+def mounted(served):
     """`mounted(snapshot)`: the export as a file; nbdfuse mounts the directory it is in."""
-    if not Path("/dev/fuse").exists() or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("host: no /dev/fuse")
-    running: list[tuple[subprocess.Popen[bytes], Path]] = []
-
-    def mount(snapshot: str | None = None) -> Path:
-        folder = tmp_path / f"mnt{len(running)}"
-        folder.mkdir()
-        path = folder / "disk"
-        process = subprocess.Popen(
-            ["nbdfuse", str(path), served.uri(snapshot)], stderr=subprocess.PIPE
-        )
-        running.append((process, path))
-        deadline = time.monotonic() + MOUNT_S
-        while not path.exists() or path.stat().st_size == 0:
-            if process.poll() is not None:
-                words = process.communicate()[1].decode()
-                if "fuse" in words.lower() and "permi" in words.lower():
-                    pytest.skip(f"host: FUSE is not allowed here: {words.strip()}")
-                raise AssertionError(words)
-            assert time.monotonic() < deadline
-        return path
-
-    yield mount
-    for process, path in running:
-        subprocess.run(["fusermount3", "-u", str(path.parent)], capture_output=True, check=False)
-        try:
-            process.communicate(timeout=MOUNT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+    with ExitStack() as stack:
+        yield lambda snapshot=None: stack.enter_context(as_file(served, snapshot))[0]
 
 
 @pytest.mark.needs("nbdfuse", "fusermount3")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from disks import PARTITION_AT, ext4_disk
+from disks import PARTITION_AT, ext4_disk, overwrite_everything
+from mounted import as_file
 from serving import MIB, Served, run, try_run, volume_of
 
 pytestmark = [
@@ -39,33 +39,6 @@ def loop_mounted(image: Path, *options: str) -> Iterator[Path]:
             run("umount", folder)
 
 
-@contextmanager
-def as_file(served: Served, snapshot: str | None = None) -> Iterator[Path]:
-    """An export as a file, by FUSE."""
-    with tempfile.TemporaryDirectory(prefix="sb-nbd-") as folder:
-        path = Path(folder) / "disk"
-        process = subprocess.Popen(
-            ["nbdfuse", str(path), served.uri(snapshot)], stderr=subprocess.PIPE
-        )
-        try:
-            if not wait_for_mount(process, Path(folder)):
-                pytest.skip("host: FUSE is not allowed here")
-            yield path
-        finally:
-            try_run("fusermount3", "-u", folder)
-            process.communicate(timeout=30)
-
-
-def wait_for_mount(process: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Whether nbdfuse mounted; it says nothing, but its directory changes."""
-    before = folder.parent.stat().st_dev
-    while process.poll() is None:
-        if folder.stat().st_dev != before:
-            return True
-        os.sched_yield()
-    return False
-
-
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[tuple[Served, dict[str, bytes]]]:
     """A served disk with one ext4 partition, and the content of its files."""
@@ -83,13 +56,6 @@ def copy_of(served: Served, snapshot: str, folder: Path) -> Path:
     assert replayed.code in {0, 1}, replayed.out + replayed.err
     run("e2fsck", "-f", "-n", str(filesystem))
     return filesystem
-
-
-def overwrite_everything(served: Served) -> None:
-    with served.client() as client:
-        for at in range(0, client.size_bytes, MIB):
-            client.pwrite(b"\xee" * MIB, offset=at)
-        client.flush()
 
 
 def preserved(served: Served, name: str) -> int:
@@ -120,7 +86,7 @@ def test_files_that_were_just_synced_are_kept_when_free_space_is_left_out(scene,
     """The maps on the disk know nothing of them: the journal does."""
     served, files = scene
     written = {f"new{i}": os.urandom(120_000 + i) for i in range(60)}
-    with as_file(served) as live, loop_mounted(live, AT) as top:
+    with as_file(served) as (live, _), loop_mounted(live, AT) as top:
         for name, content in written.items():
             with (top / name).open("wb") as file:
                 file.write(content)
@@ -145,7 +111,7 @@ def test_files_that_were_just_synced_are_kept_when_free_space_is_left_out(scene,
 
 def test_new_files_cost_nothing_but_metadata_once_free_space_is_left_out(scene):
     served, _ = scene
-    with as_file(served) as live, loop_mounted(live, AT) as top:
+    with as_file(served) as (live, _), loop_mounted(live, AT) as top:
         # Zeros cost nothing; free space of a disk that was in use holds what was deleted.
         with (top / "old").open("wb") as file, suppress(OSError):
             while file.write(os.urandom(MIB)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from disks import PARTITION_AT, make_tree, partitioned
+from disks import PARTITION_AT, make_tree, overwrite_everything, partitioned
 from serving import MIB, run, try_run, volume_of
 
 pytestmark = pytest.mark.slow
@@ -103,13 +103,6 @@ def mounted(kind: Kind, image: Path) -> Iterator[Path]:
         else:
             with attach(image) as top:
                 yield top
-
-
-def overwrite_everything(served) -> None:
-    with served.client() as client:
-        for at in range(0, client.size_bytes, MIB):
-            client.pwrite(b"\xee" * MIB, offset=at)
-        client.flush()
 
 
 def read_or_none(path: Path) -> bytes | None:

@@ -17,6 +17,7 @@ pub mod journal;
 pub mod log;
 pub mod nbd;
 pub mod number;
+pub mod regions;
 pub mod sabotage;
 pub mod storage;
 pub mod sync;

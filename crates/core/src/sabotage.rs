@@ -74,6 +74,14 @@ pub enum Rule {
     MergedNameDurable,
     /// Pages of an index file are believed without a look at their checksums.
     IndexPagesVerified,
+    /// Blocks of a region are written before its record is durable.
+    RegionFirst,
+    /// A block of a region is marked after it was written.
+    RegionMarkedFirst,
+    /// What was written in regions is forgotten at an instant.
+    RegionsKeptAtInstant,
+    /// After a power cut a region left open counts as unchanged.
+    RegionsWholeAfterCut,
     /// The gates of a group close one after the other.
     GroupGatesTogether,
     /// A group is decided before all headers are durable.
@@ -119,6 +127,10 @@ impl Rule {
         Self::ReplayBeforeClosed,
         Self::MergedNameDurable,
         Self::IndexPagesVerified,
+        Self::RegionFirst,
+        Self::RegionMarkedFirst,
+        Self::RegionsKeptAtInstant,
+        Self::RegionsWholeAfterCut,
         Self::GroupGatesTogether,
         Self::GroupHeadersFirst,
         Self::GroupAsks,

@@ -5,6 +5,7 @@
 
 mod checksum;
 mod error;
+mod mft;
 mod server;
 mod values;
 mod volume;
@@ -24,5 +25,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<volume::Volume>()?;
     module.add_class::<volume::View>()?;
     module.add_class::<server::Server>()?;
-    module.add_function(wrap_pyfunction!(checksum::crc32c, module)?)
+    module.add_function(wrap_pyfunction!(checksum::crc32c, module)?)?;
+    module.add_function(wrap_pyfunction!(mft::plain_file, module)?)
 }

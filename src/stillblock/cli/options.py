@@ -88,7 +88,10 @@ Terms = Annotated[
 ]
 OnlyTerms = Annotated[
     tuple[str, ...],
-    Parameter(name="--only", help="Only what this term names, as often as needed: part:2."),
+    Parameter(
+        name="--only",
+        help="Only what this term, or preset:NAME, names; as often as needed: part:2.",
+    ),
 ]
 SIZE: Final = Parameter(converter=_to_size, n_tokens=1, accepts_keys=False)
 Size = Annotated[int, SIZE]

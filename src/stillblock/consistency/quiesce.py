@@ -21,7 +21,7 @@ from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.guest import GuestFreeze
 from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
-from stillblock.errors import NotQuietError, QuiesceError, RefusedError, UsageError
+from stillblock.errors import ClosedError, NotQuietError, QuiesceError, RefusedError, UsageError
 from stillblock.model import (
     Consistency,
     ConsistencySettings,
@@ -45,6 +45,8 @@ _DETAIL_CHARS_MAX: Final = 16 * 1024
 """Of what all steps say so much is kept, or for each step"""
 _DETAIL_CHARS_MIN: Final = 200
 """so much: a record is kept in the journal, whose entries have a limit."""
+_LOOK_S: Final = 0.05
+"""How often it is looked whether one of several volumes closes."""
 _UNDECIDED: Final = "the server ended before it could be said"
 
 
@@ -75,6 +77,10 @@ class Occasion:
     """Where it is written down what is frozen, for the next server."""
     selection: Extents | None = None
     """`idle`: the ranges that have to be quiet; None: the whole disk."""
+    before_freeze: Callable[[], None] = lambda: None
+    """Called once hooks have run, before anything is frozen: what may have to wait for others."""
+    is_closing: threading.Event = field(default_factory=threading.Event)
+    """Set once nobody may wait for a quiet moment any longer."""
 
 
 def check_settings(settings: ConsistencySettings) -> None:
@@ -117,6 +123,8 @@ class Moment:
         self._applications: Applications | None = None
         self._steps: list[QuiesceStep] = []
         self._shortfalls: list[str] = []
+        self._watched: Extents | None = None
+        self._is_watching = False
         self._passed_ns: int | None = None
         self._releasing: threading.Thread | None = None
         self._release_lock = threading.Lock()
@@ -130,15 +138,25 @@ class Moment:
             with self._or_barrier():
                 self._prepare_applications(Path(hooks))
 
+    def prepare_freeze(self) -> None:
+        """Do what may have to wait for others, before anything is frozen."""
+        if self._is_freeze_wanted:
+            with self._or_barrier():
+                self._occasion.before_freeze()
+
     def freeze(self) -> None:
         """Bring filesystems to hold still. What fails is a shortfall, or ends it."""
-        is_wanted = self._settings.level in {Consistency.FILESYSTEM, Consistency.APPLICATION}
-        if is_wanted and not self._shortfalls:
+        if self._is_freeze_wanted:
             with self._or_barrier():
                 self._freeze()
         if self._shortfalls:
             # Half of it held still for nothing.
             self.release()
+
+    @property
+    def _is_freeze_wanted(self) -> bool:
+        levels = {Consistency.FILESYSTEM, Consistency.APPLICATION}
+        return self._settings.level in levels and not self._shortfalls
 
     def _prepare_applications(self, directory: Path) -> None:
         self._applications = Applications(
@@ -212,7 +230,10 @@ class Moment:
     # The instant
 
     def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
-        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never."""
+        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never.
+
+        Raise `ClosedError` if that was waited for until the volume closes.
+        """
         return take_together((self,), lambda quiet_ms, passed: snapshot(quiet_ms[0], passed))
 
     @property
@@ -226,30 +247,44 @@ class Moment:
         return self._settings.idle_limit_ms * _NS_PER_MS
 
     @property
-    def quiet_ms(self) -> int | None:
-        """For how long nothing may have been written; None: that does not matter."""
-        return self._settings.quiet_ms if self.is_idle else None
+    def quiet_ms(self) -> int:
+        """For how long nothing may have been written."""
+        return self._settings.quiet_ms
+
+    @property
+    def is_closing(self) -> threading.Event:
+        """Set once nobody may wait for a quiet moment any longer."""
+        return self._occasion.is_closing
 
     def watch(self) -> None:
         """Look at the writes that have to be over."""
-        self._volume.watch_writes(ranges=self._occasion.selection)
+        self._watch(self._occasion.selection)
 
     def unwatch(self) -> None:
         """Look no more."""
+        self._is_watching = False
         self._volume.unwatch_writes()
 
     def not_quiet_for_ns(self) -> int:
-        """Return how much longer it would have to be quiet; 0 or less: it was for long enough."""
-        return (self.quiet_ms or 0) * _NS_PER_MS - (self._volume.quiet_ns() or 0)
+        """Return how much longer it has to be quiet; 0 or less: it was for long enough."""
+        return self.quiet_ms * _NS_PER_MS - (self._volume.quiet_ns() or 0)
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if nobody may wait any longer."""
+        if self.is_closing.is_set():
+            raise ClosedError(
+                f"{self._occasion.volume} is being closed while a quiet moment was waited for; "
+                "nothing was taken"
+            )
 
     def note_quiet(self, begun_ns: int) -> None:
         """Write down that there was a quiet moment."""
-        self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
+        self._note_idle(begun_ns, f"no write for {self.quiet_ms} ms")
 
     def note_never_quiet(self, begun_ns: int) -> None:
         """Write down that there was none; raise `NotQuietError` if nothing is to be taken then."""
         words = (
-            f"there was no time of {self._settings.quiet_ms} ms without a write within "
+            f"there was no time of {self.quiet_ms} ms without a write within "
             f"{self._settings.idle_limit_ms} ms"
         )
         self._note_idle(begun_ns, words, is_ok=False)
@@ -259,6 +294,20 @@ class Moment:
                 hint="ask for a shorter --quiet-time, a longer --idle-limit, or add --or-barrier",
             )
         self._shortfalls.append(words)
+
+    def require_quiet(self, ranges: Extents | None) -> None:
+        """For `snapshot`, which knows now what it selects: None is the whole disk.
+
+        Raise `NotQuietError` if other ranges were watched: these are from now on, and it is called
+        once more when they were quiet for long enough. Nothing at other levels than `idle`.
+        """
+        if self._is_watching and ranges != self._watched:
+            self._watch(ranges)
+            raise NotQuietError(f"{self._occasion.volume}: the selection moved meanwhile")
+
+    def _watch(self, ranges: Extents | None) -> None:
+        self._watched, self._is_watching = ranges, True
+        self._volume.watch_writes(ranges=ranges)
 
     def _note_idle(self, begun_ns: int, detail: str, *, is_ok: bool = True) -> None:
         self._steps.append(
@@ -361,7 +410,7 @@ def take_together(
 ) -> T:
     """Call `snapshot(quiet_ms of each, passed)` when it is time for all of them.
 
-    Raise `NotQuietError` if that time never comes.
+    Raise `NotQuietError` if that time never comes, `ClosedError` if a volume closes before.
     """
 
     def passed() -> None:
@@ -373,12 +422,13 @@ def take_together(
         return snapshot((None,) * len(moments), passed)
     begun_ns = time.monotonic_ns()
     limit_ns = begun_ns + min(moment.idle_limit_ns for moment in idle)
-    for moment in idle:
-        moment.watch()
+    quiet_ms = tuple(moment.quiet_ms if moment.is_idle else None for moment in moments)
     try:
-        while _wait_quiet(idle, limit_ns):
+        for moment in idle:
+            moment.watch()
+        while _wait_quiet(moments, idle, limit_ns):
             try:
-                taken = snapshot(tuple(moment.quiet_ms for moment in moments), passed)
+                taken = snapshot(quiet_ms, passed)
             except NotQuietError:
                 continue
             for moment in idle:
@@ -392,15 +442,19 @@ def take_together(
     return snapshot((None,) * len(moments), passed)
 
 
-def _wait_quiet(idle: Sequence[Moment], limit_ns: int) -> bool:
+def _wait_quiet(moments: Sequence[Moment], idle: Sequence[Moment], limit_ns: int) -> bool:
     """Wait until all have been quiet for long enough; false if the limit comes first."""
     while True:
+        for moment in moments:
+            moment.check_open()
         left_ns = max(moment.not_quiet_for_ns() for moment in idle)
         if left_ns <= 0:
             return time.monotonic_ns() < limit_ns
         if time.monotonic_ns() + left_ns >= limit_ns:
             return False
-        time.sleep(left_ns / 1e9)
+        # One of several may be closed meanwhile, and nothing waits for all their events.
+        step_s = left_ns / 1e9 if len(moments) == 1 else min(left_ns / 1e9, _LOOK_S)
+        moments[0].is_closing.wait(step_s)
 
 
 @contextmanager
@@ -430,6 +484,8 @@ def quiesced_together(
     try:
         for moment in moments:
             moment.prepare_applications()
+        for moment in moments:
+            moment.prepare_freeze()
         for moment in moments:
             moment.freeze()
         yield moments

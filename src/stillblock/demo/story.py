@@ -1,4 +1,4 @@
-"""The demo's story, in order: a disk, a snapshot, a bad day, the proofs, the way back, the bill.
+"""The demo's story, in order: a disk, a snapshot, a bad day, proofs, the way back, words, the bill.
 
 Every line with a tick is a comparison of real bytes that was just made; the first one that does not
 hold ends the demo with exit 1 and a sentence that says what was wrong.
@@ -36,6 +36,7 @@ from stillblock.demo.disk import (
 from stillblock.demo.narration import Narrator, sized
 from stillblock.demo.nbd_client import NbdClient, NbdError
 from stillblock.demo.session import STOP_TIMEOUT_S, DemoFailed, Session, stop
+from stillblock.demo.words import tell_words
 
 DISK_BYTES: Final = 256 * MIB
 SWAP_SCRIBBLE_BYTES: Final = 16 * MIB
@@ -170,6 +171,7 @@ class _Story:
             self._look_back(socket_path)
             self._count_the_cost()
             self._restore(socket_path)
+            self._say_it_in_words(socket_path)
             self._release(server)
         self._use_the_raw_disk()
 
@@ -367,6 +369,13 @@ class _Story:
             if not _find(self.session.ask("restore", "status", VOLUME), "is_running"):
                 return
         raise DemoFailed(f"the restore was still running after {STOP_TIMEOUT_S:.0f} s")
+
+    def _say_it_in_words(self, socket_path: str) -> None:
+        for claim, detail in tell_words(
+            self.session, self.narrator, files=self.files, filesystem=self.filesystem,
+            connect=lambda export: NbdClient(socket_path=socket_path, export=export),
+        ):  # fmt: skip
+            self._prove(claim, detail=detail)
 
     def _release(self, server: "subprocess.Popen[bytes]") -> None:
         self.narrator.step("Let go: from here on it is a plain raw disk")

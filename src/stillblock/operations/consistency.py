@@ -10,6 +10,8 @@ from stillblock.errors import UsageError
 from stillblock.model import Consistency, ConsistencySettings, Extents
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stillblock.operations.volume import OpenVolume
 
 T = TypeVar("T")
@@ -97,16 +99,27 @@ def settings_for(
     return settings
 
 
+def ranges_to_watch(volume: OpenVolume, selection: Extents) -> Extents | None:
+    """Return what has to be quiet for a snapshot at a quiet moment; None: the whole disk."""
+    return None if selection == ((0, volume.engine.size_bytes),) else selection
+
+
 def occasion(
-    volume: OpenVolume, *, snapshot: str, settings: ConsistencySettings, selection: Extents
+    volume: OpenVolume,
+    *,
+    snapshot: str,
+    settings: ConsistencySettings,
+    selection: Extents,
+    before_freeze: Callable[[], None],
 ) -> Occasion:
     """Return what an instant is prepared with."""
-    is_whole = selection == ((0, volume.engine.size_bytes),)
     return Occasion(
         volume=volume.name,
         snapshot=snapshot,
         settings=settings,
         own_places=volume.own_places(),
         note=volume.frozen_note,
-        selection=None if is_whole else selection,
+        selection=ranges_to_watch(volume, selection),
+        before_freeze=before_freeze,
+        is_closing=volume.instants.is_closing,
     )

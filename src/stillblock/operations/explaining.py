@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from stillblock import selection
 from stillblock.model import PAUSE_LIMIT_MS_DEFAULT, SnapshotPurpose, SnapshotRecord
 from stillblock.operations.disks import FrozenDisk, LiveDisk
 from stillblock.operations.records import encode_snapshot, new_id
@@ -20,7 +21,6 @@ from stillblock.operations.rules import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from stillblock import selection
     from stillblock.model import Extents
     from stillblock.operations.volume import OpenVolume
 
@@ -31,8 +31,9 @@ def explain(volume: OpenVolume, request: RulesRequest) -> Explanation:
     Files and free space of a disk in use cannot be told from the disk as it changes under the
     reader: a snapshot is taken for it, as any is, and deleted again.
     """
-    rules = effective_rules(volume, request)
-    found = replace(explain_terms(volume, rules.terms), is_default=rules.is_default)
+    known = selection.Known()
+    rules = effective_rules(volume, request, known=known)
+    found = replace(explain_terms(volume, rules.terms, known=known), is_default=rules.is_default)
     if found.is_final:
         return found
     with disk_at_rest(volume, found.extents) as disk:

@@ -11,8 +11,9 @@ from stillblock.extents import intersect, normalise, round_out, total_bytes, uni
 from stillblock.operations.disks import LiveDisk
 from stillblock.operations.explaining import disk_at_rest
 from stillblock.selection import WorkerReaders
+from stillblock.selection.facts import DiskFacts
 from stillblock.selection.filesystems import UnresolvedError
-from stillblock.selection.places import Place, read_places
+from stillblock.selection.places import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ def forecast(volume: OpenVolume) -> Forecast:
     span_ns = time.time_ns() - since_ns if changes else 0
     if not any(changes):
         return _judged(volume.name, changes, (), span_ns=span_ns, notes=())
-    places = read_places(LiveDisk(volume.engine))
+    places = DiskFacts(LiveDisk(volume.engine)).places
     concerned = tuple(place for place in places.filesystems if _touches(changes, place))
     named, notes = _parts(volume, concerned, is_alone=len(places.filesystems) == 1)
     named += [("swap", place.extents) for place in places.swap]
@@ -102,18 +103,21 @@ def _parts(
         return found, ()
     wanted = normalise(extent for place in places for extent in place.extents)
     rounded = round_out(wanted, block_size=volume.engine.block_size, size=volume.engine.size_bytes)
+    readers = WorkerReaders()
     with disk_at_rest(volume, rounded) as disk:
         for place in places:
             try:
-                found += _of_place(place, disk, is_alone=is_alone)
+                found += _of_place(place, disk, readers, is_alone=is_alone)
             except UnresolvedError as error:
                 notes.append(f"nothing is known of the files on {place.name}: {error.message}")
     return found, tuple(notes)
 
 
-def _of_place(place: Place, disk: selection.Disk, *, is_alone: bool) -> list[tuple[str, Extents]]:
+def _of_place(
+    place: Place, disk: selection.Disk, readers: WorkerReaders, *, is_alone: bool
+) -> list[tuple[str, Extents]]:
     assert place.content is not None, "only filesystems are asked"
-    census = WorkerReaders().census(place.disk(disk), content=place.content)
+    census = readers.census(place.disk(disk), content=place.content)
     _, _, name = place.name.partition(":")
     prefix = "path:" if is_alone or not name else f"path:{name}:"
     found = [

@@ -20,7 +20,9 @@ from stillblock.model import (
 from stillblock.operations.snapshots import (
     SnapshotPlan,
     SnapshotRequest,
-    draft_snapshot,
+    Taking,
+    falls_short,
+    first_meta,
     keep_snapshot,
     not_held,
     note_created,
@@ -28,10 +30,10 @@ from stillblock.operations.snapshots import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from stillblock.consistency.quiesce import Moment
-    from stillblock.operations.snapshots import Draft
+    from stillblock.model import Quiescing, SnapshotRecord
     from stillblock.operations.volume import OpenVolume
 
 MEMBERS_MAX: Final = 64
@@ -119,54 +121,98 @@ def create_group(volumes: Sequence[OpenVolume], request: GroupRequest) -> GroupR
     with ExitStack() as held:
         # In one order, whatever the request's: two groups must not wait for one another.
         for volume in sorted(volumes, key=lambda volume: volume.engine.uuid):
-            held.enter_context(volume.lock)
-        plans = plan_group(volumes, request).plans
+            held.enter_context(volume.instants.turn())
+        parts = _parts(volumes, request, held)
         group = SnapshotGroup(
-            id=uuid.uuid4().hex, members=tuple(f"{plan.volume}@{plan.name}" for plan in plans)
+            id=uuid.uuid4().hex,
+            members=tuple(f"{part.volume.name}@{part.taking.plan.name}" for part in parts),
         )
-        drafts = tuple(
-            draft_snapshot(volume, plan, request.of(plan.name), group=group)
-            for volume, plan in zip(volumes, plans, strict=True)
-        )
-        parts = [(d.occasion, v.engine) for d, v in zip(drafts, volumes, strict=True)]
-        with quiesced_together(parts) as moments:
-            instants = take_together(
+        around = [(part.taking.occasion(), part.volume.engine) for part in parts]
+        with quiesced_together(around) as moments:
+            taken = take_together(
                 moments,
-                lambda quiet_ms, passed: native.snapshot_group(
-                    group.id, _members(volumes, drafts, moments, quiet_ms), passed=passed
-                ),
+                lambda quiet_ms, passed: _take(group, parts, moments, quiet_ms, passed),
             )
             outcomes = tuple(moment.outcome() for moment in moments)
-        taken = tuple(zip(volumes, drafts, instants, outcomes, strict=True))
-        short = [(v, outcome) for v, draft, _, outcome in taken if draft.falls_short(outcome)]
-        if short:
-            # Right, but not what was asked for.
-            for volume, _, instant, _ in taken:
-                volume.engine.delete_snapshot(epoch=instant.epoch)
-            raise not_held(*short[0])
-        receipts = tuple(keep_snapshot(*part) for part in taken)
-    for volume, draft, receipt in zip(volumes, drafts, receipts, strict=True):
-        note_created(volume, draft, receipt)
+        _check_held(parts, taken, outcomes)
+        receipts = tuple(
+            keep_snapshot(part.volume, record, instant, outcome)
+            for part, (record, instant), outcome in zip(parts, taken, outcomes, strict=True)
+        )
+    for volume, receipt in zip(volumes, receipts, strict=True):
+        note_created(volume, receipt)
     return GroupReceipt(group=group, receipts=receipts)
 
 
-def _members(
-    volumes: Sequence[OpenVolume],
-    drafts: Sequence[Draft],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One volume of a group whose instant is being prepared."""
+
+    volume: OpenVolume
+    taking: Taking
+
+
+def _parts(
+    volumes: Sequence[OpenVolume], request: GroupRequest, held: ExitStack
+) -> tuple[_Part, ...]:
+    """Reserve the names."""
+    with ExitStack() as locks:
+        for volume in volumes:
+            locks.enter_context(volume.lock)
+        plans = plan_group(volumes, request).plans
+        return tuple(
+            _Part(volume=volume, taking=Taking(volume, request.of(plan.name), plan, held))
+            for volume, plan in zip(volumes, plans, strict=True)
+        )
+
+
+def _take(
+    group: SnapshotGroup,
+    parts: Sequence[_Part],
     moments: Sequence[Moment],
     quiet_ms: Sequence[int | None],
-) -> list[native.GroupMember]:
-    return [
-        native.GroupMember(
-            volume=volume.engine,
-            selection=draft.plan.extents,
-            low=draft.plan.low,
-            meta=draft.meta(moment),
-            pause_limit_ms=draft.plan.pause_limit_ms,
-            quiet_ms=quiet,
-        )
-        for volume, draft, moment, quiet in zip(volumes, drafts, moments, quiet_ms, strict=True)
+    passed: Callable[[], None],
+) -> tuple[tuple[SnapshotRecord, native.Instant], ...]:
+    """Take all. Raise `NotQuietError` where it was not quiet, or other ranges have to be."""
+    with ExitStack() as locks:
+        for part in parts:
+            locks.enter_context(part.volume.lock)
+        records = [
+            part.taking.settle(moment, group=group)
+            for part, moment in zip(parts, moments, strict=True)
+        ]
+        members = [
+            native.GroupMember(
+                volume=part.volume.engine,
+                selection=part.taking.plan.extents,
+                low=part.taking.plan.low,
+                meta=first_meta(record, moment),
+                pause_limit_ms=part.taking.plan.pause_limit_ms,
+                quiet_ms=quiet,
+            )
+            for part, record, moment, quiet in zip(parts, records, moments, quiet_ms, strict=True)
+        ]
+        instants = native.snapshot_group(group.id, members, passed=passed)
+        for part in parts:
+            part.taking.hold()
+        return tuple(zip(records, instants, strict=True))
+
+
+def _check_held(
+    parts: Sequence[_Part],
+    taken: Sequence[tuple[SnapshotRecord, native.Instant]],
+    outcomes: Sequence[Quiescing],
+) -> None:
+    """Delete all, and raise `QuiesceError`, if one is right but not what was asked for."""
+    short = [
+        (part.volume, outcome)
+        for part, outcome in zip(parts, outcomes, strict=True)
+        if falls_short(part.taking.plan, outcome)
     ]
+    if short:
+        for part, (_, instant) in zip(parts, taken, strict=True):
+            part.volume.engine.delete_snapshot(epoch=instant.epoch)
+        raise not_held(*short[0])
 
 
 def _common_name(volumes: Sequence[OpenVolume]) -> str:

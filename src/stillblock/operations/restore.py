@@ -22,8 +22,9 @@ from stillblock.operations.disks import SnapshotDisk
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import versions, with_left_out
 from stillblock.operations.records import encode_snapshot, new_id
-from stillblock.operations.rules import EVERYTHING, explain_on, explain_terms
+from stillblock.operations.rules import EVERYTHING, expanded, explain_on, explain_terms
 from stillblock.operations.volume import OpenVolume, Snapshot
+from stillblock.selection.presets import PREFIX
 
 if TYPE_CHECKING:
     from stillblock.operations.rules import Explanation
@@ -153,6 +154,15 @@ def _of_final(volume: OpenVolume, request: RestoreRequest) -> RestoreRequest:
     return replace(request, snapshot=found.record.id)
 
 
+def _terms_of(request: RestoreRequest, presets: selection.Presets) -> tuple[RuleTerm, ...]:
+    """Return what is to be restored, with presets replaced: they say themselves what they mean."""
+    named = (
+        replace(term, include=False) if term.text.strip().startswith(PREFIX) else term
+        for term in request.only
+    )
+    return expanded(tuple(named), presets)
+
+
 def _standing(volume: OpenVolume) -> Explanation:
     """Return what the standing rules come to now; everything where they mean nothing any more.
 
@@ -176,9 +186,10 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
         disk = SnapshotDisk(view, volume.engine)
         asked = held
         if request.only:
+            only = _terms_of(request, volume.presets)
             named = explain_on(
                 disk,
-                request.only,
+                only,
                 volume=volume.name,
                 block_size=volume.engine.block_size,
             )
@@ -186,7 +197,7 @@ def _prepare(volume: OpenVolume, request: RestoreRequest) -> _Prepared:
                 # Before the frozen view is read a file term means all that it could mean.
                 raise RuleError(
                     "a restore in place takes ranges, partitions, volumes and whole filesystems, "
-                    f"not files: {', '.join(term.text for term in request.only)}",
+                    f"not files: {', '.join(term.text for term in only)}",
                     hint="mount the snapshot's export read-only and copy the files from there",
                 )
             asked = named.extents

@@ -10,7 +10,7 @@ from stillblock import selection
 from stillblock.extents import total_bytes
 from stillblock.model import Extents, LeftOut, RuleTerm, TermOutcome, Unresolved
 from stillblock.operations.disks import LiveDisk
-from stillblock.selection.places import read_places
+from stillblock.selection.facts import DiskFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,17 +163,21 @@ def list_presets(config: Config) -> tuple[selection.Preset, ...]:
     return tuple(presets.find(name) for name in presets.names())
 
 
-def default_rules(disk: selection.Disk) -> tuple[RuleTerm, ...]:
+def default_rules(
+    disk: selection.Disk, *, known: selection.Known | None = None
+) -> tuple[RuleTerm, ...]:
     """Return what is left out by itself: free space and swap, where there are any to be told.
 
     Nothing on a disk without a filesystem or swap area that is understood: no reader is started
     there in vain.
     """
-    places = read_places(disk)
+    places = DiskFacts(disk, known=known).places
     return selection.default_rules().terms if places.filesystems or places.swap else ()
 
 
-def effective_rules(volume: OpenVolume, request: RulesRequest) -> EffectiveRules:
+def effective_rules(
+    volume: OpenVolume, request: RulesRequest, *, known: selection.Known | None = None
+) -> EffectiveRules:
     """Return the rules a snapshot asked for with these terms would follow."""
     terms = expanded(request.terms, volume.presets)
     if request.only_these:
@@ -181,22 +185,38 @@ def effective_rules(volume: OpenVolume, request: RulesRequest) -> EffectiveRules
     rules = volume.settings().rules + terms
     if rules:
         return EffectiveRules(terms=rules, is_default=False)
-    default = default_rules(LiveDisk(volume.engine))
+    default = default_rules(LiveDisk(volume.engine), known=known)
     return EffectiveRules(terms=default, is_default=bool(default))
 
 
-def explain_terms(volume: OpenVolume, rules: tuple[RuleTerm, ...]) -> Explanation:
+def explain_terms(
+    volume: OpenVolume, rules: tuple[RuleTerm, ...], *, known: selection.Known | None = None
+) -> Explanation:
     """Return what terms come to on the live disk, as far as is known before an instant."""
-    disk = LiveDisk(volume.engine)
-    return explain_on(disk, rules, volume=volume.name, block_size=volume.engine.block_size)
+    return explain_on(
+        LiveDisk(volume.engine),
+        rules,
+        volume=volume.name,
+        block_size=volume.engine.block_size,
+        known=known,
+    )
 
 
 def explain_on(
-    disk: selection.Disk, rules: tuple[RuleTerm, ...], *, volume: str, block_size: int
+    disk: selection.Disk,
+    rules: tuple[RuleTerm, ...],
+    *,
+    volume: str,
+    block_size: int,
+    known: selection.Known | None = None,
 ) -> Explanation:
-    """Return what terms come to on a disk before an instant; raise `RuleError`."""
-    parsed = selection.Rules.parse([(term.action, term.text) for term in rules])
-    resolved = selection.resolve(parsed, disk, block_size=block_size)
+    """Return what terms come to on a disk before an instant; raise `RuleError`.
+
+    Presets are `expanded` by then: which there are depends on who asks.
+    """
+    resolved = selection.resolve(
+        selection.Rules(terms=rules), disk, block_size=block_size, known=known
+    )
     return _explanation(resolved, rules, volume=volume)
 
 

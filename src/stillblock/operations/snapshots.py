@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from stillblock.consistency.quiesce import quiesced
+from stillblock import selection
+from stillblock.consistency.quiesce import Moment, quiesced
 from stillblock.errors import ProtectedError, QuiesceError, StillblockError, UsageError
 from stillblock.extents import total_bytes
 from stillblock.model import (
@@ -24,7 +26,7 @@ from stillblock.model import (
     SnapshotRecord,
     TermOutcome,
 )
-from stillblock.operations.consistency import occasion, settings_for
+from stillblock.operations.consistency import occasion, ranges_to_watch, settings_for
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import (
     Instant,
@@ -39,8 +41,10 @@ from stillblock.operations.rules import RulesRequest, effective_rules, explain_t
 from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stillblock import native
-    from stillblock.consistency.quiesce import Moment, Occasion
+    from stillblock.consistency.quiesce import Occasion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,13 +159,31 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         )
     if request.name is not None:
         volume.check_name_free(request.name, what="snapshot")
-    rules = effective_rules(
-        volume, RulesRequest(terms=request.terms, only_these=request.only_these)
+    return _resolved(
+        volume,
+        request,
+        name=request.name or volume.free_name(),
+        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
     )
-    explained = explain_terms(volume, rules.terms)
+
+
+def _resolved(
+    volume: OpenVolume,
+    request: SnapshotRequest,
+    *,
+    name: str,
+    consistency: ConsistencySettings,
+    known: selection.Known | None = None,
+) -> SnapshotPlan:
+    """Return what a snapshot would hold by the rules and the disk as they are now."""
+    known = known or selection.Known()
+    rules = effective_rules(
+        volume, RulesRequest(terms=request.terms, only_these=request.only_these), known=known
+    )
+    explained = explain_terms(volume, rules.terms, known=known)
     return SnapshotPlan(
         volume=volume.name,
-        name=request.name or volume.free_name(),
+        name=name,
         size_bytes=explained.size_bytes,
         rules=rules.terms,
         terms=explained.outcomes(),
@@ -171,7 +193,7 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         notes=explained.notes,
         pause_limit_ms=request.pause_limit_ms,
         low=explained.low,
-        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
+        consistency=consistency,
         pending=explained.pending,
         is_default=rules.is_default,
     )
@@ -180,74 +202,36 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
 def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     """Take a snapshot; it is durable when this returns. Raise `PauseTimeoutError` past the limit.
 
-    Ranges and partitions are resolved before the instant: they hold from the first write after it.
+    Ranges, partitions and volumes are resolved right before the instant, when everybody holds
+    still: they hold from the first write after it.
     What needs a filesystem is resolved afterwards, in a thread: until then the receipt is not
     final, and the snapshot can be neither read nor restored.
     Raise `QuiesceError`, `NotQuietError` or `FreezeRefusedError`, with nothing taken, if the level
-    of consistency cannot be reached and no fallback is wanted.
+    of consistency cannot be reached and no fallback is wanted; `ClosedError` if the volume closes
+    while a quiet moment is waited for.
     """
-    with volume.lock:
-        draft = draft_snapshot(volume, plan_snapshot(volume, request), request)
-        with quiesced(draft.occasion, volume.engine) as moment:
-            instant = moment.take(
-                lambda quiet_ms, passed: volume.engine.snapshot(
-                    selection=draft.plan.extents,
-                    low=draft.plan.low,
-                    meta=draft.meta(moment),
-                    pause_limit_ms=draft.plan.pause_limit_ms,
-                    quiet_ms=quiet_ms,
-                    passed=passed,
-                )
+    # Others work on while this waits for its turn, for hooks and for a quiet moment.
+    with volume.instants.turn(), ExitStack() as held:
+        with volume.lock:
+            plan = plan_snapshot(volume, request)
+            taking = Taking(volume, request, plan, held)
+        with quiesced(taking.occasion(), volume.engine) as moment:
+            instant, record = moment.take(
+                lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed)
             )
             quiescing = moment.outcome()
-        if draft.falls_short(quiescing):
+        if falls_short(taking.plan, quiescing):
             # Right, but not what was asked for.
             volume.engine.delete_snapshot(epoch=instant.epoch)
             raise not_held(volume, quiescing)
-        receipt = keep_snapshot(volume, draft, instant, quiescing)
-    note_created(volume, draft, receipt)
+        receipt = keep_snapshot(volume, record, instant, quiescing)
+    note_created(volume, receipt)
     return receipt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """A snapshot that is about to be taken."""
-
-    plan: SnapshotPlan
-    record: SnapshotRecord
-    occasion: Occasion
-
-    def meta(self, moment: Moment) -> bytes:
-        """Return what is written with the instant, before anybody knows how it went."""
-        return encode_snapshot(_with_quiescing(self.record, moment.undecided))
-
-    def falls_short(self, quiescing: Quiescing) -> bool:
-        """Whether it is less consistent than it may be."""
-        return bool(quiescing.shortfall) and not self.plan.consistency.or_barrier
-
-
-def draft_snapshot(
-    volume: OpenVolume,
-    plan: SnapshotPlan,
-    request: SnapshotRequest,
-    *,
-    group: SnapshotGroup | None = None,
-) -> Draft:
-    """Return all that is known of a snapshot before its instant."""
-    record = SnapshotRecord(
-        name=plan.name,
-        id=new_id(),
-        description=request.description,
-        rules=plan.rules,
-        terms=plan.terms,
-        pending=plan.pending,
-        is_default=plan.is_default,
-        notes=plan.notes,
-        versions=versions(),
-        group=group,
-    )
-    around = occasion(volume, snapshot=plan.name, settings=plan.consistency, selection=plan.extents)
-    return Draft(plan=plan, record=with_left_out(record, plan.left_out), occasion=around)
+def falls_short(plan: SnapshotPlan, quiescing: Quiescing) -> bool:
+    """Return whether a snapshot is less consistent than it may be."""
+    return bool(quiescing.shortfall) and not plan.consistency.or_barrier
 
 
 def not_held(volume: OpenVolume, quiescing: Quiescing) -> QuiesceError:
@@ -260,12 +244,12 @@ def not_held(volume: OpenVolume, quiescing: Quiescing) -> QuiesceError:
 
 
 def keep_snapshot(
-    volume: OpenVolume, draft: Draft, instant: native.Instant, quiescing: Quiescing
+    volume: OpenVolume, record: SnapshotRecord, instant: native.Instant, quiescing: Quiescing
 ) -> Receipt:
     """Write down how a snapshot that is committed came about, and let its narrowing begin."""
     # The length of the pause is known only now; a crash here loses the number.
     record = replace(
-        _with_quiescing(draft.record, quiescing),
+        _with_quiescing(record, quiescing),
         pause_ns=instant.pause_ns,
         in_flight=instant.in_flight,
         commit_ns=instant.commit_ns,
@@ -282,17 +266,122 @@ def keep_snapshot(
     return read_receipt(volume, SnapshotTarget(snapshot=record.id))
 
 
-def note_created(volume: OpenVolume, draft: Draft, receipt: Receipt) -> None:
+def note_created(volume: OpenVolume, receipt: Receipt) -> None:
     """Record the event."""
-    group = "" if draft.record.group is None else draft.record.group.id
+    info = receipt.snapshot
     volume.event(
         "snapshot_created",
-        snapshot=draft.plan.name,
-        selected_bytes=draft.plan.selected_bytes,
+        snapshot=info.name,
+        selected_bytes=info.selected_bytes,
         pause_ns=receipt.pause_ns or 0,
         consistency=receipt.consistency,
-        **({"group": group} if group else {}),
+        **({} if info.group is None else {"group": info.group.id}),
     )
+
+
+class Taking:
+    """A snapshot between its plan and its instant: minutes may pass, and then the disk is another.
+
+    What it selects is what the rules mean at the instant, not what they meant when it was asked
+    for. Nothing is asked of readers while filesystems are frozen, for that takes long.
+    """
+
+    def __init__(
+        self, volume: OpenVolume, request: SnapshotRequest, plan: SnapshotPlan, held: ExitStack
+    ) -> None:
+        """Reserve the name. Under the volume's lock, which `held` keeps from the instant on."""
+        self.plan = plan
+        self._volume = volume
+        self._request = request
+        self._held = held
+        self._known: selection.Known | None = None
+        self._waits = plan.consistency.level is not Consistency.BARRIER
+        volume.instants.coming = plan.name
+        if not self._waits:
+            self._hold()
+
+    def prepare(self) -> None:
+        """Do what takes long, before anything is frozen."""
+        self._hold()
+        self._known = selection.Known()
+        self._look_again()
+
+    def occasion(self) -> Occasion:
+        """Return what its instant is prepared with."""
+        return occasion(
+            self._volume,
+            snapshot=self.plan.name,
+            settings=self.plan.consistency,
+            selection=self.plan.extents,
+            before_freeze=self.prepare,
+        )
+
+    def take(
+        self, moment: Moment, *, quiet_ms: int | None, passed: Callable[[], None]
+    ) -> tuple[native.Instant, SnapshotRecord]:
+        """Take it. Raise `NotQuietError` where it was not quiet, or other ranges have to be."""
+        with self._volume.lock:
+            record = self.settle(moment)
+            instant = self._volume.engine.snapshot(
+                selection=self.plan.extents,
+                low=self.plan.low,
+                meta=first_meta(record, moment),
+                pause_limit_ms=self.plan.pause_limit_ms,
+                quiet_ms=quiet_ms,
+                passed=passed,
+            )
+            self.hold()
+        return instant, record
+
+    def settle(self, moment: Moment, *, group: SnapshotGroup | None = None) -> SnapshotRecord:
+        """Return what is written of it, with `plan` as of now. Under the volume's lock.
+
+        Raise `NotQuietError` where other ranges have to be quiet than were.
+        """
+        if self._waits:
+            self._look_again()
+            moment.require_quiet(ranges_to_watch(self._volume, self.plan.extents))
+        return _record_of(self.plan, self._request, group)
+
+    def hold(self) -> None:
+        """Keep the lock: it is there, and nobody finds it before its record is whole."""
+        self._hold()
+
+    def _look_again(self) -> None:
+        plan = self.plan
+        self.plan = _resolved(
+            self._volume,
+            self._request,
+            name=plan.name,
+            consistency=plan.consistency,
+            known=self._known,
+        )
+
+    def _hold(self) -> None:
+        self._held.enter_context(self._volume.lock)
+
+
+def first_meta(record: SnapshotRecord, moment: Moment) -> bytes:
+    """Return what is written with the instant, before anybody knows how it went."""
+    return encode_snapshot(_with_quiescing(record, moment.undecided))
+
+
+def _record_of(
+    plan: SnapshotPlan, request: SnapshotRequest, group: SnapshotGroup | None
+) -> SnapshotRecord:
+    record = SnapshotRecord(
+        name=plan.name,
+        id=new_id(),
+        description=request.description,
+        rules=plan.rules,
+        terms=plan.terms,
+        pending=plan.pending,
+        is_default=plan.is_default,
+        notes=plan.notes,
+        versions=versions(),
+        group=group,
+    )
+    return with_left_out(record, plan.left_out)
 
 
 def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRecord:

@@ -37,6 +37,7 @@ from stillblock.model import (
     name_for_instant,
 )
 from stillblock.operations import registry, verification
+from stillblock.operations.instants import Instants
 from stillblock.operations.narrowing import Narrowings
 from stillblock.operations.records import (
     bookmark_record,
@@ -162,6 +163,8 @@ class OpenVolume:
         """The latest one; it ends with the volume."""
         self.narrowings = Narrowings()
         """Those under way; they end with the volume."""
+        self.instants = Instants(entry.name)
+        """The one being prepared; what it waits for ends with the volume."""
         self._is_closed = False
         self._buffer_dir: Path | None = None
 
@@ -204,9 +207,11 @@ class OpenVolume:
     def close(self) -> None:
         """Stop cleanly; the origin is a complete raw disk afterwards.
 
-        A narrowing under way is broken off: the next opening begins it anew.
+        A narrowing under way is broken off: the next opening begins it anew. A snapshot that waits
+        for a quiet moment is given up; one whose hooks run or that holds something still is taken.
         """
         # Not under the lock: what they found is kept under it.
+        self.instants.stop()
         if self.verification is not None:
             self.verification.cancel()
         self.narrowings.stop()
@@ -375,6 +380,8 @@ class OpenVolume:
         A bookmark may be called like its own snapshot: both mean the same instant.
         """
         check_new_name(name, what=what)
+        if name == self.instants.coming:
+            raise NameTakenError(f"a snapshot {self.name}@{name} is being taken")
         taken = [(s.record.name, s.epoch.epoch, "snapshot") for s in self.snapshots()]
         taken += [(b.record.name, b.epoch.epoch, "bookmark") for b in self.bookmarks()]
         for other, other_epoch, kind in taken:
@@ -385,6 +392,7 @@ class OpenVolume:
         """Return a name made of the UTC time that no snapshot or bookmark has."""
         taken = {s.record.name for s in self.snapshots()}
         taken |= {b.record.name for b in self.bookmarks()}
+        taken.add(self.instants.coming)
         base = prefix + name_for_instant(time.time_ns())
         name, number = base, 2
         while name in taken:

@@ -241,6 +241,8 @@ def open_volume(config: Config, name: str, options: EngineOptions | None = None)
 
 def release_volume(volume: OpenVolume) -> Released:
     """Stop cleanly: everything is on the origin when this returns."""
+    # Its clients stay until then: a filesystem of theirs may be frozen for an instant.
+    volume.instants.stop()
     with volume.lock:
         done = released(volume)
         volume.hooks.retire(volume)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stillblock.model import Unresolved
     from stillblock.selection.confinement import Limits, can_filter_calls
     from stillblock.selection.disk import Disk
-    from stillblock.selection.facts import Phase
+    from stillblock.selection.facts import Known, Phase
     from stillblock.selection.frozen import resolve_frozen
     from stillblock.selection.partition_table import Partition, PartitionTable, PartitionTableError
     from stillblock.selection.partitions import read_partitions
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Disk",
     "ExcludedExtent",
+    "Known",
     "Limits",
     "Partition",
     "PartitionTable",
@@ -61,7 +62,7 @@ __all__ = [
 _MODULES = {
     "confinement": ("Limits", "can_filter_calls"),
     "disk": ("Disk",),
-    "facts": ("Phase", "Unresolved"),
+    "facts": ("Known", "Phase", "Unresolved"),
     "frozen": ("resolve_frozen",),
     "partition_table": ("Partition", "PartitionTable", "PartitionTableError"),
     "partitions": ("read_partitions",),

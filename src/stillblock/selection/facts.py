@@ -1,6 +1,6 @@
 """What terms may ask about a disk, and what they answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -8,10 +8,12 @@ from stillblock.errors import OriginIOError, RuleError
 from stillblock.model import Extents, Unresolved
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems import Content, Identity, UnresolvedError
+from stillblock.selection.lvm_text import LvmTextError, Section
 from stillblock.selection.partition_table import printable
 from stillblock.selection.partitions import PartitionTable, read_partitions
 from stillblock.selection.places import Place, Places, read_places
 from stillblock.selection.survey import Survey, SurveyRequest, is_named, place_name_of
+from stillblock.selection.workers import ASKING_S_MAX, WorkerReaders
 
 
 class Phase(StrEnum):
@@ -39,7 +41,7 @@ class Match:
 
 
 class Readers(Protocol):
-    """Reads filesystems; in processes of their own, or in tests at once."""
+    """Reads what strangers wrote; in processes of their own, or in tests at once."""
 
     def identify(self, disk: Disk, *, content: Content) -> Identity:
         """Return which filesystem lies on a disk; raise `UnresolvedError`."""
@@ -47,17 +49,35 @@ class Readers(Protocol):
     def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
         """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
 
+    def parse_lvm(self, text: str) -> Section:
+        """Return what the text of a volume group says; raise `LvmTextError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What readers said of a disk, for somebody who looks at it again a moment later.
+
+    Only what readers say, which takes long: what lies where is always read anew.
+    """
+
+    identities: dict[Place, Identity | Unresolved] = field(default_factory=dict)
+    groups: "dict[str, Section | LvmTextError]" = field(default_factory=dict)
+    """By the text that describes an LVM2 volume group, what it says."""
+
 
 class DiskFacts:
     """What terms may ask about a disk. Reads what it lacks when a term first needs it."""
 
-    def __init__(self, disk: Disk, readers: Readers) -> None:
+    def __init__(
+        self, disk: Disk, readers: Readers | None = None, known: Known | None = None
+    ) -> None:
+        """Take what is known already; what is found out is added to it."""
         self._disk = disk
-        self._readers = readers
+        self._readers = readers or WorkerReaders(total_s=ASKING_S_MAX)
+        self._known = known or Known()
         self._table: PartitionTable | None = None
         self._is_table_read = False
         self._places: Places | None = None
-        self._identities: dict[str, Identity | Unresolved] = {}
 
     @property
     def size(self) -> int:
@@ -83,8 +103,20 @@ class DiskFacts:
     def places(self) -> Places:
         """What the disk is made of."""
         if self._places is None:
-            self._places = read_places(self._disk)
+            self._places = read_places(self._disk, parse=self._parse_lvm)
         return self._places
+
+    def _parse_lvm(self, text: str) -> Section:
+        found = self._known.groups.get(text)
+        if found is None:
+            try:
+                found = self._readers.parse_lvm(text)
+            except LvmTextError as error:
+                found = error
+            self._known.groups[text] = found
+        if isinstance(found, LvmTextError):
+            raise LvmTextError(found.message)
+        return found
 
     @property
     def known_places(self) -> tuple[Place, ...]:
@@ -93,14 +125,14 @@ class DiskFacts:
 
     def identity(self, place: Place) -> Identity | Unresolved:
         """Return which filesystem lies at a place, or why that is not known."""
-        found = self._identities.get(place.name)
+        found = self._known.identities.get(place)
         if found is None:
             assert place.content is not None, "only a place with a filesystem is asked about"
             try:
                 found = self._readers.identify(place.disk(self._disk), content=place.content)
             except (UnresolvedError, OriginIOError) as error:
                 found = Unresolved(place=place.name, reason=error.message)
-            self._identities[place.name] = found
+            self._known.identities[place] = found
         return found
 
     def filesystems_named(self, name: str) -> tuple[list[Place], list[tuple[Unresolved, Place]]]:

@@ -3,7 +3,7 @@
 Whatever cannot be resolved is kept, and said.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -30,6 +30,8 @@ from stillblock.selection.workers import WorkerReaders, is_of_disk
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being read, how many of its bytes or steps are done, and of how many."""
+ZERO_PIECES_MAX: Final = 500_000
+"""Extents of zeros that are told: some 100 MiB until all is decided. What is not told stays."""
 _READ_BYTES: Final = 1 << 20
 _ZEROS: Final = bytes(_READ_BYTES)
 
@@ -309,22 +311,28 @@ class _Narrowing:
         zero: list[Extent] = []
         unknown: list[Extent] = []
         reasons: list[str] = []
+        failure_count, failure = 0, ""
         done, total = 0, total_bytes(candidates)
-        for start, end in candidates:
-            position = start
-            while position < end:
-                stop = min(end, position - position % _READ_BYTES + _READ_BYTES)
-                self._progress("zero", done, total)
-                try:
-                    data = read_exactly(self._view, offset=position, length=stop - position)
-                    zero += _zeros_in(data, position, block_size)
-                except StillblockError as error:
-                    if not is_of_disk(error):
-                        raise
-                    unknown.append((position, stop))
-                    reasons.append(error.message)
-                done += stop - position
-                position = stop
+        for start, end in _portions(candidates):
+            if len(zero) >= ZERO_PIECES_MAX:
+                unknown += intersect(candidates, ((start, size),))
+                reasons.append(
+                    f"there are more than {ZERO_PIECES_MAX} pieces of zeros, which were not looked "
+                    f"for any more from byte {start} on"
+                )
+                break
+            self._progress("zero", done, total)
+            try:
+                data = read_exactly(self._view, offset=start, length=end - start)
+                _add(zero, _zeros_in(data, start, block_size))
+            except StillblockError as error:
+                if not is_of_disk(error):
+                    raise
+                _add(unknown, [(start, end)])
+                failure_count, failure = failure_count + 1, failure or error.message
+            done += end - start
+        if failure_count:
+            reasons.append(f"{failure_count} reads failed, the first with: {failure}")
         for pending_term, found in zip(self._pending.terms, self._found, strict=True):
             if pending_term.kind != "zero":
                 continue
@@ -333,13 +341,24 @@ class _Narrowing:
                 found.doubted = normalise(unknown)
             elif pending_term.term.include:
                 found.matched = normalise(zero + unknown)
-            if reasons:
-                found.unresolved.append(
-                    Unresolved(
-                        place="disk",
-                        reason=f"{len(reasons)} reads failed, the first with: {reasons[0]}",
-                    )
-                )
+            found.unresolved += (Unresolved(place="disk", reason=reason) for reason in reasons)
+
+
+def _portions(extents: Extents) -> Iterator[Extent]:
+    """Yield what to read at a time, each within one aligned stretch of the disk."""
+    for start, end in extents:
+        position = start
+        while position < end:
+            stop = min(end, position - position % _READ_BYTES + _READ_BYTES)
+            yield position, stop
+            position = stop
+
+
+def _add(found: list[Extent], extents: list[Extent]) -> None:
+    """Append extents that lie behind those found; the first may touch the last, and joins it."""
+    if found and extents and found[-1][1] == extents[0][0]:
+        extents[0] = (found.pop()[0], extents[0][1])
+    found += extents
 
 
 def _zeros_in(data: bytes, start: int, block_size: int) -> list[Extent]:

@@ -10,10 +10,10 @@ named with the reason why they are opaque.
 
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
 
 from stillblock.model import Extent
 from stillblock.selection.disk import Disk, read_exactly
@@ -22,7 +22,6 @@ from stillblock.selection.lvm_text import (
     LvmTextError,
     Section,
     Value,
-    parse_lvm_text,
 )
 from stillblock.selection.partition_table import printable
 
@@ -41,6 +40,10 @@ _PLAIN_STATUS: Final = frozenset(
     {"READ", "WRITE", "VISIBLE", "FIXED_MINOR", "WRITE_LOCKED", "NOTSYNCED"}
 )
 """What a volume's status may say without a change of where its data lies."""
+
+
+ParseText: TypeAlias = Callable[[str], Section]
+"""Reads the text of a volume group; raises `LvmTextError`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +170,16 @@ class VolumeGroups:
     """Where the physical volumes of each group lie, by the group's name."""
 
 
-def read_groups(volumes: Sequence[PhysicalVolume]) -> VolumeGroups:
+def read_groups(volumes: Sequence[PhysicalVolume], *, parse: ParseText) -> VolumeGroups:
     """Return what the groups are made of whose physical volumes these are.
 
-    Raise `LvmError` if the metadata contradicts itself, or its copies one another: where nothing is
-    known of a group, all of its physical volumes are opaque.
+    `parse` reads the text in which a group is described. Raise `LvmTextError` if that cannot be
+    read, contradicts itself, or its copies one another: where nothing is known of a group, all of
+    its physical volumes are opaque.
     """
     # Most physical volumes of a group hold the same text, and one may be long: read it once.
     texts = dict.fromkeys(volume.text for volume in volumes if volume.text is not None)
-    groups = {text: _group(text) for text in texts}
+    groups = {text: _group(parse(text)) for text in texts}
     return VolumeGroups(
         volumes=_logical_volumes(groups.values(), volumes), members=_members(groups, volumes)
     )
@@ -218,10 +222,8 @@ def _members(
     return {name: tuple(sorted(extents)) for name, extents in found.items()}
 
 
-def _group(text: str) -> tuple[str, Section]:
-    groups = [
-        (key, value) for key, value in parse_lvm_text(text).items() if isinstance(value, dict)
-    ]
+def _group(top: Section) -> tuple[str, Section]:
+    groups = [(key, value) for key, value in top.items() if isinstance(value, dict)]
     if len(groups) != 1:
         raise LvmError(f"the LVM2 metadata describes {len(groups)} volume groups")
     return groups[0]

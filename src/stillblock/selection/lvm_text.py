@@ -1,7 +1,8 @@
 """The text in which LVM2 describes a volume group, read into plain values.
 
 Written from the format as `vgcfgbackup` shows it: `name = value`, `name { … }`, `#` comments; a
-value is a number, a quoted string or a list of values. Anything else is an error.
+value is a number, a quoted string or a list of values. Anything else is an error. Runs in a worker:
+the text is a stranger's, and long.
 """
 
 import re
@@ -10,8 +11,8 @@ from typing import Final, TypeAlias
 from stillblock.errors import StillblockError
 
 TEXT_BYTES_MAX: Final = 2 << 20
-"""A volume group of ten thousand segments takes so much; it is parsed in this process."""
-_DEPTH_MAX: Final = 16
+"""A volume group of ten thousand segments takes so much."""
+DEPTH_MAX: Final = 16
 """Sections in one another; LVM2 itself uses four."""
 
 Value: TypeAlias = "int | str | list[int | str]"
@@ -55,7 +56,7 @@ def parse_lvm_text(text: str) -> Section:
         if kind != "word" or word in sections[-1]:
             raise tokens.error(f"{word!r:.40} where a new name should be")
         kind, sign = tokens.take()
-        if kind == "sign" and sign == "{" and len(sections) <= _DEPTH_MAX:
+        if kind == "sign" and sign == "{" and len(sections) <= DEPTH_MAX:
             inner: Section = {}
             sections[-1][word] = inner
             sections.append(inner)

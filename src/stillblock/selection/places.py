@@ -19,6 +19,7 @@ from stillblock.selection.filesystems.signatures import (
     swap_page_bytes,
 )
 from stillblock.selection.lvm import (
+    ParseText,
     PhysicalVolume,
     read_groups,
     read_physical_volume,
@@ -107,9 +108,10 @@ class Places:
         return tuple(place for place in self.places if place.is_swap)
 
 
-def read_places(disk: Disk) -> Places:
+def read_places(disk: Disk, *, parse: ParseText) -> Places:
     """Return what the disk is made of; never raises for what lies there.
 
+    `parse` reads the text of LVM2 volume groups.
     A place whose ends cannot be read is opaque. Raise `OriginIOError` if not even the partition
     table can be.
     """
@@ -130,7 +132,7 @@ def read_places(disk: Disk) -> Places:
         return Places(places=(opaque,), notes=_notes([opaque]))
     else:
         found = _partitions(disk, table)
-    return _with_logical_volumes(disk, found)
+    return _with_logical_volumes(disk, found, parse)
 
 
 def _partitions(disk: Disk, table: PartitionTable) -> list[Place]:
@@ -180,7 +182,7 @@ def _ends_as_raid(disk: Disk) -> bool:
     )
 
 
-def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
+def _with_logical_volumes(disk: Disk, found: list[Place], parse: ParseText) -> Places:
     """Return the places with those that LVM2 makes of some of them."""
     physical: list[PhysicalVolume] = []
     places: list[Place] = []
@@ -197,7 +199,7 @@ def _with_logical_volumes(disk: Disk, found: list[Place]) -> Places:
         except (LvmTextError, OriginIOError) as error:
             places.append(replace(place, opaque_reason=error.message))
     try:
-        groups = read_groups(physical)
+        groups = read_groups(physical, parse=parse)
     except LvmTextError as error:
         places += (
             replace(place, opaque_reason=error.message)

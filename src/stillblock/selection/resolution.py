@@ -18,12 +18,11 @@ from stillblock.extents import intersect, subtract, total_bytes, union, whole
 from stillblock.model import Extents, LeftOut, RuleTerm, Unresolved, format_size
 from stillblock.selection.decision import Decision, decide_with_doubt
 from stillblock.selection.disk import Disk
-from stillblock.selection.facts import DiskFacts, Match, Phase, Readers
+from stillblock.selection.facts import DiskFacts, Known, Match, Phase, Readers
 from stillblock.selection.partition_table import printable
 from stillblock.selection.places import Place
 from stillblock.selection.rules import Rules
 from stillblock.selection.terms import resolve_term
-from stillblock.selection.workers import WorkerReaders
 
 RESOLUTION_VERSION: Final = 1
 
@@ -201,16 +200,22 @@ class Resolution:
 
 
 def resolve(
-    rules: Rules, disk: Disk, *, block_size: int, readers: Readers | None = None
+    rules: Rules,
+    disk: Disk,
+    *,
+    block_size: int,
+    readers: Readers | None = None,
+    known: Known | None = None,
 ) -> Resolution:
     """Return what `rules` select on `disk` from the first write after the instant.
 
     Raise `RuleError` if a term means nothing here or all of them together select nothing, and
     `PartitionTableError` if a term needs a partition table that cannot be relied on. Reads only
     what the terms need: nothing for ranges, the table for partitions, the first 68 KiB of each
-    place for files. A filesystem is opened only to learn its label.
+    place for files. A filesystem is opened only to learn its label, and not if that is `known`;
+    all of them together for `ASKING_S_MAX` at most, and what is not asked may have any label.
     """
-    facts = DiskFacts(disk, readers or WorkerReaders())
+    facts = DiskFacts(disk, readers, known)
     terms: list[PendingTerm] = []
     for term in rules.terms:
         kind, match = resolve_term(term.text, facts)

@@ -2,10 +2,10 @@
 
     kind u8, three zeros, payload length u32, payload      little-endian
 
-The parent asks (`SETUP` once, then `IDENTIFY`, `SURVEY`, `CENSUS`) and waits; the worker asks for
-bytes of the disk (`READ`) as often as it likes and then gives the `ANSWER`, or `FAILED`. An answer
-is a JSON document and behind it the extents that it counts: pairs of u64. Both sides bound what
-they take.
+The parent asks (`SETUP` once, then `IDENTIFY`, `SURVEY`, `CENSUS`, or `LVM` with the text that
+describes a volume group) and waits; the worker asks for bytes of the disk (`READ`) as often as it
+likes and then gives the `ANSWER`, or `FAILED`. An answer is a JSON document and behind it the
+extents that it counts: pairs of u64. Both sides bound what they take.
 """
 
 import json
@@ -41,6 +41,7 @@ class Kind(IntEnum):
     ANSWER = 7
     FAILED = 8
     CENSUS = 9
+    LVM = 10
 
 
 class WireError(StillblockError):

@@ -1,4 +1,4 @@
-"""A worker: the process that reads one filesystem, for a parent that reads the disk for it.
+"""A worker: the process that reads one filesystem, or one text, for a parent that reads the disk.
 
 It imports what it needs, gives up every right, and only then sees the first byte of the disk. What
 it is asked and answers is in wire.py; who starts it is in workers.py.
@@ -9,6 +9,7 @@ import gc
 import json
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Final, NoReturn
 
 from stillblock import codec
@@ -18,6 +19,7 @@ from stillblock.selection.census import Census, take_census
 from stillblock.selection.confinement import Limits, confine
 from stillblock.selection.filesystems.filesystem import Filesystem
 from stillblock.selection.filesystems.opening import Reader, load_reader
+from stillblock.selection.lvm_text import parse_lvm_text
 from stillblock.selection.survey import Survey, SurveyRequest, survey
 from stillblock.selection.wire import (
     READ,
@@ -29,9 +31,13 @@ from stillblock.selection.wire import (
     receive,
 )
 
-_CHUNK_BYTES: Final = 64 * 1024
-_CHUNKS_MAX: Final = 512
+_CHUNK_BYTES: Final = 16 * 1024
+_CHUNKS_MAX: Final = 2048
 """32 MiB of what was read are kept: a question to the parent costs more than looking here."""
+_CHUNKS_AHEAD_MAX: Final = 16
+"""Asked for at once where reads follow each other: each question doubles the one before."""
+_WHOLE_BYTES_MIN: Final = 256 * 1024
+"""Reads as long as this are not kept: who asks for so much goes through it once."""
 _COLLECT_EVERY: Final = 100_000
 """Objects made between looks for cycles: a tree has many nodes and no cycles."""
 _ENCODINGS: Final = ("utf-16-le", "utf-16-be", "latin-1", "ascii", "utf-8", "cp437", "cp850")
@@ -47,7 +53,7 @@ def main(descriptor: int) -> NoReturn:
         if kind is not Kind.SETUP:
             raise WireError("the first frame sets up")
         setup = json.loads(payload)
-        reader = load_reader(setup["reader"])
+        reader = load_reader(setup["reader"]) if setup["reader"] else None
         for encoding in _ENCODINGS:
             codecs.lookup(encoding)
         limits = codec.from_json(Limits, setup["limits"])
@@ -62,14 +68,19 @@ def main(descriptor: int) -> NoReturn:
         os._exit(status)
 
 
-def _serve(channel: "_Channel", reader: Reader, disk: "_RemoteDisk", limits: Limits) -> None:
+def _serve(channel: "_Channel", reader: Reader | None, disk: "_RemoteDisk", limits: Limits) -> None:
     filesystem: Filesystem | None = None
     while True:
         kind, payload = channel.receive()
         try:
-            if filesystem is None:
-                filesystem = reader(disk)
-            answer = _answer(filesystem, kind, payload)
+            if kind is Kind.LVM:
+                answer = pack_document(parse_lvm_text(payload.decode("utf-8", "surrogateescape")))
+            elif reader is None:
+                raise WireError(f"{kind.name} needs a reader")
+            else:
+                if filesystem is None:
+                    filesystem = reader(disk)
+                answer = _answer(filesystem, kind, payload)
         except WireError:
             raise
         except MemoryError:
@@ -161,6 +172,9 @@ class _RemoteDisk:
         self._channel = channel
         self._size = size
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._expected = -1
+        """Where what was last asked for ends."""
+        self._ahead = 1
 
     @property
     def size(self) -> int:
@@ -174,32 +188,46 @@ class _RemoteDisk:
             return b""
         parts: list[bytes] = []
         while length > 0:
-            within = offset % _CHUNK_BYTES
-            chunk = self._chunk(offset - within)
-            if chunk is None:
-                # Something near it cannot be read; what was asked for perhaps can.
-                step = min(length, _CHUNK_BYTES - within)
-                part = self._ask(offset, step)
-            else:
-                part = chunk[within : within + length]
+            part = self._part(offset=offset, length=length)
             parts.append(part)
             offset += len(part)
             length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _part(self, *, offset: int, length: int) -> bytes:
+        """Return some of what lies at `offset`, at most `length` bytes."""
+        if length >= _WHOLE_BYTES_MIN:
+            # What cannot be read is told chunk by chunk.
+            with suppress(OriginIOError):
+                return self._ask(offset, min(length, READ_BYTES_MAX))
+        within = offset % _CHUNK_BYTES
+        chunk = self._chunk(offset - within)
+        if chunk is None:
+            # Something near it cannot be read; what was asked for perhaps can.
+            return self._ask(offset, min(length, _CHUNK_BYTES - within))
+        return chunk[within : within + length]
 
     def _chunk(self, start: int) -> bytes | None:
         chunk = self._chunks.get(start)
         if chunk is not None:
             self._chunks.move_to_end(start)
             return chunk
-        try:
-            chunk = self._ask(start, min(_CHUNK_BYTES, self._size - start))
-        except OriginIOError:
-            return None
-        self._chunks[start] = chunk
-        if len(self._chunks) > _CHUNKS_MAX:
+        follows = start == self._expected
+        self._ahead = min(2 * self._ahead, _CHUNKS_AHEAD_MAX) if follows else 1
+        for count in {self._ahead: None, 1: None}:
+            with suppress(OriginIOError):
+                self._keep(start, count)
+                return self._chunks[start]
+        return None
+
+    def _keep(self, start: int, count: int) -> None:
+        """Ask for chunks, and keep them."""
+        data = self._ask(start, min(count * _CHUNK_BYTES, self._size - start))
+        self._expected = start + len(data)
+        for at in range(0, len(data), _CHUNK_BYTES):
+            self._chunks[start + at] = data[at : at + _CHUNK_BYTES]
+        while len(self._chunks) > _CHUNKS_MAX:
             self._chunks.popitem(last=False)
-        return chunk
 
     def _ask(self, start: int, count: int) -> bytes:
         assert count <= READ_BYTES_MAX, "chunks are smaller"

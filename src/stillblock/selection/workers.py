@@ -13,6 +13,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -26,6 +27,8 @@ from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.filesystem import Identity, UnresolvedError
 from stillblock.selection.filesystems.opening import READERS
 from stillblock.selection.filesystems.signatures import Content
+from stillblock.selection.lvm_text import DEPTH_MAX as LVM_DEPTH_MAX
+from stillblock.selection.lvm_text import LvmTextError, Section
 from stillblock.selection.survey import Group, Survey, SurveyRequest, Tally, shown
 from stillblock.selection.wire import (
     READ,
@@ -37,6 +40,11 @@ from stillblock.selection.wire import (
     unpack_document,
 )
 
+ASKING_S_MAX: Final = 120.0
+"""For asking all filesystems of a disk which they are. Somebody waits, and the volume with him."""
+READING_S_MAX: Final = 3600.0
+"""For reading all filesystems of a disk, each of which has its own limit. A snapshot is final only
+then; the largest disks that are honest need some minutes."""
 _PATH_LENGTH_MAX: Final = 4096
 """Characters of a path: as long as one may be."""
 _CAVEATS_MAX: Final = 20
@@ -45,25 +53,50 @@ T = TypeVar("T")
 
 
 class WorkerReaders:
-    """Reads each filesystem in a process of its own, which ends with the request."""
+    """Reads each filesystem in a process of its own, which ends with the request.
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    All requests together have `total_s`, from the first on: a disk may have a thousand partitions,
+    and each may have been made to let its reader hang.
+    """
+
+    def __init__(self, limits: Limits | None = None, *, total_s: float = READING_S_MAX) -> None:
         self._limits = limits or Limits()
+        self._total_s = total_s
+        self._deadline: float | None = None
 
     def identify(self, disk: Disk, *, content: Content) -> Identity:
         """Return which filesystem lies on a disk; raise `UnresolvedError`."""
-        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+        with self._worker(disk, content) as worker:
             return worker.identify()
 
     def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
         """Return what terms mean in the filesystem on a disk; raise `UnresolvedError`."""
-        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+        with self._worker(disk, content) as worker:
             return worker.survey(request)
 
     def census(self, disk: Disk, *, content: Content) -> Census:
         """Return which directories most of it belongs to; raise `UnresolvedError`."""
-        with Worker(disk, reader=READERS[content], limits=self._limits) as worker:
+        with self._worker(disk, content) as worker:
             return worker.census()
+
+    def parse_lvm(self, text: str) -> Section:
+        """Return what the text of a volume group says; raise `LvmTextError` if that is not told."""
+        try:
+            with self._worker(None, None) as worker:
+                return worker.parse_lvm(text)
+        except UnresolvedError as error:
+            raise LvmTextError(error.message) from error
+
+    def _worker(self, disk: Disk | None, content: Content | None) -> "Worker":
+        """Return one that ends with the time for all; raise `UnresolvedError` if that is over."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + self._total_s
+        left_s = round(self._deadline - now, 1)
+        if left_s <= 0:
+            raise UnresolvedError(f"the {self._total_s:g} s for all readers together were over")
+        limits = replace(self._limits, wall_s=min(self._limits.wall_s, left_s))
+        return Worker(disk, reader=READERS[content] if content else "", limits=limits)
 
 
 class Worker:
@@ -71,9 +104,12 @@ class Worker:
     whatever way; what the disk raises that is not the disk's fault is raised as it is.
     """
 
-    def __init__(self, disk: Disk, *, reader: str, limits: Limits | None = None) -> None:
-        """Say what to read and how; `reader` is `module:function` of one that opens it."""
-        self._disk = disk
+    def __init__(self, disk: Disk | None, *, reader: str, limits: Limits | None = None) -> None:
+        """Say what to read and how; `reader` is `module:function` of one that opens it.
+
+        No disk and no reader for a worker that is only given a text.
+        """
+        self._disk = disk or _Nothing()
         self._reader = reader
         self._limits = limits or Limits()
         self._socket: socket.socket | None = None
@@ -142,6 +178,11 @@ class Worker:
         document, numbers = self._request(Kind.CENSUS, {})
         return self._checked(lambda: _census(document, numbers, size=self._disk.size))
 
+    def parse_lvm(self, text: str) -> Section:
+        """Return the sections and values of the text that describes an LVM2 volume group."""
+        document, _ = self._ask(Kind.LVM, text.encode("utf-8", "surrogateescape"))
+        return self._checked(lambda: _section(document, depth=0))
+
     def _checked(self, read: Callable[[], T]) -> T:
         try:
             return read()
@@ -149,9 +190,12 @@ class Worker:
             raise UnresolvedError(f"its reader gave a malformed answer: {error.message}") from error
 
     def _request(self, kind: Kind, document: object) -> tuple[object, "array[int]"]:
+        return self._ask(kind, json.dumps(document).encode("ascii"))
+
+    def _ask(self, kind: Kind, asked: bytes) -> tuple[object, "array[int]"]:
         self._deadline = time.monotonic() + self._limits.wall_s
         try:
-            self._send(self._first + frame(kind, json.dumps(document).encode("ascii")))
+            self._send(self._first + frame(kind, asked))
             self._first = b""
             while True:
                 answer, payload = receive(self._take)
@@ -232,6 +276,16 @@ class Worker:
         return f"it ended with code {code}"
 
 
+class _Nothing:
+    """What a worker reads that reads no disk."""
+
+    size = 0
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Never called: no read lies inside."""
+        raise WireError(f"it asked for {length} bytes at {offset}")
+
+
 def is_of_disk(error: StillblockError) -> bool:
     """Whether bytes could not be had; anything else, such as a closed volume, ends the work."""
     return error.blame is Blame.DISK or isinstance(error, ExcludedError)
@@ -270,6 +324,26 @@ def _identity(document: object, *, size: int) -> Identity:
         size=identity.size,
         is_case_sensitive=identity.is_case_sensitive,
     )
+
+
+def _section(document: object, *, depth: int) -> Section:
+    if not isinstance(document, dict) or depth > LVM_DEPTH_MAX:
+        raise WireError("a section that is none")
+    section: Section = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            section[name] = _section(value, depth=depth + 1)
+        elif isinstance(value, list):
+            section[name] = [_scalar(item) for item in value]
+        else:
+            section[name] = _scalar(value)
+    return section
+
+
+def _scalar(value: object) -> int | str:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise WireError("a section with a value that is neither number nor text")
 
 
 def _survey(

@@ -239,6 +239,8 @@ class VolumeHost:
     def stop(self) -> None:
         """Ask for a clean stop; asking again changes nothing, for half a stop would help nobody."""
         self._is_stopping = True
+        for volume in tuple(self._volumes.values()):
+            volume.instants.give_up()  # now, so that whoever asked for it still gets the answer
         if self._server is not None:
             self._server.should_exit = True
 

@@ -16,6 +16,7 @@ from stillblock.selection.filesystems import (
     Run,
     UnresolvedError,
 )
+from stillblock.selection.lvm_text import Section, parse_lvm_text
 from stillblock.selection.survey import Survey, SurveyRequest, survey
 from unit.selection.partition_images import MIB, BytesDisk, GptPart, gpt_disk
 
@@ -146,14 +147,23 @@ class FakeReaders:
 
     def __init__(self, filesystems: list[FakeFilesystem]) -> None:
         self.filesystems = filesystems
+        self.identified: list[str] = []
+        """The labels of those that were asked which they are."""
+        self.parsed_count = 0
 
     def identify(self, disk: Disk, *, content: Content) -> Identity:
-        return self._open(disk).identity
+        identity = self._open(disk).identity
+        self.identified.append(identity.label)
+        return identity
 
     def survey(self, disk: Disk, *, content: Content, request: SurveyRequest) -> Survey:
         filesystem = self._open(disk)
         filesystem.surveys += 1
         return survey(filesystem, request)
+
+    def parse_lvm(self, text: str) -> Section:
+        self.parsed_count += 1
+        return parse_lvm_text(text)
 
     def _open(self, disk: Disk) -> FakeFilesystem:
         filesystem = self.filesystems[disk.pread(offset=8, length=1)[0]]

@@ -2,6 +2,7 @@
 
 import random
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillblock.errors import OriginIOError
+from stillblock.selection import places as selection_places
 from stillblock.selection.disk import MappedDisk, to_disk
 from stillblock.selection.filesystems import Content
 from stillblock.selection.lvm_text import LvmTextError, parse_lvm_text
-from stillblock.selection.places import Place, Places, read_places
+from stillblock.selection.places import Place, Places
 from unit.selection.lvm_images import (
     OTHER_ID,
     PV_ID,
@@ -33,6 +35,9 @@ from unit.selection.partition_images import (
     mbr_disk,
     mbr_entry,
 )
+
+read_places = partial(selection_places.read_places, parse=parse_lvm_text)
+"""With the text of volume groups read at once; that workers do it is tested with them."""
 
 EXTENT = 64 * 1024
 

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError, RuleError
 from stillblock.extents import intersect, subtract, total_bytes
-from stillblock.selection import Pending, Phase, Resolution, Rules, resolve, resolve_frozen
+from stillblock.model import Extents
+from stillblock.selection import (
+    Known,
+    Pending,
+    Phase,
+    Resolution,
+    Rules,
+    frozen,
+    resolve,
+    resolve_frozen,
+)
 from stillblock.selection.disk import Disk
 from stillblock.selection.facts import Readers
 from stillblock.selection.filesystems import FileKind
@@ -21,7 +31,7 @@ from unit.selection.fake_filesystems import (
     swap_head,
 )
 from unit.selection.lvm_images import group_text, physical_volume, segment, volume
-from unit.selection.partition_images import MIB, BytesDisk, blank
+from unit.selection.partition_images import MIB, BytesDisk, GptPart, blank, gpt_disk
 
 KIB = 1024
 AT = MIB
@@ -443,6 +453,39 @@ def test_zeros_that_cannot_be_read_are_kept(error: Exception) -> None:
     assert error.message in final.unresolved[0].reason  # type: ignore[attr-defined]
 
 
+def striped(size: int) -> BytesDisk:
+    """A disk of which each other block is zero."""
+    disk = blank(size)
+    for at in range(0, size, 8192):
+        disk.content[at] = 1
+    return disk
+
+
+def test_zeros_in_too_many_pieces_are_kept_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "ZERO_PIECES_MAX", 300)
+    instant, final = both(striped(4 * MIB), FakeReaders([]), "-zero")
+    assert total_bytes(instant.extents) == 4 * MIB
+    # Of each MiB 128 blocks are zero, and it is known after three that they are too many.
+    assert total_bytes(intersect(final.extents, ((0, 3 * MIB),))) == 3 * MIB // 2
+    assert intersect(final.extents, ((3 * MIB, 4 * MIB),)) == ((3 * MIB, 4 * MIB),)
+    (unresolved,) = final.unresolved
+    assert unresolved.reason == (
+        f"there are more than 300 pieces of zeros, which were not looked for any more from byte "
+        f"{3 * MIB} on"
+    )
+
+    _, included = both(striped(4 * MIB), FakeReaders([]), "+zero")
+    assert total_bytes(intersect(included.extents, ((0, 3 * MIB),))) == 3 * MIB // 2
+    assert intersect(included.extents, ((3 * MIB, 4 * MIB),)) == ((3 * MIB, 4 * MIB),)
+
+
+def test_a_disk_of_zeros_is_one_piece_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "ZERO_PIECES_MAX", 3)
+    _, final = both(blank(8 * MIB), FakeReaders([]), "-zero", "+8KiB-12KiB")
+    assert final.extents == ((8 * KIB, 12 * KIB),)
+    assert final.unresolved == ()
+
+
 def test_a_volume_that_is_closed_meanwhile_ends_the_work() -> None:
     disk = blank(MIB)
     instant = resolve(rules_of("-zero"), disk, block_size=4096, readers=FakeReaders([]))
@@ -582,8 +625,9 @@ class Oracle:
         if text in ("free", "swap") or text.startswith("path:"):
             return include and self.is_unresolved(text, index)
         if text == "fs:data":
+            # What cannot be opened may have the name too.
             silent = [n for n, one in enumerate(self.found) if one.open_error]
-            return index == 1 if 1 not in silent else include and index in silent
+            return include if index in silent else index == 1
         ranges = {"1MiB-1100KiB": (MIB, 1100 * KIB), "1200KiB+300KiB": (1200 * KIB, 1500 * KIB)}
         if text in ranges:
             start, end = ranges[text]
@@ -602,7 +646,7 @@ class Oracle:
             return False
         if not text.startswith("path:data:"):
             return True
-        return index == 1 or (bool(self.found[1].open_error) and bool(self.found[0].open_error))
+        return index == 1 or bool(self.found[index].open_error)
 
     def is_unresolved(self, text: str, index: int) -> bool:
         if not self.concerns(text, index):
@@ -731,6 +775,42 @@ def test_a_filesystem_that_may_have_the_name_too_is_included() -> None:
     _, final = both(disk, readers, "+fs:data")
     assert final.extents == ((AT, 3 * AT),)
     assert [unresolved.place for unresolved in final.unresolved] == ["part:2"]
+
+
+def test_what_is_known_of_a_filesystem_is_not_asked_again_but_where_it_lies_is_read_anew() -> None:
+    disk, readers = partitioned(FakeFilesystem(label="data"), FakeFilesystem(label="other"))
+    known = Known()
+
+    def part_of_data() -> Extents:
+        rules = rules_of("+fs:data")
+        return resolve(rules, disk, block_size=4096, readers=readers, known=known).extents
+
+    assert part_of_data() == ((AT, 2 * AT),)
+    assert part_of_data() == ((AT, 2 * AT),)
+    assert readers.identified == ["data", "other"]
+    moved = gpt_disk({1: GptPart(4096, 6143)}, size=disk.size)
+    put_filesystem(moved, 2 * AT, 0)
+    disk.content[:] = moved.content
+    assert part_of_data() == ((2 * AT, 3 * AT),)
+    assert readers.identified == ["data", "other", "data"]
+
+
+def test_the_text_of_a_volume_group_is_read_once_while_it_stays_the_same() -> None:
+    disk = BytesDisk(physical_volume(group_text(volume("root", segment(0, 4, "pv0", 0)))))
+    readers, known = FakeReaders([]), Known()
+
+    def root() -> Extents:
+        rules = rules_of("+lv:vg0/root")
+        return resolve(rules, disk, block_size=4096, readers=readers, known=known).extents
+
+    first = root()
+    assert root() == first
+    assert readers.parsed_count == 1
+    moved = group_text(volume("root", segment(0, 4, "pv0", 8)), seqno=4)
+    disk.content[:] = physical_volume(moved)
+    assert total_bytes(root()) == total_bytes(first)
+    assert root() != first
+    assert readers.parsed_count == 2
 
 
 def test_a_label_is_found_by_what_is_shown_of_it() -> None:

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from processes import wait_gone
 from stillblock.codec import CodecError
 from stillblock.errors import ClosedError, ExcludedError, OriginIOError
+from stillblock.model import Extents
+from stillblock.selection import Rules, resolve, resolve_frozen
 from stillblock.selection.confinement import Limits, can_filter_calls
 from stillblock.selection.disk import Disk
-from stillblock.selection.filesystems import UnresolvedError
+from stillblock.selection.filesystems import Content, UnresolvedError
+from stillblock.selection.filesystems.opening import READERS
+from stillblock.selection.lvm_text import LvmTextError, parse_lvm_text
 from stillblock.selection.survey import SurveyRequest, SurveyTerm, TermKind
 from stillblock.selection.wire import (
     FRAME_BYTES_MAX,
@@ -25,13 +30,19 @@ from stillblock.selection.wire import (
     receive,
     unpack_document,
 )
-from stillblock.selection.workers import Worker, _survey
+from stillblock.selection.workers import Worker, WorkerReaders, _section, _survey
+from unit.selection.fake_filesystems import FakeFilesystem, partitioned, swap_head
+from unit.selection.lvm_images import group_text, physical_volume, segment, volume
 from unit.selection.partition_images import MIB, BytesDisk, blank
 
 REQUEST = SurveyRequest(
     place_name="disk",
     terms=(SurveyTerm(kind=TermKind.PATH, glob="/a"), SurveyTerm(kind=TermKind.FREE)),
 )
+
+
+def nested(depth: int) -> dict[str, object]:
+    return {"a": nested(depth - 1)} if depth else {}
 
 
 def worker_of(reader: str, disk: Disk | None = None, limits: Limits | None = None) -> Worker:
@@ -95,6 +106,42 @@ def test_a_reader_that_computes_without_an_end_is_killed_though_nobody_watches()
     )
 
 
+def test_readers_that_hang_on_every_partition_have_one_time_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(READERS, Content.EXT, "unit.selection.worker_readers:open_hanging")
+    disk, _ = partitioned(FakeFilesystem(), FakeFilesystem(), FakeFilesystem())
+    rules = Rules.parse([("exclude", "path:/**"), ("exclude", "free")])
+    begun = time.monotonic()
+    pending = resolve(rules, disk, block_size=4096).pending
+    assert pending is not None
+    found = resolve_frozen(pending, disk, readers=WorkerReaders(total_s=1.0))
+    assert time.monotonic() - begun < 60
+
+    assert found.extents == ((0, disk.size),), "all is kept"
+    over = "the 1 s for all readers together were over"
+    assert [(unresolved.place, unresolved.reason) for unresolved in found.unresolved] == [
+        ("part:1", "its reader did not end within 1 s"),
+        ("part:2", over),
+        ("part:3", over),
+    ]
+
+
+def test_what_could_not_be_asked_for_its_label_in_time_may_have_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(READERS, Content.EXT, "unit.selection.worker_readers:open_hanging")
+    disk, _ = partitioned(FakeFilesystem(), FakeFilesystem())
+
+    def extents(action: str) -> Extents:
+        rules = Rules.parse([(action, "fs:data")])
+        readers = WorkerReaders(total_s=1.0)
+        return resolve(rules, disk, block_size=4096, readers=readers).extents
+
+    assert extents("include") == ((MIB, 3 * MIB),)
+    assert extents("exclude") == ((0, disk.size),)
+
+
 @pytest.mark.parametrize("reader", ["greedy", "greedy_step_by_step"])
 def test_a_reader_that_eats_memory_fails_alone(reader: str) -> None:
     assert failure_of(reader, Limits(memory_bytes=256 * MIB)) == (
@@ -143,6 +190,30 @@ def test_a_failed_read_reaches_the_reader_and_costs_only_itself(error: Exception
     assert label_of("reading_badly", disk) == "bad sector, good"
 
 
+class BadSector(BytesDisk):
+    """Fails whatever touches one sector."""
+
+    at = 1_500_000 // 512 * 512
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        if offset < self.at + 512 and offset + length > self.at:
+            raise OriginIOError("bad sector")
+        return super().pread(offset=offset, length=length)
+
+
+def test_reads_of_every_size_bring_what_is_there_and_fail_only_where_they_must() -> None:
+    size = 2 * MIB + 1000
+    content = b"".join(number.to_bytes(4, "little") for number in range(size // 4))
+    disk = BadSector(bytearray(content))
+    failing = sorted(
+        (offset, step)
+        for step in (4096, 10_000, 300_000, MIB, 5 * MIB)
+        for offset in range(0, size, step)
+        if offset < disk.at + 512 and offset + step > disk.at
+    )
+    assert label_of("reading_in_steps", disk) == f"0 {failing}"
+
+
 def test_a_volume_that_is_closed_meanwhile_ends_the_request() -> None:
     disk = Failing(bytearray(b"good" * 4096))
     disk.error = ClosedError("the volume was closed")
@@ -180,18 +251,56 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 30
-    while _is_running(pid):
-        assert time.monotonic() < deadline, f"worker {pid} outlived its parent"
-        time.sleep(0.01)
+    assert wait_gone([pid], 30), f"worker {pid} outlived its parent"
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+# The text of volume groups ----------------------------------------------------------------------
+
+
+def test_the_text_of_a_volume_group_is_read_by_a_worker() -> None:
+    odd = 'a { b = "x\udcffy \\" z" c = [ 1, "2", -3 ] d { e = 4.50 } } # end'
+    for text in (group_text(volume("root", segment(0, 4, "pv0", 2))), odd):
+        assert WorkerReaders().parse_lvm(text) == parse_lvm_text(text)
+
+
+def test_a_text_that_is_none_of_a_volume_group_says_why() -> None:
+    with pytest.raises(LvmTextError) as expected:
+        parse_lvm_text("vg0 { id = }")
+    with pytest.raises(LvmTextError) as caught:
+        WorkerReaders().parse_lvm("vg0 { id = }")
+    assert caught.value.message == expected.value.message
+
+
+def test_a_volume_group_that_is_not_read_in_time_is_kept_whole() -> None:
+    disk = BytesDisk(physical_volume(group_text(volume("swap", segment(0, 4, "pv0", 2)))))
+    start = MIB + 2 * 64 * 1024
+    disk.content[start : start + 4096] = swap_head()
+    rules = Rules.parse([("exclude", "swap")])
+    found = resolve(rules, disk, block_size=4096)
+    assert [(part.start, part.end) for part in found.excluded] == [
+        (start + 64 * 1024, start + 4 * 64 * 1024)  # the header is kept
+    ]
+    readers = WorkerReaders(total_s=0)
+    late = resolve(rules, disk, block_size=4096, readers=readers)
+    assert late.excluded == ()
+    (note,) = late.notes
+    assert "opaque and kept whole: the 0 s for all readers together were over" in note
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"vg0": None},
+        {"vg0": {"id": True}},
+        {"vg0": {"id": 1.5}},
+        {"vg0": {"tags": [["nested"]]}},
+        nested(40),
+    ],
+)
+def test_an_answer_that_is_no_text_of_a_volume_group_is_not_believed(document: object) -> None:
+    with pytest.raises(WireError):
+        _section(document, depth=0)
 
 
 # What a worker that was taken over may say --------------------------------------------------------

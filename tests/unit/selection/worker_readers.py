@@ -80,6 +80,23 @@ def open_reading_badly(disk: Disk) -> FakeFilesystem:
     return FakeFilesystem(size=disk.size, label=f"{bad}, {good}")
 
 
+def open_reading_in_steps(disk: Disk) -> FakeFilesystem:
+    """Reads all of it in steps of several sizes, and counts what is wrong and what failed."""
+    wrong, failed = 0, set()
+    for step in (4096, 10_000, 300_000, 1 << 20, 5 << 20):
+        for offset in range(0, disk.size, step):
+            try:
+                data = disk.pread(offset=offset, length=step)
+            except OriginIOError:
+                failed.add((offset, step))
+                continue
+            end = min(offset + step, disk.size)
+            numbers = range(offset - offset % 4 >> 2, (end + 3) >> 2)
+            expected = b"".join(number.to_bytes(4, "little") for number in numbers)
+            wrong += data != expected[offset % 4 : offset % 4 + end - offset]
+    return FakeFilesystem(size=disk.size, label=f"{wrong} {sorted(failed)}")
+
+
 def open_lying(disk: Disk) -> FakeFilesystem:
     return FakeFilesystem({"/a": FakeFile()}, size=disk.size, free_extents=((0, disk.size + 1),))
 

@@ -10,7 +10,7 @@ pub struct Entry {
     pub blocks: Extent,
     /// In which epoch they changed.
     pub epoch: u32,
-    /// What is said of them; never [`Kind::Done`].
+    /// What is said of them; never one of [`Kind::Done`] and after.
     pub kind: Kind,
     /// Where the content lies, if it was kept.
     pub position: Position,

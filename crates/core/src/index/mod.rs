@@ -87,7 +87,7 @@ impl Lookup {
                     Kind::Preserve => Content::Preserved(Record::of(entry)),
                     Kind::PreserveZero => Content::Zero,
                     Kind::Lost => Content::Lost,
-                    Kind::Changed | Kind::Done => return,
+                    Kind::Changed | Kind::Done | Kind::Region | Kind::RegionEnd => return,
                 };
                 let part = entry.blocks.intersection(blocks);
                 nearest.extend((part.start..part.end).map(|b| (b, entry.epoch, content)));

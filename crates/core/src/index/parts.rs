@@ -202,7 +202,7 @@ impl Parts {
                 match entry.kind {
                     Kind::Preserve | Kind::PreserveZero => kept.push(entry.blocks),
                     Kind::Lost => lost.push(entry.blocks),
-                    Kind::Changed | Kind::Done => {}
+                    Kind::Changed | Kind::Done | Kind::Region | Kind::RegionEnd => {}
                 }
             }
             let mut kept = ExtentSet::new();

@@ -105,7 +105,7 @@ const fn kind_bits(kind: Kind) -> u64 {
         Kind::Preserve => 0,
         Kind::PreserveZero => 1,
         Kind::Lost => 2,
-        Kind::Changed | Kind::Done => 3,
+        Kind::Changed | Kind::Done | Kind::Region | Kind::RegionEnd => 3,
     }
 }
 

@@ -16,9 +16,9 @@ const COVERED_MERGED: usize = COVERED + 3 * 4;
 pub const PAGE: u64 = 4096;
 /// First bytes of a segment file.
 pub const SEGMENT_MAGIC: [u8; 8] = *b"SBLOGSEG";
-/// The highest version this code reads. Only merged segments are written with it; others have
-/// version 1, so that an older program opens whatever it understands.
-pub const FORMAT_VERSION: u32 = 2;
+/// The highest version this code reads: segments that may hold REGION records have it. Merged ones
+/// have version 2, and those of earlier releases version 1.
+pub const FORMAT_VERSION: u32 = 3;
 /// Bytes of a batch header.
 pub const BATCH_HEADER_BYTES: usize = 64;
 /// Bytes of a descriptor.
@@ -84,7 +84,9 @@ pub struct SegmentHeader {
     pub epoch_header_bytes: u32,
     /// Its checksum.
     pub epoch_header_crc: u32,
-    /// Set if it was made from others.
+    /// Its version is one whose readers know REGION records.
+    pub takes_regions: bool,
+    /// Set if it was made from others; those hold no REGION records.
     pub merged: Option<MergedHeader>,
 }
 
@@ -114,7 +116,11 @@ impl SegmentHeader {
     /// One page.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
-        let version = if self.merged.is_some() { 2 } else { 1 };
+        let version = match (&self.merged, self.takes_regions) {
+            (Some(_), _) => 2,
+            (None, false) => 1,
+            (None, true) => 3,
+        };
         out.raw(&SEGMENT_MAGIC).u32(version).raw(&self.uuid);
         out.u32(self.segment).u32(self.epoch).u32(self.ordinal);
         out.u32(self.previous_segment).u32(self.previous_end_page).u64(self.first_batch);
@@ -145,6 +151,7 @@ impl SegmentHeader {
             first_batch: input.u64()?,
             epoch_header_bytes: input.u32()?,
             epoch_header_crc: input.u32()?,
+            takes_regions: version == 3,
             merged: None,
         };
         let mut covered = COVERED;
@@ -276,6 +283,10 @@ pub enum Kind {
     Changed = 4,
     /// Copied back by a restore, or overwritten during one: the origin is right again.
     Done = 5,
+    /// From here on these blocks may change without a record of their own.
+    Region = 6,
+    /// Which of them did is recorded: the REGION records before this one count no more.
+    RegionEnd = 7,
 }
 
 impl Kind {
@@ -286,6 +297,8 @@ impl Kind {
             3 => Self::Lost,
             4 => Self::Changed,
             5 => Self::Done,
+            6 => Self::Region,
+            7 => Self::RegionEnd,
             _ => return None,
         })
     }

@@ -10,6 +10,8 @@ use super::format::{
     SegmentHeader, payload_checksum,
 };
 use super::writer::{LogEnd, Segments, segment_number};
+use crate::bitmap::Bitmap;
+use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::Storage;
@@ -63,6 +65,21 @@ pub struct Loss {
     pub first: u32,
     /// The last one.
     pub last: u32,
+}
+
+/// The blocks of REGION records, of the batches of one epoch in order, whose changes are not
+/// recorded.
+pub fn open_regions(batches: &[FoundBatch], block_count: u64) -> ExtentSet {
+    let is_of_regions = |d: &&Descriptor| matches!(d.kind, Kind::Region | Kind::RegionEnd);
+    let mut told = batches.iter().flat_map(|b| &b.descriptors).filter(is_of_regions).peekable();
+    if told.peek().is_none() {
+        return ExtentSet::new();
+    }
+    let (mut open, disk) = (Bitmap::new(block_count), Extent::new(0, block_count));
+    for descriptor in told {
+        open.assign(descriptor.blocks.intersection(disk), descriptor.kind == Kind::Region);
+    }
+    open.to_set()
 }
 
 /// All that is in a log.
@@ -336,6 +353,7 @@ impl Scan {
             self.end.ordinal = header.ordinal;
             self.end.page = cursor.page;
             self.end.is_closed = header.merged.is_some();
+            self.end.takes_regions = header.takes_regions;
             let last = batches.last().filter(|batch| batch.segment == segment);
             self.end.last_page = last.map_or(0, |batch| batch.page);
         }

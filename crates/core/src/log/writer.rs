@@ -1,7 +1,7 @@
 //! Appending to the log: batch *k+1* is submitted only after the sync of batch *k* returned.
 
 use super::batch::BatchBuilder;
-use super::format::{PAGE, Position, SegmentHeader};
+use super::format::{Kind, PAGE, Position, SegmentHeader};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
@@ -100,6 +100,8 @@ struct Current {
     page: u64,
     /// Pages up to which space is allocated: nothing is written beyond.
     allocated: u64,
+    /// Readers of its version know REGION records.
+    takes_regions: bool,
     /// A write or sync failed: nothing after `page` is trusted, nothing more goes here.
     is_broken: bool,
 }
@@ -159,6 +161,8 @@ pub struct LogEnd {
     pub segment_max: u32,
     /// Nothing more can be appended to the last segment.
     pub is_closed: bool,
+    /// Readers of its version know REGION records.
+    pub takes_regions: bool,
 }
 
 impl LogWriter {
@@ -174,6 +178,7 @@ impl LogWriter {
                 ordinal: end.ordinal,
                 page: end.page,
                 allocated: end.page,
+                takes_regions: end.takes_regions,
                 is_broken: end.is_closed,
             })
         };
@@ -230,6 +235,7 @@ impl LogWriter {
             first_batch: self.next_sequence,
             epoch_header_bytes: u32::try_from(blob.len()).expect("an epoch header is bounded"),
             epoch_header_crc: crc32c::crc32c(blob),
+            takes_regions: true,
             merged: None,
         }
     }
@@ -331,6 +337,12 @@ impl LogWriter {
         self.current.is_some()
     }
 
+    /// True if REGION records can be appended now: a segment that a release began which did not know
+    /// them holds none.
+    pub fn takes_regions(&self) -> bool {
+        self.current.as_ref().is_some_and(|current| current.takes_regions && !current.is_broken)
+    }
+
     /// Make sure that the last batch has no payload: a scan verifies the payload of the last batch,
     /// and takes the batch for torn if it is not intact. It must not be last once its payload is
     /// punched, and is better not last when the volume is closed, since damage could then not be
@@ -365,6 +377,7 @@ impl LogWriter {
             ordinal,
             page,
             allocated: prepared.allocated.max(page),
+            takes_regions: true,
             is_broken: false,
         });
     }
@@ -449,6 +462,8 @@ impl LogWriter {
     /// begun another segment.
     pub fn append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
         let pages = batch.total_bytes() / PAGE;
+        let has_only_regions = batch.preserved().is_empty()
+            && batch.descriptors().iter().any(|d| d.kind == Kind::Region);
         let sequence = self.next_sequence;
         let Some(current) = &mut self.current else {
             return Err(io::Error::other("the log has no open epoch"));
@@ -458,7 +473,9 @@ impl LogWriter {
         }
         let bytes = batch.finish(sequence);
         let offset = current.page * PAGE;
-        let synced = || if is_broken(Rule::LogSync) { Ok(()) } else { current.file.sync() };
+        let is_unsynced =
+            is_broken(Rule::LogSync) || (is_broken(Rule::RegionFirst) && has_only_regions);
+        let synced = || if is_unsynced { Ok(()) } else { current.file.sync() };
         let written = current.file.write_at(offset, bytes).and_then(|()| synced());
         if let Err(error) = written {
             self.release_ahead();

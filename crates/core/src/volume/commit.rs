@@ -23,12 +23,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// What a first change of a block needs.
+#[allow(clippy::struct_excessive_bools)] // four questions, each with its own answer
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Class {
     /// The old content must be preserved.
     pub pending: bool,
     /// The change must be recorded.
     pub unsettled: bool,
+    /// It is enough to mark the change: a record of its region is there.
+    pub covered: bool,
     /// The old content is not what the block reads as: a restore has not copied it yet.
     pub restoring: bool,
 }
@@ -59,6 +62,7 @@ impl State {
         Class {
             pending: self.pending.get(block),
             unsettled: self.unsettled.get(block),
+            covered: self.regions.covers(block),
             restoring: self.is_restoring(block),
         }
     }
@@ -191,16 +195,29 @@ impl Volume {
         for &lost in &choice.lost {
             committer.batch.note(Kind::Lost, lost);
         }
-        let changed = works.iter().filter(|w| w.class.unsettled && !w.class.pending);
-        for work in changed {
-            committer.batch.note(Kind::Changed, Extent::single(work.block));
+        let is_instant = frozen.is_some();
+        let is_told = |c: Class| !c.pending && (c.unsettled || (c.covered && is_instant));
+        let tracked_only = works.iter().filter(|w| is_told(w.class)).map(|w| w.block);
+        let told = self.by_region(committer, tracked_only, is_instant);
+        for &run in &told.regions {
+            committer.batch.note(Kind::Region, run);
+        }
+        for &block in &told.changed {
+            committer.batch.note(Kind::Changed, Extent::single(block));
         }
         if is_broken(Rule::LogFirst) {
             self.write_slots(works, arena, size_bytes)?;
         }
-        self.record(committer)?;
-        if frozen.is_none() && !is_broken(Rule::Settle) {
-            let recorded = works.iter().filter(|w| w.class.pending || w.class.unsettled);
+        let is_in_log = self.record(committer)?;
+        if !is_instant && !is_broken(Rule::Settle) {
+            if is_in_log {
+                self.cover(&told.regions);
+            } else {
+                // All of them count as changed: no bit is needed.
+                self.settle(told.regions.iter().copied());
+            }
+            let is_recorded = |c: Class| c.pending || c.unsettled || c.covered;
+            let recorded = works.iter().filter(|w| is_recorded(w.class));
             self.settle(runs_of(recorded.map(|w| w.block)));
         }
         self.write_slots(works, arena, size_bytes)?;
@@ -256,10 +273,11 @@ impl Volume {
         }
     }
 
-    /// Make the batch durable and publish what it says; if the log does not take it, as a loss.
-    pub(super) fn record(&self, committer: &mut Committer) -> Result<()> {
+    /// Make the batch durable and publish what it says; if the log does not take it, as a loss. False
+    /// if it is not in the log.
+    pub(super) fn record(&self, committer: &mut Committer) -> Result<bool> {
         if committer.batch.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         if committer.to_undo.is_some() {
             if let Err(error) = self.undo_instant(committer) {
@@ -270,11 +288,13 @@ impl Volume {
             if !committer.log.is_open() {
                 // Nobody wants to know of changes but the one that never was.
                 self.clear_store_failure();
-                return Ok(());
+                return Ok(false);
             }
         }
         let epoch = committer.epoch;
-        match self.append(committer) {
+        let appended = self.append(committer);
+        let is_in_log = appended.is_ok();
+        match appended {
             Ok((segment, page)) => {
                 committer.segments.insert(segment, epoch);
                 self.publish(committer, segment, page);
@@ -282,7 +302,7 @@ impl Volume {
             Err(source) => self.record_loss(committer, source)?,
         }
         self.clear_store_failure();
-        Ok(())
+        Ok(is_in_log)
     }
 
     /// Append the batch where there is room for it. After a failure it is written once more, from
@@ -315,7 +335,9 @@ impl Volume {
         for descriptor in committer.batch.descriptors() {
             let blocks = descriptor.blocks;
             match descriptor.kind {
-                Kind::Preserve | Kind::Done => {}
+                Kind::Preserve | Kind::Done | Kind::RegionEnd => {}
+                // Which of its blocks did change is told when it is closed.
+                Kind::Region => Counters::add(&counters.region_records, 1),
                 Kind::PreserveZero => {
                     index.insert_zero(epoch, blocks);
                     Counters::add(&counters.preserved_zero_blocks, blocks.len());
@@ -344,12 +366,14 @@ impl Volume {
         counters.log_bytes.store(committer.log.appended_bytes(), Ordering::Relaxed);
     }
 
-    /// The blocks are recorded in this epoch: later writes to them go straight.
+    /// The blocks are recorded in this epoch, or marked in their regions: later writes to them go
+    /// straight.
     pub(super) fn settle(&self, runs: impl Iterator<Item = Extent>) {
         let mut state = self.state.lock();
         for run in runs {
             state.pending.assign(run, false);
             state.unsettled.assign(run, false);
+            state.regions.mark(run);
         }
     }
 
@@ -560,6 +584,7 @@ impl Volume {
             // Somebody may have asked for room.
             self.top_up(committer);
         }
+        let _ = self.rest_regions(committer);
         is_restoring && self.restore_step(committer).map_err(|e| self.note_waiting(&e)).is_err()
     }
 }

@@ -9,7 +9,7 @@ use crate::index::Record;
 use crate::index::memory::Memory;
 use crate::journal::{Entry, Group, OriginIdentity, StorePolicy};
 use crate::log::format::{Kind, LOST_AT_SOURCE};
-use crate::log::scan::{FoundBatch, Scan, scan};
+use crate::log::scan::{FoundBatch, Scan, open_regions, scan};
 use crate::log::writer::Segments;
 use crate::number::to_u64;
 use std::collections::{BTreeMap, BTreeSet};
@@ -171,9 +171,14 @@ impl Decided {
         Epoch { origin_bytes: self.size_bytes, damage, ..Epoch::default() }
     }
 
+    /// Blocks of the disk.
+    pub(super) fn block_count(&self) -> u64 {
+        self.size_bytes.div_ceil(self.block_size)
+    }
+
     /// Every block there is.
     pub(super) fn all_blocks(&self) -> ExtentSet {
-        ExtentSet::from_extent(Extent::new(0, self.size_bytes.div_ceil(self.block_size)))
+        ExtentSet::from_extent(Extent::new(0, self.block_count()))
     }
 
     /// The registry: epoch headers, then what the journal says of them, in order.
@@ -322,8 +327,20 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
     }
 }
 
-/// The records of some batches.
-pub(super) fn memory_of(batches: &[FoundBatch], block_size: u64) -> Memory {
+/// The records of the batches of a closed epoch. What may have changed there without a record of its
+/// own counts as changed: every block of a region that was left open.
+pub(super) fn memory_of(batches: &[FoundBatch], block_size: u64, block_count: u64) -> Memory {
+    let mut memory = memory_of_open(batches, block_size);
+    if let Some(batch) = batches.first() {
+        for blocks in open_regions(batches, block_count).iter() {
+            memory.insert_changed(batch.header.epoch, blocks);
+        }
+    }
+    memory
+}
+
+/// The records of the batches of the last epoch, apart from regions left open.
+pub(super) fn memory_of_open(batches: &[FoundBatch], block_size: u64) -> Memory {
     let mut records = Vec::new();
     for batch in batches {
         let epoch = batch.header.epoch;
@@ -340,7 +357,7 @@ pub(super) fn memory_of(batches: &[FoundBatch], block_size: u64) -> Memory {
         let epoch = batch.header.epoch;
         for descriptor in &batch.descriptors {
             match descriptor.kind {
-                Kind::Preserve | Kind::Done => {}
+                Kind::Preserve | Kind::Done | Kind::Region | Kind::RegionEnd => {}
                 Kind::PreserveZero => memory.insert_zero(epoch, descriptor.blocks),
                 Kind::Lost if descriptor.checksum == LOST_AT_SOURCE => {
                     let blocks = ExtentSet::from_extent(descriptor.blocks);

@@ -3,7 +3,7 @@
 //! [`System`] is the operating system, if need be with something between the engine and its devices;
 //! the simulation is a machine of its own.
 
-use crate::buffer::{Arena, BufferIdentity, LeftBuffer, note_replaying, read_left};
+use crate::buffer::{Arena, ArenaSize, BufferIdentity, LeftBuffer, note_replaying, read_left};
 use crate::error::{Error, Result};
 use crate::journal::OriginIdentity;
 use crate::storage::{Directory, FileDirectory, FileStorage, OpenOptions, Storage};
@@ -55,8 +55,7 @@ pub trait Host: Send + Sync {
     fn new_buffer(
         &self,
         path: &Path,
-        slot_count: u32,
-        block_size: u64,
+        size: ArenaSize,
         identity: &BufferIdentity,
     ) -> io::Result<Arc<Arena>>;
     /// The write buffer that a killed process left; its version if that is newer than ours.
@@ -196,11 +195,10 @@ impl Host for System {
     fn new_buffer(
         &self,
         path: &Path,
-        slot_count: u32,
-        block_size: u64,
+        size: ArenaSize,
         identity: &BufferIdentity,
     ) -> io::Result<Arc<Arena>> {
-        Ok(Arc::new(Arena::shared(path, slot_count, block_size, identity)?))
+        Ok(Arc::new(Arena::shared(path, size, identity)?))
     }
 
     fn left_buffer(&self, path: &Path) -> io::Result<Option<std::result::Result<LeftBuffer, u32>>> {

@@ -26,6 +26,9 @@ use std::time::Duration;
 /// left after.
 pub(super) const DRAIN_ROUNDS: u32 = 2;
 
+/// More open regions than this are closed before: a batch or two are left for the instant.
+const REGIONS_AT_INSTANT_MAX: usize = 512;
+
 /// What to keep, and how long writers may be held.
 pub struct SnapshotRequest {
     /// The blocks that matter.
@@ -70,6 +73,7 @@ pub(super) struct Prepared {
 pub(super) struct NextBits {
     unsettled: Bitmap,
     pending: Bitmap,
+    none_covered: Bitmap,
 }
 
 /// The header of an epoch that is durable.
@@ -211,6 +215,9 @@ impl Volume {
         let sequence = self.state.lock().buffer.last_sequence();
         let epoch = committer.epoch;
         self.commit_until(committer, epoch, sequence, None)?;
+        if self.state.lock().regions.open_count() > REGIONS_AT_INSTANT_MAX {
+            self.close_regions(committer)?;
+        }
         if is_broken(Rule::OriginDurableAtInstant) { Ok(()) } else { self.sync_origin() }
     }
 
@@ -243,7 +250,8 @@ impl Volume {
         let unsettled = Bitmap::from_set(blocks, &tracked);
         let mut pending = self.state.lock().pending.clone();
         pending.merge(&Bitmap::from_set(blocks, selection));
-        NextBits { unsettled, pending }
+        let none_covered = Bitmap::new(blocks);
+        NextBits { unsettled, pending, none_covered }
     }
 
     /// No write is admitted from here on; tells how many are in flight. It stays closed, whatever is
@@ -270,6 +278,7 @@ impl Volume {
         let is_drained = state.straight_in_flight == 0 || is_broken(Rule::DrainBeforeInstant);
         assert!(is_drained, "P2: no write is in flight at the instant");
         let frozen = state.freeze_classes();
+        state.regions.end_epoch(next.none_covered);
         let old_unsettled = std::mem::replace(&mut state.unsettled, next.unsettled);
         let old_pending = std::mem::replace(&mut state.pending, next.pending);
         for &block in frozen.keys() {
@@ -320,6 +329,7 @@ impl Volume {
         }
         let frozen = (!is_broken(Rule::ClassesFrozen)).then_some(&flip.frozen);
         self.commit_until(committer, before, flip.upto, frozen)?;
+        self.record_ended(committer)?;
         if !is_broken(Rule::OriginDurableAtInstant) {
             self.sync_origin()?;
         }
@@ -408,7 +418,8 @@ impl Volume {
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
             state.epoch = before;
             state.buffer.merge_epochs(before);
-            (state.unsettled, state.pending) = (unsettled, pending);
+            state.regions.resume();
+            state.replace_bits((unsettled, pending));
         }
         if self.undo_instant(committer).is_ok() {
             self.clear_store_failure();
@@ -429,7 +440,7 @@ impl Volume {
         let before = committer.epoch;
         let bits = self.bits(before, self.block_count(self.size_bytes()));
         let mut state = self.state.lock();
-        (state.unsettled, state.pending) = bits;
+        state.replace_bits(bits);
         Ok(())
     }
 
@@ -469,6 +480,13 @@ impl Volume {
 }
 
 impl State {
+    /// Take other bitmaps. They know nothing of what was written in regions: what is in them is
+    /// recorded once more, which harms nobody.
+    pub(super) fn replace_bits(&mut self, bits: (Bitmap, Bitmap)) {
+        (self.unsettled, self.pending) = bits;
+        self.regions.uncover();
+    }
+
     /// What the slots' blocks need in the epoch that ends now.
     fn freeze_classes(&self) -> FrozenClasses {
         self.buffer.blocks().map(|block| (block, self.class(block))).collect()

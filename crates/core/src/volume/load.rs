@@ -1,14 +1,15 @@
 //! The index at opening: from index files where they fit the log, else from the log itself.
 
-use super::decided::{Decided, epochs_with_losses, memory_of};
+use super::decided::{Decided, epochs_with_losses, memory_of, memory_of_open};
 use super::upkeep::{NewRun, write_run};
 use crate::error::{Error, Result};
+use crate::extent::ExtentSet;
 use crate::index::Index;
 use crate::index::entry::EpochSet;
 use crate::index::parts::Layer;
 use crate::index::run::{Run, run_number};
 use crate::log::merged::is_unfinished;
-use crate::log::scan::Scan;
+use crate::log::scan::{Scan, open_regions};
 use crate::log::writer::Segments;
 use crate::storage::Directory;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +27,8 @@ pub(super) struct Loaded {
     pub(super) useless: Vec<u32>,
     /// Merged segments that were not finished.
     pub(super) unfinished: Vec<String>,
+    /// Blocks of the last epoch that may have changed without a record of their own.
+    pub(super) regions: ExtentSet,
 }
 
 /// Read what no index file has, and always the last epoch, whose end is the end of the log.
@@ -57,10 +60,12 @@ pub(super) fn load_index(
             scan.batches = batches;
             scan.cut_torn_payload(segments, decided.block_size)
                 .map_err(Error::store("reading the log"))?;
-            loaded.index.adopt(epoch, memory_of(&scan.batches, decided.block_size), true);
+            loaded.regions = open_regions(&scan.batches, decided.block_count());
+            loaded.index.adopt(epoch, memory_of_open(&scan.batches, decided.block_size), true);
             break;
         }
-        loaded.index.adopt(epoch, memory_of(&batches, decided.block_size), false);
+        let memory = memory_of(&batches, decided.block_size, decided.block_count());
+        loaded.index.adopt(epoch, memory, false);
         if has_room && loaded.index.unfiled_weight().0 >= HELD_ENTRIES {
             has_room = spill(segments, decided, others_bytes, &by_epoch, &mut loaded)?;
         }
@@ -125,7 +130,7 @@ fn layers_of(
     layers.reverse();
     let index = Index::of_layers(layers);
     let unfinished = names.into_iter().filter(|name| is_unfinished(name)).collect();
-    Ok(Loaded { index, next_run, useless, unfinished })
+    Ok(Loaded { index, next_run, useless, unfinished, regions: ExtentSet::new() })
 }
 
 /// Bring what is held to an index file; false if the store has no room for it, and it stays held.

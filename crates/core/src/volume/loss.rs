@@ -26,6 +26,11 @@ pub(super) struct Choice {
     pub(super) lost: Vec<Extent>,
 }
 
+/// True of records that say of their blocks that they changed, or may from here on.
+fn is_change(kind: Kind) -> bool {
+    !matches!(kind, Kind::Done | Kind::RegionEnd)
+}
+
 impl Volume {
     /// Choose what there is room for: blocks of low priority go first, copies of them that were
     /// kept before included.
@@ -168,8 +173,7 @@ impl Volume {
         let blocks_of = |wanted: fn(Kind) -> bool| -> ExtentSet {
             descriptors.iter().filter(|d| wanted(d.kind)).map(|d| d.blocks).collect()
         };
-        let (mut lost, done) =
-            (blocks_of(|kind| kind != Kind::Done), blocks_of(|kind| kind == Kind::Done));
+        let (mut lost, done) = (blocks_of(is_change), blocks_of(|kind| kind == Kind::Done));
         let coarse = committer.journal.mark_bytes() / self.block_size;
         if coarse > 1 {
             // What else is in these parts is lost with them, and needs no mark any more.

@@ -274,7 +274,8 @@ impl Volume {
             if !scan.damaged.is_empty() {
                 return Ok(None);
             }
-            let mut memory = memory_of(&batches, self.block_size);
+            let end = self.block_count(self.size_bytes());
+            let mut memory = memory_of(&batches, self.block_size, end);
             let stray = self.index.read().stray_loss(epoch);
             if !stray.is_empty() {
                 memory.insert_lost(epoch, &stray);
@@ -321,7 +322,7 @@ impl Volume {
         let mut memory = Memory::from_records(kept.map(Record::of).collect());
         for entry in written {
             match entry.kind {
-                Kind::Preserve | Kind::Done => {}
+                Kind::Preserve | Kind::Done | Kind::Region | Kind::RegionEnd => {}
                 Kind::PreserveZero => memory.insert_zero(label, entry.blocks),
                 Kind::Lost if entry.checksum == LOST_AT_SOURCE => {
                     memory.insert_lost_at_source(label, &ExtentSet::from_extent(entry.blocks));

@@ -9,6 +9,7 @@
 //! - [`past`] reads what blocks were at an instant.
 //! - [`room`] allocates log space ahead and applies the policy of a full store; [`loss`] chooses what
 //!   is lost, and says so.
+//! - [`regions`] opens and closes regions, where changes need no record of their own.
 //! - [`instant`] takes snapshots, [`group`] of several volumes at once; [`release`] narrows and
 //!   deletes them; [`restore`] puts them back.
 //!
@@ -38,6 +39,7 @@ pub mod open;
 mod past;
 mod read;
 mod recover;
+mod regions;
 mod release;
 mod restore;
 mod room;
@@ -70,8 +72,9 @@ use crate::journal::Journal;
 use crate::log::batch::BatchBuilder;
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_u64;
+use crate::regions::Regions;
 use crate::storage::Storage;
-use crate::sync::{AtomicBool, AtomicU64, Condvar, JoinHandle, Mutex, MutexGuard, RwLock};
+use crate::sync::{AtomicBool, AtomicU64, Clock, Condvar, JoinHandle, Mutex, MutexGuard, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -107,6 +110,8 @@ struct State {
     /// Grows whenever a block's base moves from a snapshot to the origin.
     restored: u64,
     buffer: WriteBuffer,
+    /// Blocks that may change without a record, and those that did.
+    regions: Regions,
     /// Slots that may be in use, from the measured drain rate.
     admitted_slots: usize,
     size_bytes: u64,
@@ -164,6 +169,10 @@ struct Committer {
     to_undo: Option<u32>,
     /// The journal says that the origin failed.
     is_failure_noted: bool,
+    /// When regions were looked through for idle ones.
+    regions_looked: Clock,
+    /// An epoch in which regions that a process before left open could not be closed.
+    barred_regions: Option<u32>,
 }
 
 /// What only whoever does upkeep touches.
@@ -195,6 +204,8 @@ pub struct Counters {
     pub preserved_zero_blocks: Count,
     /// Blocks whose old content was lost.
     pub lost_blocks: Count,
+    /// Runs of tracked-only blocks for which a region was opened.
+    pub region_records: Count,
     /// Batches made durable.
     pub batches: Count,
     /// Bytes appended to the log.
@@ -221,6 +232,7 @@ impl Counters {
             ("preserved_blocks", of(&self.preserved_blocks)),
             ("preserved_zero_blocks", of(&self.preserved_zero_blocks)),
             ("lost_blocks", of(&self.lost_blocks)),
+            ("region_records", of(&self.region_records)),
             ("batches", of(&self.batches)),
             ("log_bytes", of(&self.log_bytes)),
             ("pause_ns_max", of(&self.pause_ns_max)),
@@ -389,6 +401,7 @@ impl Volume {
             ("buffer_slots_used", to_u64(state.buffer.used())),
             ("buffer_slots", to_u64(state.buffer.capacity())),
             ("buffer_slots_admitted", to_u64(state.admitted_slots)),
+            ("regions_open", to_u64(state.regions.open_count())),
             ("bitmap_bytes", state.unsettled.memory_bytes() + state.pending.memory_bytes()),
             ("index_records", index_records),
             ("index_entries", index_entries),

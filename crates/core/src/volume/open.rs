@@ -8,7 +8,7 @@ use super::recover::{Leftovers, Past};
 use super::room::Room;
 use super::{Committer, Counters, State, Upkeep, Volume};
 use crate::bitmap::Bitmap;
-use crate::buffer::{Arena, BufferIdentity, WriteBuffer};
+use crate::buffer::{Arena, ArenaSize, BufferIdentity, WriteBuffer};
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::{Entry, Journal, OriginIdentity, StorePolicy};
@@ -17,9 +17,10 @@ use crate::log::format::BATCH_BLOCKS_MAX;
 use crate::log::scan::{Scan, scan_headers};
 use crate::log::writer::{LogWriter, Segments};
 use crate::number::to_usize;
+use crate::regions::{REGIONS_MAX, Regions, region_blocks};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, FileDirectory};
-use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, RwLock, spawn, unix_ns};
+use crate::sync::{AtomicBool, AtomicU64, Clock, Condvar, Mutex, RwLock, spawn, unix_ns};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -263,6 +264,7 @@ impl Parts {
             merged: std::mem::take(&mut self.loaded.unfinished),
         };
         let end = self.decided.closed.is_none().then_some(self.scan.end);
+        let open_regions = std::mem::take(&mut self.loaded.regions);
         let volume = self.build(buffer_path.is_none())?;
         if is_failed && recover == Recover::Refuse {
             return Err(Error::RecoveryNeeded(format!(
@@ -270,7 +272,7 @@ impl Parts {
                 volume.origin_path.display()
             )));
         }
-        volume.settle_the_past(doubt, end, &leftovers)?;
+        volume.settle_the_past(doubt, end, &open_regions, &leftovers)?;
         if owes_space && !opened {
             volume.free_space()?;
         }
@@ -375,8 +377,9 @@ impl Parts {
         if !is_touched || recover != Recover::Refuse {
             let suspect = is_touched
                 .then(|| "the origin was written outside after the server was killed".to_owned());
+            let regions = left.regions.clone();
             let left = (recover != Recover::Discard).then_some((path, left));
-            return Ok(Past { suspect, left, ..Past::default() });
+            return Ok(Past { suspect, left, regions, ..Past::default() });
         }
         let blocks: BTreeSet<u64> = left.slots.iter().map(|slot| slot.block).collect();
         Err(Error::RecoveryNeeded(format!(
@@ -429,11 +432,12 @@ impl Parts {
             upkeep_bytes: 0,
             to_undo: None,
             is_failure_noted: false,
+            regions_looked: Clock::now(),
+            barred_regions: None,
         };
         // Slots until the past is settled; nobody can be acknowledged by them.
-        let arena =
-            Arena::private(slots_for(WRITE_THROUGH_BYTES, decided.block_size), decided.block_size);
-        let arena = Arc::new(arena.map_err(Error::store("memory for the write buffer"))?);
+        // And no regions: what is recorded before they can be marked is recorded block by block.
+        let arena = private_arena(decided.block_size, 0)?;
         let state = State {
             epoch,
             is_gate_closed: false,
@@ -443,6 +447,7 @@ impl Parts {
             restoring,
             restored: 0,
             admitted_slots: usize::MAX,
+            regions: Regions::new(Arc::clone(&arena), decided.block_size, block_count),
             buffer: WriteBuffer::new(arena, 1),
             size_bytes,
             origin_failure: String::new(),
@@ -496,6 +501,13 @@ impl Parts {
     }
 }
 
+/// Memory of this process, as much as write-through needs.
+fn private_arena(block_size: u64, regions: u32) -> Result<Arc<Arena>> {
+    let slots = slots_for(WRITE_THROUGH_BYTES, block_size);
+    let arena = Arena::private(ArenaSize { slots, regions, block_size });
+    Ok(Arc::new(arena.map_err(Error::store("memory for the write buffer"))?))
+}
+
 fn slots_for(bytes: u64, block_size: u64) -> u32 {
     let least = u64::try_from(BATCH_BLOCKS_MAX).unwrap_or(u64::MAX);
     u32::try_from((bytes / block_size).max(least)).unwrap_or(u32::MAX)
@@ -521,14 +533,16 @@ impl Volume {
         let mut committer = self.committer.lock();
         let origin = self.origin_device.identify().map_err(Error::origin("identifying it"))?;
         let identity = BufferIdentity { uuid: self.uuid, generation, boot_id: boot, origin };
+        let block_count = self.block_count(self.size_bytes());
+        let regions = block_count.div_ceil(region_blocks(self.block_size)).min(REGIONS_MAX);
+        let regions = u32::try_from(regions).unwrap_or(u32::MAX);
         let arena = if let Some(path) = buffer_path {
             let slots = slots_for(buffer_bytes, self.block_size);
-            let arena = self.host.new_buffer(path, slots, self.block_size, &identity);
+            let size = ArenaSize { slots, regions, block_size: self.block_size };
+            let arena = self.host.new_buffer(path, size, &identity);
             arena.map_err(Error::store(format!("making {}", path.display())))?
         } else {
-            let slots = slots_for(WRITE_THROUGH_BYTES, self.block_size);
-            let arena = Arena::private(slots, self.block_size);
-            Arc::new(arena.map_err(Error::store("memory for the write buffer"))?)
+            private_arena(self.block_size, regions)?
         };
         arena.note_alive(unix_ns());
         let entry = Entry::Opened {
@@ -540,6 +554,7 @@ impl Volume {
         committer.journal.append(&entry)?;
         let mut state = self.state.lock();
         state.admitted_slots = to_usize(super::ADMIT_BYTES_MIN / self.block_size);
+        state.regions = Regions::new(Arc::clone(&arena), self.block_size, block_count);
         state.buffer = WriteBuffer::new(arena, 1);
         drop(state);
         self.recount(&mut committer);
@@ -582,8 +597,9 @@ impl Volume {
     }
 
     fn note_closed(&self, committer: &mut Committer) -> Result<()> {
-        // A full store may refuse; without it the next opening verifies the last batch, as after a
-        // power cut.
+        // A full store may refuse both; then the next opening takes open regions for changed, and
+        // verifies the last batch, as after a power cut.
+        let _ = self.close_regions(committer);
         let _ = self.seal(committer);
         committer.log.release_ahead();
         let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;

@@ -3,7 +3,7 @@
 
 use super::decided::apply;
 use super::{Committer, Volume};
-use crate::buffer::LeftBuffer;
+use crate::buffer::{LeftBuffer, LeftRegion};
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
@@ -21,6 +21,8 @@ pub(super) struct Past {
     pub(super) losses: Vec<(u32, ExtentSet)>,
     /// How groups ended that the journal does not tell of yet.
     pub(super) groups: Vec<Entry>,
+    /// What its memory says was written in regions.
+    pub(super) regions: Vec<LeftRegion>,
 }
 
 /// Files that are of no use any more.
@@ -49,11 +51,13 @@ impl Volume {
     /// but not made durable: sync before anything is trusted. What its own sync failed for the
     /// kernel takes for durable: that is written once more.
     ///
-    /// `end` is where the log of a volume ends that was not closed.
+    /// `end` is where the log of a volume ends that was not closed; `open_regions` are blocks that
+    /// may have changed without a record.
     pub(super) fn settle_the_past(
         &self,
         past: Past,
         end: Option<LogEnd>,
+        open_regions: &ExtentSet,
         leftovers: &Leftovers,
     ) -> Result<()> {
         let mut committer = self.committer.lock();
@@ -72,6 +76,7 @@ impl Volume {
         for (epoch, blocks) in past.losses {
             committer.journal.append(&Entry::Lost { epoch, blocks })?;
         }
+        self.settle_left(&mut committer, open_regions, &past.regions);
         let first = self.epochs.read().first().unwrap_or(epoch + 1);
         let mut useless = self.index.write().forget_before(first.min(epoch + 1));
         useless.extend(&leftovers.runs);
@@ -81,7 +86,7 @@ impl Volume {
             let blocks = self.block_count(self.size_bytes());
             let (unsettled, pending) = self.bits(epoch, blocks);
             let mut state = self.state.lock();
-            (state.unsettled, state.pending) = (unsettled, pending);
+            state.replace_bits((unsettled, pending));
             if let Some(restoring) = &state.restoring {
                 let pinned = [restoring.source_epoch, restoring.safety_epoch];
                 drop(state);

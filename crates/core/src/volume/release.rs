@@ -8,6 +8,7 @@ use crate::extent::{Extent, ExtentSet};
 use crate::index::copies::{Usage, for_each_copy};
 use crate::index::parts::Walk;
 use crate::journal::{Entry, Settled};
+use crate::regions::runs_of;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::MutexGuard;
 use std::collections::BTreeMap;
@@ -171,7 +172,7 @@ impl Volume {
             MutexGuard::bump(&mut committer);
             let mut state = self.state.lock();
             if bits.0.block_count() == state.unsettled.block_count() {
-                (state.unsettled, state.pending) = bits;
+                state.replace_bits(bits);
             }
             return Ok(0);
         }
@@ -304,7 +305,7 @@ impl Volume {
         let (unsettled, pending) = self.bits(committer.epoch, blocks);
         let mut state = self.state.lock();
         if unsettled.block_count() == state.unsettled.block_count() {
-            (state.unsettled, state.pending) = (unsettled, pending);
+            state.replace_bits((unsettled, pending));
         }
     }
 
@@ -407,14 +408,16 @@ impl Volume {
         Ok(changed)
     }
 
-    /// Blocks with slots, and those that a restore is still to copy.
+    /// Blocks with slots, those written in open regions, and those that a restore is still to copy.
     fn changes_under_way(&self) -> ExtentSet {
-        let state = self.state.lock();
-        let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
-        match &state.restoring {
-            Some(restoring) => slots.union(&restoring.blocks.to_set()),
-            None => slots,
-        }
+        let (slots, written, restoring) = {
+            let state = self.state.lock();
+            let slots: ExtentSet = state.buffer.blocks().map(Extent::single).collect();
+            let restoring = state.restoring.as_ref().map(|r| r.blocks.to_set());
+            (slots, state.regions.written(), restoring.unwrap_or_default())
+        };
+        let written = written.into_iter().flat_map(runs_of).collect();
+        slots.union(&restoring).union(&ExtentSet::from_unsorted(written))
     }
 
     /// Take over the origin's present length, which may have grown; tells it.
@@ -442,6 +445,7 @@ impl Volume {
             state.size_bytes = new;
             state.unsettled.grow(blocks);
             state.pending.grow(blocks);
+            state.regions.grow(blocks);
             if let Some(restoring) = &mut state.restoring {
                 restoring.blocks.grow(blocks);
             }

@@ -103,7 +103,7 @@ impl State {
         self.unsettled.get(block) && !has_slot()
     }
 
-    fn is_store_short(&self) -> bool {
+    pub(super) fn is_store_short(&self) -> bool {
         !self.room.full.is_empty() || !self.store_failure.is_empty()
     }
 }

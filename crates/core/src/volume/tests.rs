@@ -4,6 +4,7 @@ mod full;
 mod groups;
 mod moments;
 mod narrowing;
+mod regions;
 mod resizing;
 mod upkeep;
 

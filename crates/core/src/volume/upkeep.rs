@@ -105,6 +105,10 @@ impl Volume {
     /// Do what is to be done behind everything else. It is done by itself; to be called where all
     /// of it is wanted now.
     pub fn maintain(&self, effort: Effort) -> Result<()> {
+        if effort == Effort::All {
+            let mut committer = self.role()?;
+            self.close_regions(&mut committer)?;
+        }
         self.free_space()?;
         let mut upkeep = self.upkeep.lock();
         self.read_damaged_anew(&mut upkeep, Patience::Wait)?;
@@ -235,12 +239,12 @@ impl Volume {
                 let before = scan.damaged.len();
                 let numbers = by_epoch.get(&epoch).map_or(&[][..], Vec::as_slice);
                 let batches = scan.read_epoch(&self.segments, self.uuid, numbers)?;
-                let memory = Arc::new(memory_of(&batches, self.block_size));
+                let end = self.block_count(self.size_bytes());
+                let memory = Arc::new(memory_of(&batches, self.block_size, end));
                 if scan.damaged.len() > before || numbers.is_empty() {
                     let mut index = self.index.write();
                     index.take_out(epoch, &memory);
                     index.mark_damaged(epoch);
-                    let end = self.block_count(self.size_bytes());
                     index.insert_stray_loss(epoch, &ExtentSet::from_extent(Extent::new(0, end)));
                     continue;
                 }

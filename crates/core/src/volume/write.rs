@@ -126,11 +126,12 @@ impl Volume {
             let (run, _) = rest.split_at(to_usize(run_bytes));
             let done = match way {
                 Way::Straight => {
-                    state.straight_in_flight += 1;
+                    let blocks = self.extent_of(at, run_bytes);
+                    state.begin_straight(blocks);
                     drop(state);
                     Counters::add(&self.counters.straight_writes, 1);
                     let written = self.origin.write_at(at, run);
-                    self.land_straight();
+                    self.land_straight(blocks);
                     written.map_err(Error::origin("write"))?;
                     run_bytes
                 }
@@ -172,8 +173,11 @@ impl Volume {
         Ok(state)
     }
 
-    fn land_straight(&self) {
+    fn land_straight(&self, blocks: Extent) {
         let mut state = self.state.lock();
+        if is_broken(Rule::RegionMarkedFirst) {
+            state.regions.mark(blocks);
+        }
         state.straight_in_flight -= 1;
         if state.is_gate_closed && state.straight_in_flight == 0 {
             self.drained.notify_all();
@@ -360,13 +364,13 @@ impl Volume {
                 state.pending.assign(piece, false);
                 state.unsettled.assign(piece, false);
                 // From here the blocks are settled, and this write is one in flight to them.
-                state.straight_in_flight += 1;
+                state.begin_straight(piece);
                 let restoring = state.restoring.as_ref();
                 restoring.into_iter().flat_map(|r| r.blocks.set_within(piece)).collect()
             };
             let role = if restoring.is_empty() { None } else { Some(committer) };
             let written = self.submit(piece, content, skip, size_bytes);
-            self.land_straight();
+            self.land_straight(piece);
             written.map_err(Error::origin("write"))?;
             if let Some(mut committer) = role {
                 self.finish_restored(&mut committer, &restoring)?;
@@ -575,10 +579,10 @@ impl Volume {
                 Way::Straight => {
                     let most = STRAIGHT_ZERO_BYTES / self.block_size;
                     let run = Extent::new(start, run_end.min(start + most));
-                    state.straight_in_flight += 1;
+                    state.begin_straight(run);
                     drop(state);
                     let done = self.submit(run, content, 0, size_bytes);
-                    self.land_straight();
+                    self.land_straight(run);
                     done.map_err(Error::origin("zeroing"))?;
                     start = run.end;
                 }

@@ -44,6 +44,9 @@ pub fn settled_as(selection: &ExtentSet) -> Settled {
     Settled { meta: note_of(selection), low: ExtentSet::new() }
 }
 
+/// What the machine's random bytes come to.
+const UUID: [u8; 16] = [7, 7, 7, 7, 7, 7, 0x47, 7, 0x87, 7, 7, 7, 7, 7, 7, 7];
+
 /// Nobody is to fail because time passes.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -196,7 +199,7 @@ pub fn check(
         volume.abandon();
         return Ok(None);
     }
-    verify(&machine, &volume, is_cut, may_fail).map_err(story)?;
+    verify(&machine, &volume, is_cut, way.is_write_through, may_fail).map_err(story)?;
     if dice.chance(25) {
         tally.went_on += 1;
         go_on(&machine, &volume, way, may_fail)?;
@@ -230,7 +233,7 @@ fn check_refused(
         }
         Ok(volume) => {
             // It was killed before anybody was told: nobody can have been told that all is well.
-            let looked = verify(machine, &volume, is_cut, true);
+            let looked = verify(machine, &volume, is_cut, way.is_write_through, true);
             volume.abandon();
             looked.map(|()| None)
         }
@@ -254,6 +257,7 @@ fn verify(
     machine: &Machine,
     volume: &Arc<Volume>,
     is_cut: bool,
+    is_write_through: bool,
     may_fail: bool,
 ) -> Result<(), String> {
     let mut model = machine.model().clone();
@@ -329,6 +333,9 @@ fn verify(
     model.check_live(&live, is_cut)?;
     check_snapshots(volume, &mut model, may_fail)?;
     model.settle(&live, is_cut);
+    if is_write_through {
+        model.lose_all_bits();
+    }
     check_changed(volume, &model, &live, may_fail)?;
     check_store(machine, volume, may_fail)?;
     model.creating = None;
@@ -385,8 +392,9 @@ pub fn check_changed(
             }
             for block in changed.iter().flat_map(|e| e.start..e.end) {
                 ensure!(
-                    model.may_have_changed(since, block) || may_fail,
-                    "P5: block {block} was not written since {since} and is in {changed:?}"
+                    model.may_have_changed(since, until, block) || may_fail,
+                    "P5: block {block} was not written from {since} to {until:?} and is in \
+                     {changed:?}"
                 );
             }
         }
@@ -531,12 +539,7 @@ pub fn describe(machine: &Arc<Machine>) -> String {
                 writeln!(text, "  {name} page {page}/{length} {:?}", String::from_utf8_lossy(&b));
         }
     }
-    match scan(
-        &segments,
-        [7, 7, 7, 7, 7, 7, 0x47, 7, 0x87, 7, 7, 7, 7, 7, 7, 7],
-        4096,
-        &BTreeSet::new(),
-    ) {
+    match scan(&segments, UUID, 4096, &BTreeSet::new()) {
         Ok(found) => {
             for (number, s) in &found.segments {
                 let _ = writeln!(text, "  segment {number} {:?}", s.header);

@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use stillblock_core::buffer::{Arena, BufferIdentity, LeftBuffer};
+use stillblock_core::buffer::{Arena, ArenaSize, BufferIdentity, LeftBuffer};
 use stillblock_core::error::{Error, Result as EngineResult};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::storage::Directory;
@@ -125,11 +125,10 @@ impl Host for Without {
     fn new_buffer(
         &self,
         path: &Path,
-        slot_count: u32,
-        block_size: u64,
+        size: ArenaSize,
         identity: &BufferIdentity,
     ) -> io::Result<Arc<Arena>> {
-        self.0.new_buffer(path, slot_count, block_size, identity)
+        self.0.new_buffer(path, size, identity)
     }
     fn left_buffer(&self, path: &Path) -> io::Result<Option<Result<LeftBuffer, u32>>> {
         self.0.left_buffer(path)

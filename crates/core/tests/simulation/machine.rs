@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use stillblock_core::buffer::{Arena, BufferIdentity, LeftBuffer};
+use stillblock_core::buffer::{Arena, ArenaSize, BufferIdentity, LeftBuffer};
 use stillblock_core::error::{Error, Result};
 use stillblock_core::index::run::run_number;
 use stillblock_core::journal::OriginIdentity;
@@ -22,6 +22,8 @@ pub const ORIGIN: &str = "/disk.img";
 pub const STORE: &str = "/store";
 pub const LOG: &str = "/store/log";
 const BUFFERS: &str = "/memory";
+/// Regions that are open at once; a disk has one or two.
+const REGIONS_MAX: u32 = 2;
 
 /// A write buffer in memory.
 enum Buffer {
@@ -337,7 +339,12 @@ impl Stop {
     /// The machine after the power came back.
     pub fn cut(&self, mut dice: Dice) -> Arc<Machine> {
         let world = self.world.cut(&mut dice);
-        let model = self.model.clone();
+        let mut model = self.model.clone();
+        // What was written there is gone with the memory: all of it counts as changed, and no more
+        // than that.
+        for region in self.left.values().flat_map(|left| &left.regions) {
+            model.lose_bits(region.epoch, region.blocks);
+        }
         let made =
             Machine::made(world, BTreeMap::new(), self.boot + 1, self.slot_count, model, dice);
         *made.pair() = self.pair.clone();
@@ -573,12 +580,13 @@ impl Host for SimHost {
     fn new_buffer(
         &self,
         path: &Path,
-        _: u32,
-        block_size: u64,
+        size: ArenaSize,
         identity: &BufferIdentity,
     ) -> io::Result<Arc<Arena>> {
-        // Few slots: a full buffer is part of what is simulated.
-        let arena = Arc::new(Arena::outliving(self.0.slot_count, block_size, identity)?);
+        // Few slots and regions: a full buffer is part of what is simulated.
+        let regions = size.regions.min(if self.0.slot_count < 10 { 1 } else { REGIONS_MAX });
+        let size = ArenaSize { slots: self.0.slot_count, regions, ..size };
+        let arena = Arc::new(Arena::outliving(size, identity)?);
         held(&self.0.buffers).insert(path.to_path_buf(), Buffer::Open(Arc::clone(&arena)));
         Ok(arena)
     }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use stillblock_core::extent::{Extent, ExtentSet};
+use stillblock_core::regions::region_blocks;
 
 pub const CELL: usize = 256;
 pub const CELLS_A_BLOCK: usize = 4096 / CELL;
@@ -87,6 +88,9 @@ pub struct Model {
     pub snapshots: BTreeMap<u32, Snapshot>,
     pub creating: Option<Snapshot>,
     pub restoring: Option<Restore>,
+    /// By epoch, blocks of regions that were open at a stop which took their bits: they count as
+    /// changed, written or not.
+    excess: BTreeMap<u32, ExtentSet>,
     /// The power was cut and nobody has looked since: what was not durable may be gone.
     pub was_cut: bool,
     /// A client was told that the origin failed.
@@ -112,6 +116,7 @@ impl Model {
             snapshots: BTreeMap::new(),
             creating: None,
             restoring: None,
+            excess: BTreeMap::new(),
             was_cut: false,
             is_failure_told: false,
         }
@@ -355,13 +360,34 @@ impl Model {
         tracked.iter().flat_map(|e| e.start..e.end).filter(differs).collect()
     }
 
-    /// True if anything was written to the block since an instant began.
-    pub fn may_have_changed(&self, epoch: u32, block: u64) -> bool {
-        let snapshot = &self.snapshots[&epoch];
-        self.cells_of(block).any(|c| {
-            let first = snapshot.low[c] + 1;
-            self.cells[c].versions[first..].iter().any(|v| v.value != UNKNOWN)
-        })
+    /// True if anything was written to the block from an instant on, to another one or to now, or
+    /// if it lay in an open region whose bits are gone.
+    pub fn may_have_changed(&self, since: u32, until: Option<u32>, block: u64) -> bool {
+        let (from, to) = (&self.snapshots[&since], until.map(|epoch| &self.snapshots[&epoch]));
+        let mut excess = self.excess.range(since..until.unwrap_or(u32::MAX));
+        excess.any(|(_, blocks)| blocks.contains(block))
+            || self.cells_of(block).any(|c| {
+                let last = to.map_or(self.cells[c].last_issued(), |to| to.high[c]);
+                last > from.low[c]
+            })
+    }
+
+    /// What was written in this region is known to nobody any more.
+    pub fn lose_bits(&mut self, epoch: u32, region: Extent) {
+        let known = self.excess.entry(epoch).or_default();
+        *known = known.union(&ExtentSet::from_extent(region));
+    }
+
+    /// The same where no bits outlive the process: of every region that may be open, in which
+    /// something was written since the last instant that anybody asks for.
+    pub fn lose_all_bits(&mut self) {
+        let Some(&epoch) = self.snapshots.keys().next_back() else { return };
+        let span = region_blocks(4096);
+        let written = |block: &u64| self.may_have_changed(epoch, None, *block);
+        let written: Vec<u64> = (0..self.block_count()).filter(written).collect();
+        for number in written.into_iter().map(|block| block / span) {
+            self.lose_bits(epoch, Extent::new(number * span, (number + 1) * span));
+        }
     }
 
     pub fn forget_if_gone(&mut self, epoch: u32) {

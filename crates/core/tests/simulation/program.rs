@@ -7,7 +7,7 @@ use crate::check::{
 };
 use crate::dice::Dice;
 use crate::machine::{FaultPlan, Machine, ORIGIN, STORE, SimHost, Stop, Target};
-use crate::model::{CELL, Model, Restore, UNKNOWN};
+use crate::model::{CELL, CELLS_A_BLOCK, Model, Restore, UNKNOWN};
 use shuttle::sync::RwLock;
 use std::ops::Range;
 use std::sync::Arc;
@@ -37,6 +37,8 @@ struct Program {
     way: Way,
     dice: Dice,
     faults: Faults,
+    /// Snapshots are deleted and leave bookmarks: most blocks are tracked, and nothing is preserved.
+    prefers_bookmarks: bool,
     /// Stops of a session that are looked at.
     stops_max: usize,
     tally: Tally,
@@ -49,6 +51,7 @@ struct Session {
     /// Writers share it; a restore has it alone, so that it is known what it found.
     gate: RwLock<()>,
     has_faults: bool,
+    prefers_bookmarks: bool,
     problem: std::sync::Mutex<Option<String>>,
 }
 
@@ -81,9 +84,11 @@ impl Session {
 
 /// Write, read and flush for a while.
 fn client(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String> {
+    let writes = if session.prefers_bookmarks { 50 } else { 62 };
     for _ in 0..steps {
         let _gate = session.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match dice.below(100) {
+        let chosen = dice.below(100);
+        match if chosen < 62 && chosen >= writes { 99 } else { chosen } {
             0..62 => write(session, dice)?,
             62..70 => trim(session, dice)?,
             70..84 => read(session, dice)?,
@@ -100,8 +105,18 @@ fn client(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String
     Ok(())
 }
 
-fn pick_range(model: &Model, dice: &mut Dice) -> Range<usize> {
+/// Cells next to one another; `is_small`: of one block, so that others of its region are left.
+fn pick_range(model: &Model, dice: &mut Dice, is_small: bool) -> Range<usize> {
     let count = model.cell_count();
+    if is_small && dice.chance(70) {
+        let block = dice.below(count.div_ceil(CELLS_A_BLOCK)) * CELLS_A_BLOCK;
+        let end = (block + CELLS_A_BLOCK).min(count);
+        return if dice.chance(70) {
+            block..end
+        } else {
+            block..block + 1 + dice.below(end - block)
+        };
+    }
     let first = if dice.chance(40) { dice.below(count) / 16 * 16 } else { dice.below(count) };
     let most = [1, 16, 16, 40, count][dice.below(5)];
     first..first + 1 + dice.below((count - first).min(most))
@@ -116,7 +131,7 @@ fn write(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let (is_zero, fua) = (dice.chance(15), dice.chance(12));
     let (range, value, (at, length)) = {
         let mut model = session.machine.model();
-        let range = pick_range(&model, dice);
+        let range = pick_range(&model, dice, session.prefers_bookmarks);
         let Some(value) = model.begin_write(range.clone(), is_zero) else { return Ok(()) };
         let place = place(&model, &range);
         (range, value, place)
@@ -139,7 +154,7 @@ fn write(session: &Session, dice: &mut Dice) -> Result<(), String> {
 fn trim(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let (range, (at, length)) = {
         let mut model = session.machine.model();
-        let range = pick_range(&model, dice);
+        let range = pick_range(&model, dice, session.prefers_bookmarks);
         if model.begin_write(range.clone(), true).is_none() {
             return Ok(());
         }
@@ -161,7 +176,7 @@ fn trim(session: &Session, dice: &mut Dice) -> Result<(), String> {
 fn read(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let (range, (at, length), acked) = {
         let model = session.machine.model();
-        let range = pick_range(&model, dice);
+        let range = pick_range(&model, dice, session.prefers_bookmarks);
         let place = place(&model, &range);
         (range, place, model.acked())
     };
@@ -175,6 +190,10 @@ fn read(session: &Session, dice: &mut Dice) -> Result<(), String> {
 /// Take snapshots and let them go.
 fn keeper(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String> {
     for _ in 0..steps {
+        if session.prefers_bookmarks && dice.chance(55) {
+            leave_bookmark(session)?;
+            continue;
+        }
         match dice.below(100) {
             0..40 => snapshot(session, dice)?,
             40..52 => delete(session, dice)?,
@@ -201,22 +220,46 @@ fn pick_selection(model: &Model, dice: &mut Dice) -> ExtentSet {
         .collect()
 }
 
+fn pick_few(model: &Model, dice: &mut Dice) -> ExtentSet {
+    let blocks = 0..model.block_count();
+    blocks.filter(|_| dice.chance(20)).map(Extent::single).collect()
+}
+
 fn pick_snapshot(model: &Model, dice: &mut Dice) -> Option<u32> {
     let live = model.snapshots.iter().filter(|(_, s)| s.is_certain());
     let live: Vec<u32> = live.map(|(&epoch, _)| epoch).collect();
     live.get(dice.below(live.len())).copied()
 }
 
+/// Take a snapshot and leave its bookmark only: what is written then is tracked and not preserved.
+fn leave_bookmark(session: &Session) -> Result<(), String> {
+    let all = session.machine.model().all_blocks();
+    let Some(epoch) = take_snapshot(session, all)? else { return Ok(()) };
+    look_at(session, epoch)?;
+    bookmark_one(session, epoch)?;
+    delete_one(session, epoch)
+}
+
 fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
-    let selection = {
+    let mut selection = pick_selection(&session.machine.model(), dice);
+    if session.prefers_bookmarks {
+        // Most blocks stay tracked only.
+        selection = selection.intersection(&pick_few(&session.machine.model(), dice));
+    }
+    match take_snapshot(session, selection)? {
+        Some(epoch) if dice.chance(70) => look_at(session, epoch),
+        _ => Ok(()),
+    }
+}
+
+fn take_snapshot(session: &Session, selection: ExtentSet) -> Result<Option<u32>, String> {
+    {
         let mut model = session.machine.model();
         if model.snapshots.len() > 6 {
-            return Ok(());
+            return Ok(None);
         }
-        let selection = pick_selection(&model, dice);
         model.begin_snapshot(selection.clone());
-        selection
-    };
+    }
     let meta = Vec::new();
     let taken = session.volume.snapshot(SnapshotRequest {
         selection,
@@ -228,14 +271,12 @@ fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let done = session.must("a snapshot", taken);
     let Some(taken) = done? else {
         session.machine.model().creating = None;
-        return Ok(());
+        return Ok(None);
     };
-    {
-        let mut model = session.machine.model();
-        let snapshot = model.taken().ok_or("taken twice")?;
-        model.snapshots.insert(taken.epoch, snapshot);
-    }
-    if dice.chance(70) { look_at(session, taken.epoch) } else { Ok(()) }
+    let mut model = session.machine.model();
+    let snapshot = model.taken().ok_or("taken twice")?;
+    model.snapshots.insert(taken.epoch, snapshot);
+    Ok(Some(taken.epoch))
 }
 
 fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
@@ -259,15 +300,18 @@ fn look(session: &Session, dice: &mut Dice) -> Result<(), String> {
 }
 
 fn delete(session: &Session, dice: &mut Dice) -> Result<(), String> {
-    let picked = {
+    let picked = pick_snapshot(&session.machine.model(), dice);
+    picked.map_or(Ok(()), |epoch| delete_one(session, epoch))
+}
+
+fn delete_one(session: &Session, epoch: u32) -> Result<(), String> {
+    {
         let mut model = session.machine.model();
-        let picked = pick_snapshot(&model, dice);
-        if let Some(epoch) = picked {
-            model.snapshots.get_mut(&epoch).expect("picked").is_deleting = true;
-        }
-        picked
-    };
-    let Some(epoch) = picked else { return Ok(()) };
+        let Some(snapshot) = model.snapshots.get_mut(&epoch).filter(|s| s.is_certain()) else {
+            return Ok(());
+        };
+        snapshot.is_deleting = true;
+    }
     let deleted = session.volume.delete_snapshot(epoch, false);
     let is_busy = matches!(deleted, Err(Error::RestoreRunning(_) | Error::InUse(_)));
     session.machine.tell(|| format!("delete {epoch}: {deleted:?}"));
@@ -341,16 +385,18 @@ fn bookmark(session: &Session, dice: &mut Dice) -> Result<(), String> {
         }
         return Ok(());
     }
-    let picked = {
+    let picked = pick_snapshot(&session.machine.model(), dice);
+    picked.map_or(Ok(()), |epoch| bookmark_one(session, epoch))
+}
+
+fn bookmark_one(session: &Session, epoch: u32) -> Result<(), String> {
+    {
         let mut model = session.machine.model();
-        let picked = pick_snapshot(&model, dice);
-        let unmarked = picked.filter(|e| model.snapshots[e].bookmark.is_none());
-        if let Some(epoch) = unmarked {
-            model.snapshots.get_mut(&epoch).expect("picked").is_bookmarking = true;
-        }
-        unmarked
-    };
-    let Some(epoch) = picked else { return Ok(()) };
+        let picked = model.snapshots.get_mut(&epoch);
+        let unmarked = picked.filter(|s| s.is_certain() && s.bookmark.is_none());
+        let Some(snapshot) = unmarked else { return Ok(()) };
+        snapshot.is_bookmarking = true;
+    }
     let done = session.must("a bookmark", session.volume.bookmark(epoch, Vec::new()))?;
     let mut model = session.machine.model();
     let snapshot = model.snapshots.get_mut(&epoch).expect("picked");
@@ -433,17 +479,24 @@ impl Program {
             volume: Arc::clone(volume),
             gate: RwLock::new(()),
             has_faults: self.faults != Faults::None,
+            prefers_bookmarks: self.prefers_bookmarks,
             problem: std::sync::Mutex::default(),
         });
         let mut threads = Vec::new();
+        if self.prefers_bookmarks {
+            session.note(leave_bookmark(&session));
+        }
+        let (client_steps, keeper_steps) = if self.prefers_bookmarks { (14, 2) } else { (8, 7) };
         for _ in 0..=self.dice.below(3) {
             let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
             threads.push(shuttle::thread::spawn(move || {
-                session.note(client(&session, &mut dice, 8));
+                session.note(client(&session, &mut dice, client_steps));
             }));
         }
         let mut dice = self.dice.fork();
-        session.note(keeper(&session, &mut dice, 7));
+        if !self.prefers_bookmarks || dice.chance(60) {
+            session.note(keeper(&session, &mut dice, keeper_steps));
+        }
         for thread in threads {
             thread.join().map_err(|_| "a client panicked")?;
         }
@@ -571,7 +624,8 @@ pub fn new_machine(size_bytes: u64, slot_count: u32, dice: Dice) -> Result<Arc<M
 /// Run the program of a seed.
 pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String> {
     let mut dice = Dice::new(seed);
-    let blocks = 3 + dice.below(8) as u64;
+    let prefers_bookmarks = dice.chance(35);
+    let blocks = if prefers_bookmarks { 6 + dice.below(8) } else { 3 + dice.below(8) } as u64;
     let tail = [0, 0, 512, 1280, 768, 4000][dice.below(6)] / 256 * 256;
     let size_bytes = blocks * 4096 + tail;
     let slot_count = [5, 12, 40][dice.below(3)];
@@ -581,7 +635,15 @@ pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String>
         has_faults: faults != Faults::None,
     };
     let machine = new_machine(size_bytes, slot_count, dice.fork())?;
-    let mut program = Program { machine, way, dice, faults, stops_max, tally: Tally::default() };
+    let mut program = Program {
+        machine,
+        way,
+        dice,
+        faults,
+        prefers_bookmarks,
+        stops_max,
+        tally: Tally::default(),
+    };
     program.run()?;
     Ok(program.tally)
 }

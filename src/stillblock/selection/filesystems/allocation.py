@@ -7,6 +7,9 @@ from typing import Final
 
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 
+CLAIMED_MAX: Final = 1 << 31
+"""Clusters; what is claimed takes a bit each, 256 MiB then. 8 TiB of the 4 KiB clusters usual in
+NTFS, 64 TiB of the 32 KiB ones usual in exFAT."""
 FREE_RUNS_MAX: Final = 1_000_000
 """Some 120 MiB in memory: free space in more pieces than that is not told."""
 _SPANS: Final = re.compile(rb"\x00+|\xff+|[^\x00\xff]+", re.DOTALL)
@@ -76,7 +79,10 @@ def clear_runs(pieces: Iterable[bytes], *, count: int) -> list[tuple[int, int]]:
 class Claims:
     """Which clusters somebody says are his: each may be claimed once."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, what: str) -> None:
+        """Take how many clusters there are; raise `UnresolvedError` if `what` has too many."""
+        if count > CLAIMED_MAX:
+            raise UnresolvedError(f"{what} has {count} clusters, more than {CLAIMED_MAX} supported")
         self._count = count
         self._bits = bytearray((count + 7) // 8)
 

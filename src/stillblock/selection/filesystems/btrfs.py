@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
-from stillblock.extents import normalise, subtract, union
+from stillblock.extents import complement, normalise, subtract, union
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.btrfs_format import (
@@ -71,11 +71,6 @@ _BLOCK_GROUP_ITEM: Final = 192
 _INODE: Final = struct.Struct("<QQQ8x8xIIII8x8x8x32x12x12xQI12x")
 assert _INODE.size == 160
 _ROOT_REFERENCE_HEAD: Final = struct.Struct("<Q8xH")
-_KINDS: Final = {
-    stat.S_IFREG: FileKind.REGULAR,
-    stat.S_IFDIR: FileKind.DIRECTORY,
-    stat.S_IFLNK: FileKind.SYMLINK,
-}
 
 
 def open_btrfs(disk: Disk) -> "Btrfs":
@@ -171,29 +166,29 @@ class Btrfs:
         in_chunks = normalise(
             (copy, copy + chunk.length) for chunk in self._trees.map.chunks for copy in chunk.copies
         )
-        found = list(subtract(((0, device_bytes),), in_chunks))
+        found = list(complement(in_chunks, size=device_bytes))
         used = self._used_by_block_groups()
-        chunks = iter(self._trees.map.chunks)
-        chunk: Chunk | None = next(chunks, None)
-        position = total = 0
-        if chunk is not None:
-            position = chunk.start
-        for start, end in self._allocated():
-            while chunk is not None and start >= chunk.end:
-                self._finish_chunk(chunk, position, total, used, found)
-                chunk = next(chunks, None)
-                total = 0
-                position = chunk.start if chunk is not None else 0
-            if chunk is None or start < position or end > chunk.end:
-                raise UnresolvedError(f"btrfs: the extent at address {start} is not in a chunk")
-            self._add_free(chunk, position, start, found)
-            position = end
-            total += end - start
-        while chunk is not None:
-            self._finish_chunk(chunk, position, total, used, found)
-            chunk = next(chunks, None)
-            total = 0
-            position = chunk.start if chunk is not None else 0
+        allocated = self._allocated()
+        extent = next(allocated, None)
+        for chunk in self._trees.map.chunks:
+            position, total = chunk.start, 0
+            while extent is not None and extent[0] < chunk.end:
+                start, end = extent
+                if start < position or end > chunk.end:
+                    raise _in_no_chunk(start)
+                self._add_free(chunk, position, start, found)
+                position = end
+                total += end - start
+                extent = next(allocated, None)
+            self._add_free(chunk, position, chunk.end, found)
+            told = used.get((chunk.start, chunk.length))
+            if told != total:
+                raise UnresolvedError(
+                    f"btrfs: the chunk at address {chunk.start} says that {told} bytes are in use, "
+                    f"and {total} are"
+                )
+        if extent is not None:
+            raise _in_no_chunk(extent[0])
         return subtract(normalise(found), self.fixed())
 
     def fixed(self) -> Extents:
@@ -261,7 +256,7 @@ class Btrfs:
             node = Node(
                 number=number,
                 generation=generation,
-                kind=_KINDS.get(stat.S_IFMT(mode), FileKind.OTHER),
+                kind=FileKind.of_mode(mode),
                 size=size,
                 links=links,
                 mode=stat.S_IMODE(mode),
@@ -336,22 +331,6 @@ class Btrfs:
                     used[item[0], item[2]] = int.from_bytes(leaf.value(item)[:8], "little")
         return used
 
-    def _finish_chunk(
-        self,
-        chunk: Chunk,
-        position: int,
-        total: int,
-        used: dict[tuple[int, int], int],
-        found: list[Extent],
-    ) -> None:
-        self._add_free(chunk, position, chunk.end, found)
-        told = used.get((chunk.start, chunk.length))
-        if told != total:
-            raise UnresolvedError(
-                f"btrfs: the chunk at address {chunk.start} says that {told} bytes are in use, and "
-                f"{total} are"
-            )
-
     def _add_free(self, chunk: Chunk, start: int, end: int, found: list[Extent]) -> None:
         if start < end:
             found.extend(
@@ -359,6 +338,10 @@ class Btrfs:
             )
             if len(found) > FREE_EXTENTS_MAX:
                 raise UnresolvedError(f"btrfs: more than {FREE_EXTENTS_MAX} free extents")
+
+
+def _in_no_chunk(address: int) -> UnresolvedError:
+    return UnresolvedError(f"btrfs: the extent at address {address} is not in a chunk")
 
 
 def _parts(number: int) -> tuple[int, int]:

@@ -1,32 +1,48 @@
 """The edge of every reader of our own: what a damaged number leads to becomes one error."""
 
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
 
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 
 T = TypeVar("T")
 
 
-@contextmanager
-def damage_is_unresolved(what: str) -> Iterator[None]:
+_SENSELESS: Final = (
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    ValueError,
+    struct.error,
+)
+"""What Python raises for numbers that cannot be."""
+
+
+class damage_is_unresolved:  # noqa: N801, entered like contextlib.suppress
     """Turn what Python raises for senseless numbers into `UnresolvedError`.
 
     Readers check what they rely on; this is for what a check forgot. A disk's own errors pass.
     """
-    try:
-        yield
-    except (
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        ValueError,
-        struct.error,
-    ) as error:
-        raise UnresolvedError(f"{what} is damaged: {type(error).__name__}: {error}") from error
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        """Say what is read, for the error."""
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Begin. It runs for every file: a class is five times as fast as a generator."""
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
+    ) -> None:
+        """Raise `UnresolvedError` in the place of what it is made of."""
+        if isinstance(error, _SENSELESS):
+            raise UnresolvedError(
+                f"{self._what} is damaged: {type(error).__name__}: {error}"
+            ) from error
 
 
 class Verdict(Generic[T]):

@@ -31,11 +31,10 @@ from stillblock.selection.filesystems.filesystem import (
     Node,
     Run,
     UnresolvedError,
+    add_run,
     read_runs,
 )
 
-CLUSTERS_MAX: Final = 1 << 31
-"""What is claimed takes a bit each, 256 MiB then; 64 TiB of the 32 KiB clusters that are usual."""
 _DIRECTORY_BYTES_MAX: Final = 256 << 20
 """The specification's limit."""
 _METADATA_RUNS_MAX: Final = 1_000_000
@@ -159,22 +158,10 @@ class ExFat:
         found: list[Run] = []
         offset = 0
         for begin, end in self._extents(data):
-            # What was never written reads as zeros, whatever lies there.
-            written = end - begin
-            if valid_length < data.length:
-                written = min(written, max(0, valid_length - offset))
-            if written:
-                found.append(Run(offset, written, begin))
-            if begin + written < end:
-                found.append(
-                    Run(
-                        offset + written,
-                        end - begin - written,
-                        begin + written,
-                        is_unwritten=True,
-                    )
-                )
-            offset += end - begin
+            length = end - begin
+            written = valid_length - offset if valid_length < data.length else length
+            add_run(found, offset=offset, length=length, start=begin, written=written)
+            offset += length
         return tuple(found)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
@@ -213,11 +200,7 @@ class ExFat:
     def _find_metadata(self) -> Extents:
         """Return what is no file's data, after checking that what is claimed is claimed once."""
         boot = self._boot
-        if boot.cluster_count > CLUSTERS_MAX:
-            raise UnresolvedError(
-                f"exFAT has {boot.cluster_count} clusters, more than {CLUSTERS_MAX} supported"
-            )
-        claims = Claims(boot.cluster_count)
+        claims = Claims(boot.cluster_count, what="exFAT")
         metadata: list[Extent] = [(0, boot.heap_offset)]
 
         def claim(data: Allocation, who: str) -> list[Extent]:

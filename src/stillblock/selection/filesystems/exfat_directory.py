@@ -3,13 +3,13 @@
 Source: Microsoft, "exFAT file system specification", revision 1.00.
 """
 
-import datetime as dt
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final, NamedTuple
 
 from stillblock.selection.disk import Disk, read_exactly
+from stillblock.selection.filesystems.dos_time import seconds_of
 from stillblock.selection.filesystems.fat_table import FIRST_CLUSTER, TableShape
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 from stillblock.selection.filesystems.names import checked_name, text_of_utf16
@@ -236,20 +236,10 @@ def _set_checksum(entries: bytes) -> int:
 
 def _modified_ns(primary: bytes) -> int:
     """Return the time of the last change; local time is taken for UTC where no zone is given."""
-    stamp = int.from_bytes(primary[12:16], "little")
+    seconds = seconds_of(int.from_bytes(primary[12:16], "little"))
+    if seconds is None:
+        return 0
     zone = primary[23]
     quarters = (zone & 0x7F) - (0x80 if zone & 0x40 else 0) if zone & 0x80 else 0
-    try:
-        moment = dt.datetime(
-            1980 + (stamp >> 25),
-            stamp >> 21 & 15,
-            stamp >> 16 & 31,
-            stamp >> 11 & 31,
-            stamp >> 5 & 63,
-            (stamp & 31) * 2,
-            tzinfo=dt.UTC,
-        )
-    except ValueError:
-        return 0
-    seconds = int(moment.timestamp()) - quarters * 15 * 60
+    seconds -= quarters * 15 * 60
     return seconds * 1_000_000_000 + min(primary[21], 199) * 10_000_000

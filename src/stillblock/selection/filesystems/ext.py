@@ -82,7 +82,7 @@ class ExtFilesystem:
         self._groups = Groups(disk, superblock)
         self._map = BlockMap(disk, superblock)
         self._recent: dict[int, Inode] = {}
-        self._fixed: Extents | None = None
+        self._fixed = Verdict(self._find_fixed)
         self._check_claims = Verdict(self._find_claims)
 
     @property
@@ -166,10 +166,8 @@ class ExtFilesystem:
 
     def fixed(self) -> Extents:
         """Return the tables of all groups, the journal, and the files without a name."""
-        if self._fixed is None:
-            with damage_is_unresolved("a file without a name"):
-                self._fixed = self._find_fixed()
-        return self._fixed
+        with damage_is_unresolved("a file without a name"):
+            return self._fixed()
 
     def _find_claims(self) -> None:
         if not self._superblock.has_checksums:

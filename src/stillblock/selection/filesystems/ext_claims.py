@@ -11,7 +11,6 @@ from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.ext_groups import Groups
 from stillblock.selection.filesystems.ext_inode import (
     BlockMap,
-    Flag,
     Inode,
     has_blocks,
     parse_inode,
@@ -57,7 +56,7 @@ def check_claims(disk: Disk, superblock: Superblock, groups: Groups) -> None:
 
 
 def _claim(claims: list[int], inode: Inode, block_map: BlockMap, block_size: int) -> None:
-    if not has_blocks(inode) or inode.flags & Flag.INLINE_DATA:
+    if not has_blocks(inode):
         return
     runs, tree = block_map.follow(inode)
     claims += [block << _COUNT_BITS | 1 for block in tree]

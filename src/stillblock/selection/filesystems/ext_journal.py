@@ -12,6 +12,7 @@ Format: the Linux kernel's Documentation/filesystems/ext4, "Journal (jbd2)"; big
 
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -393,14 +394,7 @@ class _Log:
     def _place(self, position: int) -> int:
         """Return where a block of the log lies, in bytes."""
         offset = position * self._block_size
-        low, high = 0, len(self._runs)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._runs[middle].offset <= offset:
-                low = middle
-            else:
-                high = middle
-        run = self._runs[low]
+        run = self._runs[bisect_right(self._runs, offset, key=lambda run: run.offset) - 1]
         assert run.start is not None
         assert run.offset <= offset < run.offset + run.length
         return run.start + offset - run.offset

@@ -115,7 +115,6 @@ class Superblock:
     checksum_seed: int
     """CRC-32C of what comes first in every checksum of metadata_csum."""
     journal_inode: int
-    journal_device: int
     hidden_inodes: tuple[int, ...]
     """Files that have no name: resize, quota and orphan file; the journal is not among them."""
     mmp_block: int
@@ -247,7 +246,6 @@ def _parse(raw: bytes) -> Superblock:
         has_large_directories=bool(incompat & Incompat.LARGEDIR),
         checksum_seed=checksum_seed,
         journal_inode=_u32(raw, 0xE0),
-        journal_device=_u32(raw, 0xE4),
         hidden_inodes=_hidden_inodes(raw, compat, ro_compat),
         mmp_block=_u64(raw, 0x168) if incompat & Incompat.MMP else 0,
         is_clean=bool(state & _STATE_CLEAN),

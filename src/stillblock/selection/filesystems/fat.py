@@ -5,7 +5,6 @@ in for them: the copies of the table agree, and every chain that a directory giv
 and is no one else's. Nothing is left out of a filesystem where one of that is not so.
 """
 
-import datetime as dt
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -15,6 +14,7 @@ from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.allocation import Claims
 from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.damage import Verdict, damage_is_unresolved
+from stillblock.selection.filesystems.dos_time import seconds_of
 from stillblock.selection.filesystems.fat_table import Table, parse_boot_sector
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
@@ -242,7 +242,7 @@ class Fat:
         A chain that meets a free cluster raises, so what is claimed is allocated.
         """
         boot = self._boot
-        claims = Claims(boot.cluster_count)
+        claims = Claims(boot.cluster_count, what="FAT")
         metadata: list[Extent] = [(0, boot.data_offset)]
 
         def claim(cluster: int, who: str) -> list[Extent]:
@@ -320,18 +320,4 @@ def _short_name(raw: bytes) -> str:
 
 def _modified_ns(raw: bytes) -> int:
     """Return the time of the last change, as if local time were UTC; 0 if there is none."""
-    time = int.from_bytes(raw[22:24], "little")
-    date = int.from_bytes(raw[24:26], "little")
-    try:
-        moment = dt.datetime(
-            1980 + (date >> 9),
-            date >> 5 & 15,
-            date & 31,
-            time >> 11,
-            time >> 5 & 63,
-            (time & 31) * 2,
-            tzinfo=dt.UTC,
-        )
-    except ValueError:
-        return 0
-    return int(moment.timestamp()) * 1_000_000_000
+    return (seconds_of(int.from_bytes(raw[22:26], "little")) or 0) * 1_000_000_000

@@ -4,6 +4,7 @@ Offsets and sizes are bytes. `start` of a run and all extents count from the sta
 filesystem, whatever it lies on; callers translate them to the disk.
 """
 
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -35,6 +36,15 @@ class FileKind(StrEnum):
     SYMLINK = "symlink"
     OTHER = "other"
     """Devices, sockets, FIFOs, and what only one filesystem knows, such as a reparse point."""
+
+    @classmethod
+    def of_mode(cls, mode: int) -> "FileKind":
+        """Return what an inode's mode says; whatever is no file, directory or link is `OTHER`."""
+        if stat.S_ISREG(mode):
+            return cls.REGULAR
+        if stat.S_ISDIR(mode):
+            return cls.DIRECTORY
+        return cls.SYMLINK if stat.S_ISLNK(mode) else cls.OTHER
 
 
 class Run(NamedTuple):
@@ -157,6 +167,18 @@ def walk(filesystem: Filesystem) -> Iterator[tuple[str, Node]]:
                 break
         else:
             stack.pop()
+
+
+def add_run(found: list[Run], *, offset: int, length: int, start: int, written: int) -> None:
+    """Append a piece of which only the first `written` bytes, if any, were ever written.
+
+    The rest reads as zeros, whatever lies there.
+    """
+    written = min(length, max(0, written))
+    if written:
+        found.append(Run(offset, written, start))
+    if written < length:
+        found.append(Run(offset + written, length - written, start + written, is_unwritten=True))
 
 
 def read_runs(disk: Disk, runs: Iterable[Run], *, size: int, offset: int, length: int) -> bytes:

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from stillblock.extents import normalise
 from stillblock.model import Extent, Extents
+from stillblock.native import plain_file
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.allocation import Claims, clear_runs
 from stillblock.selection.filesystems.damage import Verdict, damage_is_unresolved
@@ -19,9 +20,16 @@ from stillblock.selection.filesystems.filesystem import (
     Node,
     Run,
     UnresolvedError,
+    add_run,
 )
 from stillblock.selection.filesystems.names import checked_name, text_of_utf16
-from stillblock.selection.filesystems.ntfs_files import File, MasterFileTable, first_piece
+from stillblock.selection.filesystems.ntfs_files import (
+    File,
+    MasterFileTable,
+    first_piece,
+    reference_of,
+    unix_ns,
+)
 from stillblock.selection.filesystems.ntfs_index import directory_names
 from stillblock.selection.filesystems.ntfs_records import (
     BITMAP,
@@ -38,7 +46,8 @@ from stillblock.selection.filesystems.ntfs_records import (
     VOLUME,
     VOLUME_INFORMATION,
     VOLUME_NAME,
-    Layout,
+    Attribute,
+    Record,
     Stream,
     join_pieces,
     parse_boot_sector,
@@ -50,8 +59,6 @@ from stillblock.selection.filesystems.ntfs_state import (
     check_volume_flags,
 )
 
-CLUSTERS_MAX: Final = 1 << 31
-"""8 TiB of 4 KiB clusters: what is claimed takes a bit each, 256 MiB then."""
 _METADATA_RUNS_MAX: Final = 1_000_000
 _EXTEND_FILES_MAX: Final = 100_000
 _BITMAP_PIECE: Final = 1 << 20
@@ -245,7 +252,9 @@ class Ntfs:
                     _check_flags(piece.flags)
             if not pieces[0].is_resident:
                 layout = join_pieces(pieces, self._geometry)
-                self._add_runs(layout, base, found)
+                self._add_runs(
+                    layout.runs, base, found, size=layout.size, initialised=layout.initialised
+                )
                 base += layout.allocated
         return tuple(found)
 
@@ -254,7 +263,6 @@ class Ntfs:
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a file's data lies; that of named streams is given past its allocation."""
         with damage_is_unresolved("NTFS"):
-            self._check_settled()
             self._metadata()
             summary = self._summary(node.number)
             if summary.node is not node and summary.node != node:
@@ -263,28 +271,25 @@ class Ntfs:
                 raise UnresolvedError(summary.reason)
             return summary.runs
 
-    def _add_runs(self, layout: Layout, base: int, found: list[Run]) -> None:
+    def _add_runs(
+        self,
+        pieces: Iterable[tuple[int, int, int | None]],
+        base: int,
+        found: list[Run],
+        *,
+        size: int,
+        initialised: int,
+    ) -> None:
+        """Add where a stream lies whose first byte is at `base`: VCN, clusters, LCN or a hole."""
         cluster_size = self._geometry.cluster_size
-        _, _, size, initialised = layout
-        for vcn, count, lcn in layout.runs:
+        for vcn, count, lcn in pieces:
             if lcn is None:
                 continue
             offset = vcn * cluster_size
             length = count * cluster_size
+            written = initialised - offset if initialised < size else length
             start = lcn * cluster_size
-            # Past the initialised size a file reads as zeros, whatever lies there.
-            written = length if initialised == size else min(length, max(0, initialised - offset))
-            if written:
-                found.append(Run(base + offset, written, start))
-            if written < length:
-                found.append(
-                    Run(
-                        base + offset + written,
-                        length - written,
-                        start + written,
-                        is_unwritten=True,
-                    )
-                )
+            add_run(found, offset=base + offset, length=length, start=start, written=written)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link; short at its end."""
@@ -312,7 +317,6 @@ class Ntfs:
     def free(self) -> Extents:
         """Return what $Bitmap has not allocated; that nobody claims it was checked."""
         with damage_is_unresolved("NTFS"):
-            self._check_settled()
             self._metadata()
             size = self._geometry.cluster_size
             runs = clear_runs(self._bitmap_pieces(), count=self._geometry.cluster_count)
@@ -321,7 +325,6 @@ class Ntfs:
     def fixed(self) -> Extents:
         """Return the boot sectors, the system's files, directories and all else but files' data."""
         with damage_is_unresolved("NTFS"):
-            self._check_settled()
             return self._metadata()
 
     def _bitmap_pieces(self) -> Iterator[bytes]:
@@ -333,38 +336,79 @@ class Ntfs:
 
     def _find_metadata(self) -> Extents:
         """Return what is no file's data, after checking that what is claimed is claimed once."""
+        self._check_settled()
         geometry = self._geometry
-        if geometry.cluster_count > CLUSTERS_MAX:
-            raise UnresolvedError(
-                f"NTFS has {geometry.cluster_count} clusters, more than {CLUSTERS_MAX} supported"
-            )
-        claims = Claims(geometry.cluster_count)
+        claims = Claims(geometry.cluster_count, what="NTFS")
         system = self._system_records()
         metadata: list[Extent] = []
         room = _KEPT_MAX
-        for record in self._table.records_in_use():
-            owner = (record.base & REFERENCE_MASK) or record.number
-            is_system = owner < FIRST_USER or owner in system
-            attributes = record.attributes()
-            for attribute in attributes:
-                if attribute.is_resident:
+        for number, raw in self._table.raw_records():
+            is_system = number < FIRST_USER or number in system
+            summary = None if is_system else self._claim_plain(number, raw, claims)
+            if summary is None:
+                record = parse_record(raw, number=number)
+                if not record.is_in_use:
                     continue
-                is_metadata = is_system or record.is_directory or attribute.kind != DATA
-                for _, count, lcn in attribute.runs(cluster_count=geometry.cluster_count):
-                    if lcn is None:
-                        continue
-                    claims.claim(lcn, count, owner)
-                    if is_metadata:
-                        begin = lcn * geometry.cluster_size
-                        metadata.append((begin, begin + count * geometry.cluster_size))
-            if len(metadata) > _METADATA_RUNS_MAX:
-                raise UnresolvedError("its metadata lies in too many pieces to tell")
-            if room > 0 and not record.base and not is_system:
+                attributes = record.attributes()
+                owner = (record.base & REFERENCE_MASK) or number
+                is_system = owner < FIRST_USER or owner in system
+                metadata += self._claim(record, attributes, claims, is_system=is_system)
+                if len(metadata) > _METADATA_RUNS_MAX:
+                    raise UnresolvedError("its metadata lies in too many pieces to tell")
+                if room <= 0 or record.base or is_system:
+                    continue
                 summary = self._summarise(self._table.assemble(record, attributes))
-                self._kept[record.number] = summary
+            if room > 0:
+                self._kept[number] = summary
                 room -= 2 + len(summary.runs)
         claims.check_allocated(self._bitmap_pieces())
         return normalise([*metadata, *self._boot_sectors()])
+
+    def _claim(
+        self, record: Record, attributes: list[Attribute], claims: Claims, *, is_system: bool
+    ) -> Iterator[Extent]:
+        """Claim what a record has; yield what of it is no file's data."""
+        owner = (record.base & REFERENCE_MASK) or record.number
+        cluster_size = self._geometry.cluster_size
+        for attribute in attributes:
+            if attribute.is_resident:
+                continue
+            is_metadata = is_system or record.is_directory or attribute.kind != DATA
+            for _, count, lcn in attribute.runs(cluster_count=self._geometry.cluster_count):
+                if lcn is None:
+                    continue
+                claims.claim(lcn, count, owner)
+                if is_metadata:
+                    yield lcn * cluster_size, (lcn + count) * cluster_size
+
+    def _claim_plain(self, number: int, raw: bytes, claims: Claims) -> Summary | None:
+        """Claim what a file has that has nothing special; None if it is another kind of record."""
+        geometry = self._geometry
+        found = plain_file(
+            raw,
+            number=number,
+            cluster_size=geometry.cluster_size,
+            cluster_count=geometry.cluster_count,
+        )
+        if found is None:
+            return None
+        sequence, names, changed, size, layout = found
+        runs: list[Run] = []
+        if layout is not None:
+            for _, count, lcn in layout[0]:
+                if lcn is not None:
+                    claims.claim(lcn, count, number)
+            places, _, valid, initialised = layout
+            self._add_runs(places, 0, runs, size=valid, initialised=initialised)
+        node = Node(
+            number=number,
+            generation=sequence,
+            kind=FileKind.REGULAR,
+            size=size,
+            links=len(names),
+            modified_ns=unix_ns(changed),
+        )
+        return Summary(reference_of(number, sequence), names, node, tuple(runs), "")
 
     def _boot_sectors(self) -> Iterable[Extent]:
         sector = self._geometry.sector_size

@@ -38,7 +38,9 @@ _READ_AHEAD: Final = 1 << 20
 _REPARSE_BYTES_MAX: Final = 16 * 1024
 """NTFS's own limit of a reparse point."""
 
-_FILE_NAME: Final = Struct("<Q56xBB")
+NAME_HEAD: Final = Struct("<Q56xBB")
+"""Of a $FILE_NAME, which is the key of a directory's entry too: the directory, the length of the
+name, its namespace. The name follows."""
 _EPOCH_1601_100NS: Final = 116_444_736_000_000_000
 
 
@@ -61,12 +63,12 @@ class File:
     @property
     def reference(self) -> int:
         """As directories give it."""
-        return self.number | self.sequence << 48
+        return reference_of(self.number, self.sequence)
 
     @property
     def modified_ns(self) -> int:
         """Since 1970."""
-        return (self.changed - _EPOCH_1601_100NS) * 100 if self.changed else 0
+        return unix_ns(self.changed)
 
     @property
     def size(self) -> int:
@@ -75,6 +77,16 @@ class File:
         if data is None:
             return 0
         return len(data[0].value()) if data[0].is_resident else first_piece(data).sizes()[1]
+
+
+def reference_of(number: int, sequence: int) -> int:
+    """Return how other records and directories speak of a record."""
+    return number | sequence << 48
+
+
+def unix_ns(changed: int) -> int:
+    """Return nanoseconds since 1970 for 100 ns since 1601; 0 for 0, which is no time."""
+    return (changed - _EPOCH_1601_100NS) * 100 if changed else 0
 
 
 def first_piece(pieces: list[Attribute]) -> Attribute:
@@ -168,8 +180,8 @@ class MasterFileTable:
             raise UnresolvedError(f"MFT record {number} does not exist: it is damaged")
         return parse_record(raw, number=number)
 
-    def records_in_use(self) -> Iterator[Record]:
-        """Yield every record in use, in the order of their numbers."""
+    def raw_records(self) -> Iterator[tuple[int, bytes]]:
+        """Yield number and bytes of every record that may be in use, in their order."""
         size = self.geometry.record_size
         used = self._bitmap()
         at_once = _READ_AHEAD // size
@@ -181,13 +193,12 @@ class MasterFileTable:
                 is_used = used[number >> 3] >> (number & 7) & 1
                 if not is_used and (data[begin : begin + 4] != b"FILE" or not data[begin + 22] & 1):
                     continue
-                record = parse_record(data[begin : begin + size], number=number)
-                if record.is_in_use:
-                    if not is_used:
-                        raise UnresolvedError(
-                            f"MFT record {number} is in use and free at once: it is damaged"
-                        )
-                    yield record
+                raw = data[begin : begin + size]
+                if not is_used and parse_record(raw, number=number).is_in_use:
+                    raise UnresolvedError(
+                        f"MFT record {number} is in use and free at once: it is damaged"
+                    )
+                yield number, raw
 
     def _bitmap(self) -> bytes:
         """Return the bitmap of the records in use, lowest bit first."""
@@ -227,8 +238,8 @@ class MasterFileTable:
             kind = attribute.kind
             if kind == FILE_NAME:
                 value = attribute.value()
-                parent, length, namespace = _FILE_NAME.unpack_from(value)
-                name = value[66 : 66 + 2 * length]
+                parent, length, namespace = NAME_HEAD.unpack_from(value)
+                name = value[NAME_HEAD.size : NAME_HEAD.size + 2 * length]
                 if len(name) != 2 * length:
                     raise UnresolvedError(f"MFT record {record.number} has a damaged name")
                 if namespace != DOS_NAME:
@@ -273,7 +284,7 @@ class MasterFileTable:
     @staticmethod
     def _listed(part: Record, record: Record, reference: int) -> dict[tuple[int, int], Attribute]:
         """Return the attributes of a record that continues another, by type and instance."""
-        expected = record.number | record.sequence << 48
+        expected = reference_of(record.number, record.sequence)
         if not part.is_in_use or part.base != expected or part.sequence != reference >> 48:
             raise UnresolvedError(
                 f"MFT record {part.number} does not continue record {record.number}: it is damaged"

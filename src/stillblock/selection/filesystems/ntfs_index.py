@@ -5,7 +5,7 @@ from struct import Struct
 from typing import Final
 
 from stillblock.selection.filesystems.filesystem import UnresolvedError
-from stillblock.selection.filesystems.ntfs_files import DOS_NAME, File, MasterFileTable
+from stillblock.selection.filesystems.ntfs_files import DOS_NAME, NAME_HEAD, File, MasterFileTable
 from stillblock.selection.filesystems.ntfs_records import (
     FILE_NAME,
     INDEX_ALLOCATION,
@@ -22,11 +22,10 @@ _PIECE_BYTES: Final = 64 * 1024
 _PIECES_KEPT: Final = 32
 _HAS_BLOCKS, _HAS_CHILD, _IS_LAST = 1, 1, 2
 
+_ROOT: Final = Struct("<III")
 _HEADER: Final = Struct("<IIIB")
 _ENTRY: Final = Struct("<QHHH")
 _ENTRY_BYTES: Final = 16
-_KEY: Final = Struct("<Q56xBB")
-_NAME_AT: Final = 66
 
 Name = tuple[int, int, bytes]
 """The reference of the file, that of the directory, and the UTF-16 name."""
@@ -39,7 +38,7 @@ def directory_names(table: MasterFileTable, directory: File) -> Iterator[Name]:
     if root is None:
         raise UnresolvedError(f"{what} has no index: it is damaged")
     value = root[0].value()
-    indexed, _, block_size, _ = Struct("<IIIB").unpack_from(value)
+    indexed, _, block_size = _ROOT.unpack_from(value)
     if indexed != FILE_NAME or block_size not in _BLOCK_SIZES:
         raise UnresolvedError(f"{what} has a damaged index")
     begin, end, flags = _bounds(value, header=16, what=what)
@@ -107,7 +106,7 @@ def _bounds(data: bytes | bytearray, *, header: int, what: str) -> tuple[int, in
 
 def _entries(data: bytes, at: int, end: int, pending: list[int], *, what: str) -> Iterator[Name]:
     """Yield the names of one node, and add the VCNs of those below it to `pending`."""
-    unpack_entry, unpack_key = _ENTRY.unpack_from, _KEY.unpack_from
+    unpack_entry, unpack_key = _ENTRY.unpack_from, NAME_HEAD.unpack_from
     while at + _ENTRY_BYTES <= end:
         reference, length, key_length, flags = unpack_entry(data, at)
         if length < _ENTRY_BYTES or length & 7 or at + length > end:
@@ -118,11 +117,11 @@ def _entries(data: bytes, at: int, end: int, pending: list[int], *, what: str) -
             pending.append(int.from_bytes(data[at + length - 8 : at + length], "little"))
         if flags & _IS_LAST:
             return
-        if key_length < _NAME_AT or _ENTRY_BYTES + key_length > length:
+        if key_length < NAME_HEAD.size or _ENTRY_BYTES + key_length > length:
             break
         parent, name_length, namespace = unpack_key(data, at + _ENTRY_BYTES)
-        begin = at + _ENTRY_BYTES + _NAME_AT
-        if not name_length or _NAME_AT + 2 * name_length > key_length:
+        begin = at + _ENTRY_BYTES + NAME_HEAD.size
+        if not name_length or NAME_HEAD.size + 2 * name_length > key_length:
             break
         if namespace != DOS_NAME:
             yield reference, parent, data[begin : begin + 2 * name_length]

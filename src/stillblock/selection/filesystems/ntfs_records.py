@@ -28,7 +28,6 @@ INDEX_ROOT: Final = 0x90
 INDEX_ALLOCATION: Final = 0xA0
 INDEX_BITMAP: Final = 0xB0
 REPARSE_POINT: Final = 0xC0
-_END: Final = 0xFFFFFFFF
 
 COMPRESSED: Final = 0x00FF
 ENCRYPTED: Final = 0x4000
@@ -254,7 +253,6 @@ class Geometry:
     cluster_count: int
     record_size: int
     mft_lcn: int
-    mirror_lcn: int
     serial: int
     volume_bytes: int
     """Without the sector that holds the copy of the boot sector."""
@@ -292,7 +290,6 @@ def parse_boot_sector(sector: bytes) -> Geometry:
         cluster_count=sector_count // per_cluster,
         record_size=record_size,
         mft_lcn=mft_lcn,
-        mirror_lcn=mirror_lcn,
         serial=int.from_bytes(sector[0x48:0x50], "little"),
         volume_bytes=sector_count * sector_size,
     )

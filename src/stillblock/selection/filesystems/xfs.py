@@ -53,11 +53,6 @@ _DIRECTORY_LEAVES_AT: Final = 1 << 35
 """Where a directory's hash index begins: 32 GiB into it. The names are below."""
 _OFFSET_MAX: Final = 1 << 63
 
-_KINDS: Final = {
-    stat.S_IFREG: FileKind.REGULAR,
-    stat.S_IFDIR: FileKind.DIRECTORY,
-    stat.S_IFLNK: FileKind.SYMLINK,
-}
 _AGF: Final = struct.Struct(">4sIIII8xI16xII8x16s")
 _AGF_CHECKSUM_AT: Final = 216
 _DIRECTORY_HEADER: Final = struct.Struct(">4s4xQ8x16sQ12x4x")
@@ -199,7 +194,7 @@ class Xfs:
         return Node(
             number=number,
             generation=inode.generation,
-            kind=_KINDS.get(stat.S_IFMT(inode.mode), FileKind.OTHER),
+            kind=FileKind.of_mode(inode.mode),
             size=inode.size,
             links=inode.links,
             mode=stat.S_IMODE(inode.mode),

@@ -21,15 +21,15 @@ TREE_LEVELS_MAX: Final = 12
 """Levels of a B+tree; the smallest blocks, half full, need 9 for all addresses there are."""
 
 # sb_features_incompat. Each is about a structure that this reader knows, or does not use.
-_KNOWN_INCOMPAT: Final = {
-    0x01: "ftype",
-    0x02: "sparse inodes",
-    0x04: "meta uuid",
-    0x08: "bigtime",
-    0x20: "nrext64",
-    0x40: "exchange range",
-    0x80: "parent pointers",
-}
+_KNOWN_INCOMPAT: Final = (
+    0x01  # ftype
+    | 0x02  # sparse inodes
+    | 0x04  # meta uuid
+    | 0x08  # bigtime
+    | 0x20  # nrext64
+    | 0x40  # exchange range
+    | 0x80  # parent pointers
+)
 _INCOMPAT_NEEDS_REPAIR: Final = 0x10
 _INCOMPAT_META_UUID: Final = 0x04
 _INCOMPAT_FTYPE: Final = 0x01
@@ -136,7 +136,7 @@ def read_superblock(disk: Disk) -> Superblock:
     require_checksum(head[:sector_size], 224, what="superblock")
     if incompat & _INCOMPAT_NEEDS_REPAIR:
         raise UnresolvedError("XFS: marked as in need of repair; run xfs_repair")
-    unknown = incompat & ~sum(_KNOWN_INCOMPAT)
+    unknown = incompat & ~_KNOWN_INCOMPAT
     if unknown or ro_compat & ~_KNOWN_RO_COMPAT:
         raise UnresolvedError(
             f"XFS: has features that are not known here (incompatible {unknown:#x}, read-only "
@@ -194,10 +194,15 @@ def _require(is_possible: bool, what: str) -> None:  # noqa: FBT001 - reads as a
         raise UnresolvedError(f"XFS: the superblock is impossible: {what}")
 
 
-def has_checksum(data: bytes, at: int) -> bool:
-    """Whether the little-endian CRC-32C at `at` is that of `data` with zeros in its place."""
-    found = crc32c(data[at + 4 :], crc32c(bytes(4), crc32c(data[:at])))
-    return found.to_bytes(4, "little") == data[at : at + 4]
+def checksum_of(data: bytes | bytearray, at: int) -> bytes:
+    """Return the little-endian CRC-32C of `data` with zeros at `at`, where it belongs."""
+    crc = crc32c(bytes(data[at + 4 :]), crc32c(bytes(4), crc32c(bytes(data[:at]))))
+    return crc.to_bytes(4, "little")
+
+
+def has_checksum(data: bytes | bytearray, at: int) -> bool:
+    """Whether the checksum at `at` is that of `data`."""
+    return checksum_of(data, at) == data[at : at + 4]
 
 
 def require_checksum(data: bytes, at: int, *, what: str) -> None:
@@ -217,7 +222,7 @@ FORMAT_EXTENTS: Final = 2
 FORMAT_BTREE: Final = 3
 
 _FLAG_REALTIME: Final = 0x1
-_FLAG2_BIGTIME: Final = 0x8
+FLAG2_BIGTIME: Final = 0x8
 _FLAG2_NREXT64: Final = 0x10
 _FLAG2_KNOWN: Final = 0x1F
 _BIGTIME_EPOCH_NS: Final = 2**31 * 10**9
@@ -276,7 +281,7 @@ def parse_inode(superblock: Superblock, number: int, data: bytes) -> Inode:
     end = INODE_CORE_BYTES + fork_offset * 8 if fork_offset else superblock.inode_size
     if end > superblock.inode_size:
         raise UnresolvedError(f"XFS: inode {number} has a data fork beyond its end")
-    if flags2 & _FLAG2_BIGTIME:
+    if flags2 & FLAG2_BIGTIME:
         modified_ns = modified - _BIGTIME_EPOCH_NS
     else:
         seconds = modified >> 32

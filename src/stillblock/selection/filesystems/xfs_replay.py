@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from stillblock.native import crc32c
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 from stillblock.selection.filesystems.xfs_format import (
+    FLAG2_BIGTIME,
     INODE_CORE_BYTES,
     Superblock,
+    checksum_of,
     has_checksum,
     read_superblock,
 )
@@ -60,7 +61,6 @@ assert _CORE_LOGGED.size == INODE_CORE_BYTES
 _CORE_TIMES: Final = (10, 11, 12, 30)
 _CORE_FLAGS2: Final = 28
 _CORE_LSN: Final = 27
-_BIGTIME: Final = 0x8
 
 _CREATE_FIELDS: Final = struct.Struct(">IIIIII")
 
@@ -228,7 +228,7 @@ class _Recovery:
             data = read_exactly(self.disk, offset=place, length=length)
             layout = _layout(data)
             if layout is not None:
-                self.disk.patch(_checksum(data, layout[0]), offset=place + layout[0])
+                self.disk.patch(checksum_of(data, layout[0]), offset=place + layout[0])
 
     def _buffer(self, item: Item) -> tuple[int, int, int]:
         """Return (place, bytes, flags) of a buffer item."""
@@ -270,7 +270,7 @@ class _Recovery:
         own_uuid = data[uuid_at : uuid_at + 16]
         if not is_superblock and own_uuid != self._superblock.meta_uuid:
             return 0
-        if not has_checksum(bytes(data), checksum_at):
+        if not has_checksum(data, checksum_at):
             raise UnresolvedError(f"XFS: the metadata at byte {place} is damaged")
         lsn = int.from_bytes(data[lsn_at : lsn_at + 8], "big")
         return 0 if lsn == (1 << 64) - 1 else lsn
@@ -302,7 +302,7 @@ class _Recovery:
             core[96:100] = b"\xff" * 4
             core[152:160] = (first + i).to_bytes(8, "big")
             core[160:176] = superblock.meta_uuid
-            core[100:104] = _checksum(core, 100)
+            core[100:104] = checksum_of(core, 100)
             chunk[i * size : (i + 1) * size] = core
         self.disk.patch(chunk, offset=place)
         self.has_changes = True
@@ -321,7 +321,7 @@ class _Recovery:
         if place != buffer_place + offset or not 0 <= offset < length:
             raise UnresolvedError(f"XFS: its log has inode {number} in another place")
         data = bytearray(read_exactly(self.disk, offset=place, length=superblock.inode_size))
-        if data[:2] != b"IN" or not has_checksum(bytes(data), 100):
+        if data[:2] != b"IN" or not has_checksum(data, 100):
             raise UnresolvedError(f"XFS: inode {number} is damaged")
         own_lsn = int.from_bytes(data[112:120], "big")
         if own_lsn != (1 << 64) - 1 and own_lsn > lsn:
@@ -338,7 +338,7 @@ class _Recovery:
             if INODE_CORE_BYTES + len(fork) > min(end, superblock.inode_size):
                 raise UnresolvedError(f"XFS: its log has an inode {number} that is too long")
             data[INODE_CORE_BYTES : INODE_CORE_BYTES + len(fork)] = fork
-        data[100:104] = _checksum(data, 100)
+        data[100:104] = checksum_of(data, 100)
         self.disk.patch(data, offset=place)
         self.has_changes = True
 
@@ -349,11 +349,6 @@ def _layout(data: bytes | bytearray) -> tuple[int, int, int] | None:
     if layout is None and bytes(data[8:10]) in _HASHED_MAGICS:
         return _HASHED_LAYOUT
     return layout
-
-
-def _checksum(data: bytes | bytearray, at: int) -> bytes:
-    crc = crc32c(bytes(data[at + 4 :]), crc32c(bytes(4), crc32c(bytes(data[:at]))))
-    return crc.to_bytes(4, "little")
 
 
 def _changes(item: Item) -> Iterator[tuple[int, bytearray]]:
@@ -380,7 +375,7 @@ def _core(logged: bytearray, lsn: int) -> bytes:
     if values[0] != b"NI":
         raise UnresolvedError("XFS: its log holds an inode that is none")
     values[0] = b"IN"
-    if not values[_CORE_FLAGS2] & _BIGTIME:
+    if not values[_CORE_FLAGS2] & FLAG2_BIGTIME:
         # Seconds and nanoseconds are two numbers, each in the machine's order.
         for i in _CORE_TIMES:
             values[i] = (values[i] & 0xFFFFFFFF) << 32 | values[i] >> 32

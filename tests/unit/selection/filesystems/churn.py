@@ -5,6 +5,8 @@ import os
 import random
 from pathlib import Path
 
+from unit.selection.filesystems.trees import sync
+
 _CLONE = 0x40049409
 """ioctl FICLONE."""
 
@@ -102,8 +104,7 @@ class Churn:
                 os.fsync(file.fileno())
 
     def _sync(self) -> None:
-        with self._any().open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self._any())
 
     def _clone(self) -> None:
         path = self._new("clone")

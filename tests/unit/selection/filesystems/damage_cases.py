@@ -6,8 +6,9 @@ out with a file may not have been another's.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from stillblock.extents import intersect, normalise, subtract, union
 from stillblock.model import Extents
@@ -17,33 +18,36 @@ from stillblock.selection.filesystems import (
     open_filesystem,
     walk,
 )
+from unit.selection.filesystems.reading import places
 
 READ_BYTES_MAX = 256 << 20
 """A reader that asks for more than this of a disk of some MiB does not end by itself."""
 
 
 class DamagedDisk:
-    """An image with other bytes in one place, which counts what is read."""
+    """An image with other bytes in some places, which counts what is read."""
 
-    def __init__(self, content: bytes, *, at: int = 0, damage: bytes = b"") -> None:
+    def __init__(self, content: bytes, damages: Mapping[int, bytes] = MappingProxyType({})) -> None:
         self._content = content
-        self._at = at
-        self._damage = damage
+        self._damages = sorted(damages.items())
         self._read_bytes = 0
         self.size = len(content)
 
     def pread(self, *, offset: int, length: int) -> bytes:
-        assert 0 <= offset <= offset + length <= self.size, (offset, length)
+        assert 0 <= offset <= offset + length <= self.size, "a reader asks for what is there"
         self._read_bytes += length
-        assert self._read_bytes < READ_BYTES_MAX, "it reads without end"
+        assert self._read_bytes < READ_BYTES_MAX, "a reader does not end"
         data = self._content[offset : offset + length]
-        begin = self._at - offset
-        if -len(self._damage) < begin < length:
-            changed = bytearray(data)
-            for index, value in enumerate(self._damage):
-                if 0 <= begin + index < length:
-                    changed[begin + index] = value
-            data = bytes(changed)
+        for place, damage in self._damages:
+            begin, end = max(place, offset), min(place + len(damage), offset + length)
+            if begin < end:
+                data = b"".join(
+                    (
+                        data[: begin - offset],
+                        damage[begin - place : end - place],
+                        data[end - offset :],
+                    )
+                )
         return data
 
 
@@ -88,9 +92,7 @@ def see(disk: DamagedDisk) -> Sight:
         except UnresolvedError:
             data[path] = None
         else:
-            data[path] = normalise(
-                (run.start, run.start + run.length) for run in runs if run.start is not None
-            )
+            data[path] = places(runs)
     return Sight(data=data, numbers=numbers, fixed=filesystem.fixed(), free=filesystem.free())
 
 
@@ -138,7 +140,7 @@ def check_damages(image: Damageable, *, seed: int, count: int) -> int:
     for index, (at, damage) in zip(range(count), tried, strict=False):
         case = f"seed {seed}, case {index}: {damage.hex()} at {at:#x}"
         try:
-            sight = see(DamagedDisk(content, at=at, damage=damage))
+            sight = see(DamagedDisk(content, {at: damage}))
         except UnresolvedError:
             continue
         except Exception as error:

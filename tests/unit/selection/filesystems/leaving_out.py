@@ -1,13 +1,19 @@
 """The proof that nothing is left out that somebody needs: overwrite it, let the kernel look."""
 
 import os
-import stat
 from pathlib import Path
 
-from stillblock.extents import normalise, subtract, union
+from stillblock.extents import normalise, subtract, total_bytes, union
 from stillblock.model import Extents
-from unit.selection.filesystems.damage_cases import Sight
-from unit.selection.filesystems.mounting import MIB, digest, mounted
+from unit.selection.filesystems.damage_cases import Sight, see
+from unit.selection.filesystems.mounting import (
+    MIB,
+    FileDisk,
+    copy_sparse,
+    digest,
+    mounted,
+    regular_files,
+)
 
 UNREADABLE = "unreadable"
 
@@ -20,10 +26,6 @@ def overwrite(image: Path, extents: Extents) -> None:
             file.seek(start)
             while file.tell() < end:
                 file.write(rubbish[: end - file.tell()])
-
-
-def regular_files(top: Path) -> list[Path]:
-    return sorted(path for path in top.rglob("*") if stat.S_ISREG(path.lstat().st_mode))
 
 
 def digests_without(image: Path, left_out: Extents) -> dict[str, str]:
@@ -50,3 +52,24 @@ def a_third_and_free(sight: Sight) -> tuple[set[str], Extents]:
         extent for path, data in sight.data.items() if path not in excluded for extent in data or ()
     )
     return excluded, subtract(union(own, sight.free), union(kept, sight.fixed))
+
+
+def assert_only_what_is_left_out_is_missed(live: Path) -> Path:
+    """Overwrite a third of the files and free space of a live copy: all others are as replayed.
+
+    Return the copy in which that was done, mounted once, for the filesystem's own checker.
+    """
+    disk = FileDisk(copy_sparse(live, live.with_name("seen")))
+    sight = see(disk)
+    excluded, left_out = a_third_and_free(sight)
+    assert total_bytes(subtract(left_out, sight.free)) > 0, "files too"
+
+    replayed = digests_without(copy_sparse(live, live.with_name("replayed")), ())
+    after = digests_without(copy := copy_sparse(live, live.with_name("after")), left_out)
+
+    assert UNREADABLE not in replayed.values()
+    assert set(after) == set(replayed)
+    changed = {path for path in after if after[path] != replayed[path]}
+    assert changed <= excluded
+    assert changed, "something was left out"
+    return copy

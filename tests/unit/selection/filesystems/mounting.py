@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +32,10 @@ class FileDisk:
         return self._content[offset : offset + length]
 
 
-def run(*command: str | Path) -> str:
-    ran = subprocess.run([str(word) for word in command], capture_output=True, check=False)
+def run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
+    """Run a command; return its standard output, and show all that it said if it fails."""
+    words = [str(word) for word in command]
+    ran = subprocess.run(words, env=env, capture_output=True, check=False)
     assert ran.returncode == 0, f"{command}: {(ran.stdout + ran.stderr).decode(errors='replace')}"
     return ran.stdout.decode(errors="replace")
 
@@ -61,6 +63,15 @@ def copy_sparse(source: Path, target: Path) -> Path:
     return target
 
 
+def copy_frozen(image: Path, top: Path, target: Path) -> Path:
+    """A copy of a mounted image while its filesystem is frozen."""
+    run("fsfreeze", "--freeze", top)
+    try:
+        return copy_sparse(image, target)
+    finally:
+        run("fsfreeze", "--unfreeze", top)
+
+
 class Told(NamedTuple):
     """What the kernel tells about a file."""
 
@@ -73,25 +84,30 @@ class Told(NamedTuple):
     number: int
 
 
+def regular_files(top: Path) -> list[Path]:
+    return sorted(path for path in top.rglob("*") if stat.S_ISREG(path.lstat().st_mode))
+
+
 def told(top: Path) -> dict[str, Told]:
     """What a mounted tree holds: every path that is a regular file, and its content's digest."""
     found = {}
-    for base, _, names in os.walk(top):
-        for name in names:
-            path = Path(base, name)
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode):
-                continue
-            found[f"/{path.relative_to(top)}"] = Told(
-                digest_of(path),
-                status.st_size,
-                status.st_nlink,
-                status.st_mode & 0o7777,
-                status.st_uid,
-                status.st_mtime_ns,
-                status.st_ino,
-            )
+    for path in regular_files(top):
+        status = path.lstat()
+        found[f"/{path.relative_to(top)}"] = Told(
+            digest_of(path),
+            status.st_size,
+            status.st_nlink,
+            status.st_mode & 0o7777,
+            status.st_uid,
+            status.st_mtime_ns,
+            status.st_ino,
+        )
     return found
+
+
+def contents(top: Path) -> dict[str, str]:
+    """Every regular file under a mount point by its path from there, and its digest."""
+    return {path: file.digest for path, file in told(top).items()}
 
 
 def digest(data: bytes) -> str:

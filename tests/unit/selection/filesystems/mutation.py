@@ -15,40 +15,11 @@ from stillblock.extents import complement, intersect, normalise, subtract, total
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems import FileKind, Filesystem, UnresolvedError, walk
+from unit.selection.filesystems.damage_cases import DamagedDisk
+from unit.selection.filesystems.reading import data_extents
 
-READ_BYTES_MAX = 256 * 1024 * 1024
 CPU_SECONDS_MAX = 10
 _SECTOR = 512
-
-Patches = Mapping[int, bytes]
-"""What lies where instead of what was there."""
-
-
-class MutatedDisk:
-    """Bytes with patches, which ends the patience of a reader that reads for ever."""
-
-    def __init__(self, content: bytes, patches: Patches) -> None:
-        self._content = content
-        self._patches = sorted(patches.items())
-        self._read_bytes = 0
-        self.size = len(content)
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        assert 0 <= offset <= offset + length <= self.size, "a reader asks for what is there"
-        self._read_bytes += length
-        assert self._read_bytes <= READ_BYTES_MAX, "a reader does not end"
-        data = self._content[offset : offset + length]
-        for place, patch in self._patches:
-            begin, end = max(place, offset), min(place + len(patch), offset + length)
-            if begin < end:
-                data = b"".join(
-                    (
-                        data[: begin - offset],
-                        patch[begin - place : end - place],
-                        data[end - offset :],
-                    )
-                )
-        return data
 
 
 @dataclass(frozen=True)
@@ -70,13 +41,9 @@ def examine(
     content: bytes, open_filesystem: Callable[[Disk], Filesystem], *, blind: Extents = ()
 ) -> Subject:
     """Read a sound filesystem."""
-    filesystem = open_filesystem(MutatedDisk(content, {}))
+    filesystem = open_filesystem(DamagedDisk(content))
     files = {
-        node.number: normalise(
-            (run.start, run.start + run.length)
-            for run in filesystem.runs(node)
-            if run.start is not None
-        )
+        node.number: data_extents(filesystem, node)
         for _, node in walk(filesystem)
         if node.kind is FileKind.REGULAR
     }
@@ -158,7 +125,7 @@ def try_one(seed: int, subject: Subject) -> str:
     meant = set(dice.sample(numbers, len(numbers) // 2))
     began = time.process_time()
     try:
-        filesystem = subject.open(MutatedDisk(subject.content, patches))
+        filesystem = subject.open(DamagedDisk(subject.content, patches))
         found = left_out(filesystem, meant.__contains__)
     except (UnresolvedError, OriginIOError):
         return "unresolved"

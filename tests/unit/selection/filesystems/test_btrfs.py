@@ -5,16 +5,11 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from stillblock.extents import intersect, normalise, subtract, total_bytes, union, whole
-from stillblock.model import Extents
 from stillblock.selection.filesystems import (
-    FileKind,
-    Filesystem,
-    Run,
     UnresolvedError,
     open_filesystem,
     read_runs,
@@ -33,41 +28,25 @@ from unit.selection.filesystems.btrfs_images import (
     with_checksum,
 )
 from unit.selection.filesystems.churn import Churn
-from unit.selection.filesystems.damage_cases import (
-    Damageable,
-    DamagedDisk,
-    check_damages,
-    see,
-)
-from unit.selection.filesystems.leaving_out import (
-    UNREADABLE,
-    a_third_and_free,
-    digests_without,
-    overwrite,
-    regular_files,
-)
+from unit.selection.filesystems.damage_cases import Damageable, DamagedDisk, check_damages, see
+from unit.selection.filesystems.leaving_out import assert_only_what_is_left_out_is_missed, overwrite
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
     Told,
+    copy_frozen,
     copy_sparse,
     digest,
-    fiemap,
     mounted,
+    regular_files,
     run,
     told,
 )
-from unit.selection.filesystems.trees import grow_tree, write
+from unit.selection.filesystems.reader_contract import assert_odd_things_are_what_they_are
+from unit.selection.filesystems.reading import files_of, places, runs_of
+from unit.selection.filesystems.trees import Grown, grow_tree, grown_in, sync, write
 
 pytestmark = [pytest.mark.needs("mkfs.btrfs", "btrfs"), pytest.mark.slow]
-
-
-class Grown(NamedTuple):
-    """An image with the tree, what the kernel said of its files, and how it mapped them."""
-
-    image: Path
-    files: dict[str, Told]
-    maps: dict[str, list[Run]]
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +57,9 @@ def grown(tmp_path_factory) -> Callable[[str], Grown]:
     @functools.cache
     def grow(variant: str) -> Grown:
         image = make(folder / variant, *VARIANTS[variant])
-        with mounted(image) as top:
-            grow_tree(top)
-            os.sync()
-            files = told(top)
-            maps = {path: fiemap(top / path[1:]) for path in files}
-        return Grown(image, files, maps)
+        return grown_in(image, fill=grow_tree)
 
     return grow
-
-
-def files_of(filesystem: Filesystem) -> dict[str, tuple[Run, ...]]:
-    return {
-        path: filesystem.runs(node)
-        for path, node in walk(filesystem)
-        if node.kind is FileKind.REGULAR
-    }
-
-
-def places(runs) -> Extents:
-    return normalise((run.start, run.start + run.length) for run in runs if run.start is not None)
 
 
 def pieces(offset: int, start: int, length: int) -> Iterator[tuple[int, int]]:
@@ -109,7 +71,7 @@ def test_every_file_is_found_where_the_kernel_put_it(grown, variant):
     image, files, maps = grown(variant)
     disk = FileDisk(image)
     filesystem = open_filesystem(disk)
-    found = {path: node for path, node in walk(filesystem) if node.kind is FileKind.REGULAR}
+    found = files_of(filesystem)
     chunks = chunks_of(image)
 
     assert set(found) == set(files)
@@ -168,18 +130,12 @@ def test_a_filesystem_whose_free_space_was_overwritten_is_as_good_as_before(grow
 
 
 def test_links_and_folders_are_what_they_are(grown):
-    filesystem = open_filesystem(FileDisk(grown("as mkfs makes it").image))
-    nodes = dict(walk(filesystem))
+    image = grown("as mkfs makes it").image
+    filesystem = open_filesystem(FileDisk(image))
 
-    def target(path: str) -> bytes:
-        return filesystem.read(nodes[path], offset=0, length=4096)
-
-    assert target("/odd/short link") == b"../tiny"
-    assert target("/odd/long link") == b"/" + b"long/" * 100
-    assert nodes["/odd"].kind is FileKind.DIRECTORY
-    assert nodes["/odd/pipe"].kind is FileKind.OTHER
+    assert_odd_things_are_what_they_are(filesystem)
     assert filesystem.identity.label == "stills"
-    uuid = superblock_of(grown("as mkfs makes it").image).split("fsid")[1].split()[0]
+    uuid = superblock_of(image).split("fsid")[1].split()[0]
     assert filesystem.identity.uuid == uuid
 
 
@@ -199,7 +155,7 @@ def test_subvolumes_and_snapshots_are_folders_and_claim_what_they_share(tmp_path
         os.sync()
         expected = set(told(top))
     filesystem = open_filesystem(FileDisk(image))
-    files = files_of(filesystem)
+    files = runs_of(filesystem)
 
     # A snapshot does not hold the subvolumes that were below: it has empty folders in their place.
     assert (
@@ -245,19 +201,14 @@ def test_files_just_synced_are_held_while_mounted_and_free_space_is_given_when_f
         for i in range(60):
             path = top / f"file{i}"
             write(path, dice.randbytes(3000 * i + 4096))
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         live = copy_sparse(image, tmp_path / "live")
-        run("fsfreeze", "--freeze", top)
-        try:
-            frozen = copy_sparse(image, tmp_path / "frozen")
-        finally:
-            run("fsfreeze", "--unfreeze", top)
+        frozen = copy_frozen(image, top, tmp_path / "frozen")
     replayed = copy_sparse(live, tmp_path / "replayed")
     with mounted(replayed):
         pass
     data = places(
-        run for runs in files_of(open_filesystem(FileDisk(replayed))).values() for run in runs
+        run for runs in runs_of(open_filesystem(FileDisk(replayed))).values() for run in runs
     )
     assert total_bytes(data) >= sum(3000 * i + 4096 for i in range(60))
 
@@ -268,7 +219,7 @@ def test_files_just_synced_are_held_while_mounted_and_free_space_is_given_when_f
         assert total_bytes(free) > 200 * MIB
         assert len(filesystem.caveats) == 1 + log
     filesystem = open_filesystem(FileDisk(live))
-    committed = places(run for runs in files_of(filesystem).values() for run in runs)
+    committed = places(run for runs in runs_of(filesystem).values() for run in runs)
     assert subtract(data, union(filesystem.fixed(), committed)) == ()
     assert subtract(data, committed) != (), "the log has them"
 
@@ -288,24 +239,11 @@ def test_whatever_was_synced_since_the_commit_survives_what_is_left_out(tmp_path
             run("cp", "--reflink=always", path, clone := path.with_name(f"synced{path.name[:20]}"))
             write(fresh := path.with_name(f"fresh{path.name[:20]}"), dice.randbytes(30_000))
             for synced in (path, clone, fresh):
-                with synced.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(synced)
         live = copy_sparse(image, tmp_path / "live")
-    disk = FileDisk(copy_sparse(live, tmp_path / "seen"))
-    filesystem = open_filesystem(disk)
-    assert len(filesystem.caveats) == 2, "there is a log"
-    excluded, left_out = a_third_and_free(see(disk))
-    assert total_bytes(subtract(left_out, filesystem.free())) > 0
+    assert len(open_filesystem(FileDisk(live)).caveats) == 2, "there is a log"
 
-    replayed = digests_without(copy_sparse(live, tmp_path / "replayed"), ())
-    after = digests_without(copy := copy_sparse(live, tmp_path / "after"), left_out)
-
-    assert UNREADABLE not in replayed.values()
-    assert set(after) == set(replayed)
-    changed = {path for path in after if after[path] != replayed[path]}
-    assert changed <= excluded
-    assert changed, "something was left out"
-    run("btrfs", "check", copy)
+    run("btrfs", "check", assert_only_what_is_left_out_is_missed(live))
 
 
 def test_a_log_that_renames_a_file_leaves_its_filesystem_unresolved(tmp_path):
@@ -315,8 +253,7 @@ def test_a_log_that_renames_a_file_leaves_its_filesystem_unresolved(tmp_path):
         run("btrfs", "filesystem", "sync", top)
         write(top / "report", b"more", at=8192)
         (top / "report").rename(top / "archive")
-        with (top / "archive").open("rb") as file:
-            os.fsync(file.fileno())
+        sync(top / "archive")
         live = copy_sparse(image, tmp_path / "live")
     replayed = copy_sparse(live, tmp_path / "replayed")
     with mounted(replayed) as top:
@@ -342,8 +279,7 @@ def test_what_a_busy_filesystem_has_committed_is_what_a_mount_would_find(tmp_pat
         seen = open_filesystem(before)
         contents = {
             path: digest(seen.read(node, offset=0, length=node.size))
-            for path, node in walk(seen)
-            if node.kind is FileKind.REGULAR
+            for path, node in files_of(seen).items()
         }
         overwrite(copy, seen.free())
         with mounted(copy) as top:
@@ -404,7 +340,7 @@ def test_metadata_made_to_deceive_with_right_checksums_gives_nothing_away(settle
                 length = min(dice.choice((4, 8, 17)), 4096 - i)
                 source = dice.choice(blocks) + dice.choice(telling)
                 block[i : i + length] = content[source : source + length]
-        disk = DamagedDisk(content, at=at, damage=with_checksum(bytes(block[:4096])))
+        disk = DamagedDisk(content, {at: with_checksum(bytes(block[:4096]))})
         try:
             sight = see(disk)
         except UnresolvedError:

@@ -17,27 +17,29 @@ from stillblock.selection.filesystems import (
 )
 from unit.selection.filesystems.damage_cases import Damageable, check_damages
 from unit.selection.filesystems.fuse import (
-    FileDisk,
-    content_by_runs,
-    contents,
-    data_extents,
-    digest,
-    files,
     free_by_partclone,
     left_out_with,
     looped,
     mounted,
     patched,
-    run,
     without,
 )
+from unit.selection.filesystems.mounting import MIB, FileDisk, contents, digest, run
+from unit.selection.filesystems.reader_contract import (
+    assert_all_else_is_whole,
+    assert_all_files_are_read,
+    assert_files_read_the_same_in_pieces,
+    assert_free_is_nobodys,
+    assert_identity_is_what_blkid_prints,
+    assert_unresolved_or_held,
+)
+from unit.selection.filesystems.reading import content_by_runs, files_of
 
 pytestmark = [
     pytest.mark.needs("mkfs.exfat", "mount.exfat-fuse", "fsck.exfat", "losetup"),
     pytest.mark.slow,
 ]
 
-MIB = 1 << 20
 SIZE = 32 * MIB
 ODD_NAMES = ("snow ☃", "😀", "x" * 255, "semi;colon", "15 characters..", "UPPER lower")
 
@@ -116,39 +118,21 @@ def filesystem(disk: FileDisk) -> Filesystem:
 
 @pytest.mark.needs("blkid")
 def test_identity_is_what_blkid_prints(image: Path, filesystem: Filesystem):
-    told = dict(
-        line.split("=", 1) for line in run("blkid", "-p", "-o", "export", image).splitlines()
-    )
-    identity = filesystem.identity
-    assert (identity.kind, identity.label, identity.uuid) == (
-        "exfat",
-        told["LABEL"],
-        told["UUID"],
-    )
-    assert identity.size == SIZE
-    assert not identity.is_case_sensitive
+    assert_identity_is_what_blkid_prints(filesystem, image, kind="exfat", size=SIZE)
 
 
 def test_every_file_reads_the_same_by_its_runs(
     truth: dict[str, str], disk: FileDisk, filesystem: Filesystem
 ):
-    assert {
-        path: digest(content_by_runs(disk, filesystem, node))
-        for path, node in files(filesystem).items()
-    } == truth
+    assert_all_files_are_read(disk, filesystem, truth)
 
 
 def test_every_file_reads_the_same_in_odd_pieces(truth: dict[str, str], filesystem: Filesystem):
-    for path, node in files(filesystem).items():
-        data = b"".join(
-            filesystem.read(node, offset=offset, length=300_007)
-            for offset in range(0, node.size + 1, 300_007)
-        )
-        assert digest(data) == truth[path], path
+    assert_files_read_the_same_in_pieces(filesystem, truth, piece_bytes=300_007)
 
 
 def test_both_kinds_of_allocation_are_there(filesystem: Filesystem):
-    found = files(filesystem)
+    found = files_of(filesystem)
     assert len(filesystem.runs(found["/tree/in turns 1"])) > 10
     assert len(filesystem.runs(found["/tree/many/file 100"])) == 1
 
@@ -167,11 +151,7 @@ def test_free_is_what_partclone_says(image: Path, filesystem: Filesystem):
 
 
 def test_free_is_nobodys(filesystem: Filesystem):
-    free = filesystem.free()
-    assert total_bytes(free) > 8 * MIB
-    assert intersect(free, filesystem.fixed()) == ()
-    for path, node in files(filesystem).items():
-        assert intersect(free, data_extents(filesystem, node)) == (), path
+    assert_free_is_nobodys(filesystem, more_than_bytes=8 * MIB)
 
 
 def test_directories_and_all_before_the_clusters_are_kept(image: Path, filesystem: Filesystem):
@@ -189,11 +169,7 @@ def test_all_else_is_whole_without_free_space_and_some_files(
     run("fsck.exfat", "-n", copy)
     with mount(copy) as top:
         found = contents(top)
-    assert found.keys() == truth.keys()
-    assert {path: found[path] for path in truth if path not in out} == {
-        path: truth[path] for path in truth if path not in out
-    }
-    assert any(found[path] != truth[path] for path in out), "something must have been left out"
+    assert_all_else_is_whole(found, truth, out)
 
 
 def test_files_just_fsynced_on_a_mounted_volume_are_held(tmp_path: Path):
@@ -213,16 +189,7 @@ def test_files_just_fsynced_on_a_mounted_volume_are_held(tmp_path: Path):
         copy.write_bytes(image.read_bytes())
         for descriptor in descriptors:
             os.close(descriptor)
-    try:
-        free = open_filesystem(FileDisk(copy)).free()
-    except UnresolvedError as error:
-        print(f"unresolved: {error}")
-        return
-    with mount(copy) as top:
-        assert contents(top) == truth, "exfat-fuse must find them, or the test says nothing"
-    after = open_filesystem(FileDisk(copy))
-    for path, node in files(after).items():
-        assert intersect(free, data_extents(after, node)) == (), path
+    assert_unresolved_or_held(copy, truth, mount)
 
 
 # Made by hand -----------------------------------------------------------------------------------
@@ -277,7 +244,7 @@ def test_what_was_never_written_reads_as_zeros(small: Path):
     copy = resealed(small, place, {8: struct.pack("<Q", 1000)}, "valid.img")
     disk = FileDisk(copy)
     filesystem = open_filesystem(disk)
-    node = files(filesystem)["/directory/file 15"]
+    node = files_of(filesystem)["/directory/file 15"]
     assert node.size == 4500
     content = content_by_runs(disk, filesystem, node)
     with mount(small) as top:

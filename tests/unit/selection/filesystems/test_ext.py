@@ -2,17 +2,14 @@
 
 import functools
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from stillblock.extents import intersect, normalise, subtract
 from stillblock.selection.filesystems import (
     FileKind,
-    Run,
     UnresolvedError,
     open_filesystem,
     read_runs,
@@ -30,26 +27,18 @@ from unit.selection.filesystems.ext_images import (
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
-    Told,
     blocks_of,
+    copy_frozen,
     copy_sparse,
     digest,
-    fiemap,
     mounted,
     run,
-    told,
 )
-from unit.selection.filesystems.trees import grow_tree, write
+from unit.selection.filesystems.reader_contract import assert_odd_things_are_what_they_are
+from unit.selection.filesystems.reading import files_of
+from unit.selection.filesystems.trees import Grown, grow_tree, grown_in, write
 
 pytestmark = [pytest.mark.needs("mkfs.ext4", "dumpe2fs", "debugfs", "e2fsck"), pytest.mark.slow]
-
-
-class Grown(NamedTuple):
-    """An image with the tree, what the kernel said of its files, and how it mapped them."""
-
-    image: Path
-    files: dict[str, Told]
-    maps: dict[str, list[Run]]
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +49,7 @@ def grown(tmp_path_factory) -> Callable[..., Grown]:
     @functools.cache
     def grow(*options: str) -> Grown:
         image = make(folder / "-".join(options).replace("/", ""), *options, size=96 * MIB)
-        with mounted(image) as top:
-            grow_tree(top)
-            os.sync()
-            files = told(top)
-            maps = {path: fiemap(top / path[1:]) for path in files}
-        return Grown(image, files, maps)
+        return grown_in(image, fill=grow_tree)
 
     return grow
 
@@ -76,7 +60,7 @@ def test_every_file_is_found_where_the_kernel_put_it(grown, options):
     disk = FileDisk(image)
     filesystem = open_filesystem(disk)
     size = filesystem.identity.block_size
-    found = {path: node for path, node in walk(filesystem) if node.kind is FileKind.REGULAR}
+    found = files_of(filesystem)
 
     assert found.keys() == files.keys()
     inline = 0
@@ -126,16 +110,7 @@ def test_an_identity_is_that_of_blkid(tmp_path):
 
 def test_links_lead_where_they_say_and_other_things_are_no_files(grown):
     image, _, _ = grown("-t", "ext4", "-O", "inline_data")
-    filesystem = open_filesystem(FileDisk(image))
-    nodes = dict(walk(filesystem))
-    for path, target in (("short link", b"../tiny"), ("long link", b"/" + b"long/" * 100)):
-        link = nodes[f"/odd/{path}"]
-        assert link.kind is FileKind.SYMLINK
-        assert filesystem.read(link, offset=0, length=4096) == target
-    assert nodes["/odd/pipe"].kind is FileKind.OTHER
-    assert nodes["/odd"].kind is FileKind.DIRECTORY
-    assert nodes["/first name"] == nodes["/odd/second name"]
-    assert nodes["/odd"].mode == stat.S_IMODE(0o755)
+    assert_odd_things_are_what_they_are(open_filesystem(FileDisk(image)))
 
 
 def test_a_large_indexed_directory_is_read_whole(tmp_path):
@@ -325,11 +300,7 @@ def test_a_frozen_filesystem_says_what_is_free_without_a_caveat(tmp_path):
     image = make(tmp_path / "image", size=64 * MIB)
     with mounted(image) as top:
         write(top / "file", os.urandom(3 * MIB))
-        run("fsfreeze", "--freeze", top)
-        try:
-            frozen = copy_sparse(image, tmp_path / "frozen")
-        finally:
-            run("fsfreeze", "--unfreeze", top)
+        frozen = copy_frozen(image, top, tmp_path / "frozen")
     filesystem = open_filesystem(FileDisk(frozen))
     assert filesystem.caveats == ()
     assert filesystem.free() == free_in(dumped(frozen))

@@ -16,7 +16,6 @@ from stillblock.extents import intersect, normalise, subtract, total_bytes
 from stillblock.model import Extents
 from stillblock.native import crc32c
 from stillblock.selection.filesystems import (
-    FileKind,
     UnresolvedError,
     ext_journal,
     open_filesystem,
@@ -43,7 +42,8 @@ from unit.selection.filesystems.mounting import (
     run,
     told,
 )
-from unit.selection.filesystems.trees import write
+from unit.selection.filesystems.reading import files_of
+from unit.selection.filesystems.trees import sync, write
 
 pytestmark = [pytest.mark.needs("mkfs.ext4", "dumpe2fs", "debugfs", "e2fsck"), pytest.mark.slow]
 
@@ -94,7 +94,7 @@ def check_maps(copy: Path, oracle: Path) -> Extents:
     with mounted(oracle, options="ro") as top:
         files = told(top)
         maps = {path: fiemap(top / path[1:]) for path in files}
-    found = {path: node for path, node in walk(filesystem) if node.kind is FileKind.REGULAR}
+    found = files_of(filesystem)
     assert found.keys() == files.keys()
     taken = []
     for path, node in found.items():
@@ -109,9 +109,7 @@ def check_maps(copy: Path, oracle: Path) -> Extents:
 
 def fsynced(path: Path, data: bytes) -> None:
     write(path, data)
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync(path)
 
 
 @pytest.mark.parametrize(("options", "how"), LIVE.values(), ids=LIVE)

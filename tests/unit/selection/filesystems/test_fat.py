@@ -15,23 +15,20 @@ from stillblock.selection.filesystems import (
     walk,
 )
 from unit.selection.filesystems.damage_cases import Damageable, check_damages
-from unit.selection.filesystems.fuse import (
-    FileDisk,
-    content_by_runs,
-    contents,
-    data_extents,
-    digest,
-    files,
-    free_by_partclone,
-    left_out_with,
-    patched,
-    run,
-    without,
+from unit.selection.filesystems.fuse import free_by_partclone, left_out_with, patched, without
+from unit.selection.filesystems.mounting import MIB, FileDisk, contents, run
+from unit.selection.filesystems.reader_contract import (
+    assert_all_else_is_whole,
+    assert_all_files_are_read,
+    assert_files_read_the_same_in_pieces,
+    assert_free_is_nobodys,
+    assert_identity_is_what_blkid_prints,
+    blkid,
 )
+from unit.selection.filesystems.reading import content_by_runs, data_extents, files_of
 
 pytestmark = pytest.mark.needs("mkfs.fat", "mcopy", "mdel", "fsck.fat")
 
-MIB = 1 << 20
 NAMES = (
     "SHORT.TXT",
     "lower.txt",
@@ -106,35 +103,18 @@ def filesystem(disk: FileDisk) -> Filesystem:
 
 @pytest.mark.needs("blkid")
 def test_identity_is_what_blkid_prints(image: Path, filesystem: Filesystem):
-    told = dict(
-        line.split("=", 1) for line in run("blkid", "-p", "-o", "export", image).splitlines()
-    )
-    identity = filesystem.identity
-    assert (identity.kind, identity.label, identity.uuid) == (
-        told["VERSION"].lower(),
-        told["LABEL"],
-        told["UUID"],
-    )
-    assert identity.size == image.stat().st_size
-    assert not identity.is_case_sensitive
+    kind = blkid(image)["VERSION"].lower()
+    assert_identity_is_what_blkid_prints(filesystem, image, kind=kind, size=image.stat().st_size)
 
 
 def test_every_file_reads_the_same_by_its_runs(
     truth: dict[str, str], disk: FileDisk, filesystem: Filesystem
 ):
-    assert {
-        path: digest(content_by_runs(disk, filesystem, node))
-        for path, node in files(filesystem).items()
-    } == truth
+    assert_all_files_are_read(disk, filesystem, truth)
 
 
 def test_every_file_reads_the_same_in_odd_pieces(truth: dict[str, str], filesystem: Filesystem):
-    for path, node in files(filesystem).items():
-        data = b"".join(
-            filesystem.read(node, offset=offset, length=7001)
-            for offset in range(0, node.size + 1, 7001)
-        )
-        assert digest(data) == truth[path], path
+    assert_files_read_the_same_in_pieces(filesystem, truth, piece_bytes=7001)
 
 
 def test_the_tree_is_sound_to_begin_with(image: Path):
@@ -156,11 +136,7 @@ def test_as_much_is_free_as_mdir_says(image: Path, filesystem: Filesystem):
 
 
 def test_free_is_nobodys(filesystem: Filesystem):
-    free = filesystem.free()
-    assert total_bytes(free) > 256 * 1024
-    assert intersect(free, filesystem.fixed()) == ()
-    for path, node in files(filesystem).items():
-        assert intersect(free, data_extents(filesystem, node)) == (), path
+    assert_free_is_nobodys(filesystem, more_than_bytes=256 * 1024)
 
 
 def test_all_before_the_clusters_and_all_directories_are_kept(image: Path, filesystem: Filesystem):
@@ -180,11 +156,7 @@ def test_all_else_is_whole_without_free_space_and_some_files(
     run("fsck.fat", "-n", copy)
     mtool("mcopy", copy, "-s", "-n", "::/tree", "::/in gaps", tmp_path)
     found = contents(tmp_path)
-    assert found.keys() == truth.keys()
-    assert {path: found[path] for path in truth if path not in out} == {
-        path: truth[path] for path in truth if path not in out
-    }
-    assert any(found[path] != truth[path] for path in out), "something must have been left out"
+    assert_all_else_is_whole(found, truth, out)
 
 
 # Chains made by hand ----------------------------------------------------------------------------
@@ -254,7 +226,7 @@ def test_chains_that_step_back_are_followed(
     mtool("mcopy", small, "-n", "::/FIRST", small.with_name("out"))
     disk = FileDisk(small)
     filesystem = open_filesystem(disk)
-    node = files(filesystem)["/FIRST"]
+    node = files_of(filesystem)["/FIRST"]
     assert content_by_runs(disk, filesystem, node) == small.with_name("out").read_bytes()
     assert len(filesystem.runs(node)) == run_count
 
@@ -283,7 +255,7 @@ def test_a_chain_that_is_wrong_leaves_nothing_out(
 
 def assert_unresolved(image: Path, match: str) -> None:
     filesystem = open_filesystem(FileDisk(image))
-    node = files(filesystem)["/SECOND"]
+    node = files_of(filesystem)["/SECOND"]
     for ask in (filesystem.free, filesystem.fixed, lambda: filesystem.runs(node)):
         with pytest.raises(UnresolvedError, match=match):
             ask()
@@ -292,7 +264,7 @@ def assert_unresolved(image: Path, match: str) -> None:
 def test_a_file_keeps_clusters_past_its_size(small: Path, kind: str, first: int):
     link(small, kind, {first + 3: first + 9, first + 9: END})
     filesystem = open_filesystem(FileDisk(small))
-    node = files(filesystem)["/FIRST"]
+    node = files_of(filesystem)["/FIRST"]
     assert total_bytes(data_extents(filesystem, node)) == 5 * 512
     assert len(filesystem.read(node, offset=0, length=4096)) == 2048 - 100
 
@@ -330,7 +302,7 @@ def test_a_long_name_of_another_file_is_not_taken(small: Path, tmp_path: Path):
     place = content.index(b"ALONGN~1TEX")
     # As a system that knows short names only renames it.
     renamed = patched(small, {place: b"OTHERNAMETX"}, name="renamed.img")
-    assert "/OTHERNAM.ETX" in files(open_filesystem(FileDisk(renamed)))
+    assert "/OTHERNAM.ETX" in files_of(open_filesystem(FileDisk(renamed)))
     paths = [path for path, _ in walk(open_filesystem(FileDisk(small)))]
     assert "/a long name.text" in paths
     assert not [path for path in paths if "~1" in path]
@@ -341,7 +313,7 @@ def test_small_letters_of_a_short_name_are_those_that_mtools_shows(small: Path, 
     for name in ("one.txt", "TWO.txt", "three.TXT", "FOUR.TXT", "Five.txt"):
         mtool("mcopy", small, tmp_path / "content", f"::/{name}")
     told = set(mtool("mdir", small, "-b", "::/").split())
-    found = {f"::{path}" for path in files(open_filesystem(FileDisk(small)))}
+    found = {f"::{path}" for path in files_of(open_filesystem(FileDisk(small)))}
     assert found == told
 
 

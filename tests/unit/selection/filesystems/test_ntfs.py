@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stillblock.extents import intersect, normalise, subtract, total_bytes
+from stillblock.extents import normalise, subtract, total_bytes
 from stillblock.selection.filesystems import (
     FileKind,
     Filesystem,
@@ -16,23 +16,25 @@ from stillblock.selection.filesystems import (
 )
 from unit.selection.filesystems.damage_cases import Damageable, check_damages
 from unit.selection.filesystems.fuse import (
-    FileDisk,
-    content_by_runs,
-    contents,
-    data_extents,
-    digest,
-    files,
     free_by_partclone,
     left_out_with,
     mounted,
     patched,
-    run,
     without,
 )
+from unit.selection.filesystems.mounting import MIB, FileDisk, contents, digest, run
+from unit.selection.filesystems.reader_contract import (
+    assert_all_else_is_whole,
+    assert_all_files_are_read,
+    assert_files_read_the_same_in_pieces,
+    assert_free_is_nobodys,
+    assert_identity_is_what_blkid_prints,
+    assert_unresolved_or_held,
+)
+from unit.selection.filesystems.reading import content_by_runs, data_extents, files_of
 
 pytestmark = [pytest.mark.needs("mkfs.ntfs", "ntfs-3g"), pytest.mark.slow]
 
-MIB = 1 << 20
 ODD_NAMES = ("new\nline", "snow☃", "x" * 255, "trailing dot.", "colon;semi", "😀")
 COMPRESSED_ATTRIBUTE = 0x800
 TAG_MOUNT_POINT, TAG_WOF = 0xA0000003, 0x80000017
@@ -134,17 +136,7 @@ def filesystem(disk: FileDisk) -> Filesystem:
 
 @pytest.mark.needs("blkid")
 def test_identity_is_what_blkid_prints(image: Path, filesystem: Filesystem):
-    told = dict(
-        line.split("=", 1) for line in run("blkid", "-p", "-o", "export", image).splitlines()
-    )
-    identity = filesystem.identity
-    assert (identity.kind, identity.label, identity.uuid) == (
-        "ntfs",
-        told["LABEL"],
-        told["UUID"],
-    )
-    assert identity.size == 96 * MIB
-    assert not identity.is_case_sensitive
+    assert_identity_is_what_blkid_prints(filesystem, image, kind="ntfs", size=96 * MIB)
 
 
 # Files ----------------------------------------------------------------------------------------
@@ -158,54 +150,45 @@ def test_every_file_is_found_once_for_each_name(truth: dict[str, str], filesyste
 def test_every_file_reads_the_same_by_its_runs(
     truth: dict[str, str], disk: FileDisk, filesystem: Filesystem
 ):
-    for path, node in files(filesystem).items():
-        assert digest(content_by_runs(disk, filesystem, node)) == truth[path], path
+    assert_all_files_are_read(disk, filesystem, truth)
 
 
 def test_every_file_reads_the_same_in_odd_pieces(truth: dict[str, str], filesystem: Filesystem):
-    for path, node in files(filesystem).items():
-        data = b"".join(
-            filesystem.read(node, offset=offset, length=300_007)
-            for offset in range(0, node.size + 1, 300_007)
-        )
-        assert digest(data) == truth[path], path
+    assert_files_read_the_same_in_pieces(filesystem, truth, piece_bytes=300_007)
 
 
 def test_the_streams_of_a_file_are_its_data(filesystem: Filesystem):
-    found = files(filesystem)
+    found = files_of(filesystem)
     three_streams = total_bytes(data_extents(filesystem, found["/tree/streams"]))
     assert three_streams == sum(-(-size // 4096) * 4096 for size in (30_000, 50_000, 50_000))
     assert total_bytes(data_extents(filesystem, found["/tree/empty"])) == 12_288
 
 
 def test_names_of_a_hard_linked_file_lead_to_one_node(filesystem: Filesystem):
-    found = files(filesystem)
+    found = files_of(filesystem)
     deep = next(path for path in found if path.endswith("third name"))
     nodes = {found[path] for path in ("/tree/first name", "/tree/second name", deep)}
     assert [node.links for node in nodes] == [3]
 
 
 def test_a_short_name_is_no_second_path(filesystem: Filesystem):
-    found = files(filesystem)
+    found = files_of(filesystem)
     assert found["/tree/a long name.with ending"].links == 1
     assert not [path for path in found if "ALONGN" in path]
 
 
 def test_no_two_files_share_a_byte(filesystem: Filesystem):
-    found = {node.number: node for node in files(filesystem).values()}
+    found = {node.number: node for node in files_of(filesystem).values()}
     extents = [data_extents(filesystem, node) for node in found.values()]
     assert total_bytes(normalise(e for of_one in extents for e in of_one)) == sum(
         map(total_bytes, extents)
     )
 
 
-def assert_all_files_are_read(image: Path, truth: dict[str, str]) -> Filesystem:
+def read_whole(image: Path, truth: dict[str, str]) -> Filesystem:
     disk = FileDisk(image)
     filesystem = open_filesystem(disk)
-    assert {
-        path: digest(content_by_runs(disk, filesystem, node))
-        for path, node in files(filesystem).items()
-    } == truth
+    assert_all_files_are_read(disk, filesystem, truth)
     return filesystem
 
 
@@ -216,8 +199,8 @@ def test_files_in_very_many_pieces_are_read_through_their_attribute_lists(tmp_pa
         grow_in_turns(top, count=3, pieces=800)
         truth = contents(top)
     assert has_attribute_list(image, "/in turns 1")
-    filesystem = assert_all_files_are_read(image, truth)
-    assert len(filesystem.runs(files(filesystem)["/in turns 1"])) > 500
+    filesystem = read_whole(image, truth)
+    assert len(filesystem.runs(files_of(filesystem)["/in turns 1"])) > 500
 
 
 @pytest.mark.needs("ntfsinfo")
@@ -229,7 +212,7 @@ def test_an_mft_in_very_many_pieces_is_read_through_its_attribute_list(tmp_path:
                 (top / "filler" / f"resident {number}").write_bytes(b"%d" % number)
         truth = contents(top)
     assert has_attribute_list(image, "$MFT")
-    assert_all_files_are_read(image, truth)
+    read_whole(image, truth)
 
 
 def has_attribute_list(image: Path, name: str) -> bool:
@@ -252,7 +235,7 @@ def test_other_sizes(tmp_path: Path, options: tuple[str, ...], cluster_size: int
         for number in range(200):
             (top / "d" / f"{number}").write_bytes(os.urandom(number * 300))
         truth = contents(top)
-    filesystem = assert_all_files_are_read(image, truth)
+    filesystem = read_whole(image, truth)
     assert filesystem.identity.block_size == cluster_size
     assert subtract(filesystem.free(), free_by_partclone(image, kind="ntfs")) == ()
 
@@ -269,7 +252,7 @@ def test_what_lies_past_the_initialised_size_reads_as_zeros(tmp_path: Path):
         truth = contents(top)
     disk = FileDisk(image)
     filesystem = open_filesystem(disk)
-    node = files(filesystem)["/allocated"]
+    node = files_of(filesystem)["/allocated"]
     assert any(piece.is_unwritten for piece in filesystem.runs(node))
     assert digest(content_by_runs(disk, filesystem, node)) == truth["/allocated"]
 
@@ -312,18 +295,18 @@ def set_reparse_point(path: Path, tag: int, data: bytes) -> None:
 def test_a_compressed_file_is_not_resolved(special: Path):
     filesystem = open_filesystem(FileDisk(special))
     with pytest.raises(UnresolvedError, match="compressed"):
-        filesystem.runs(files(filesystem)["/packed/text"])
+        filesystem.runs(files_of(filesystem)["/packed/text"])
 
 
 def test_a_file_that_windows_packed_is_not_resolved(special: Path):
     filesystem = open_filesystem(FileDisk(special))
     with pytest.raises(UnresolvedError, match="another form"):
-        filesystem.runs(files(filesystem)["/system file"])
+        filesystem.runs(files_of(filesystem)["/system file"])
 
 
 def test_an_encrypted_file_is_not_resolved(special: Path, tmp_path: Path):
     filesystem = open_filesystem(FileDisk(special))
-    node = files(filesystem)["/target/inside"]
+    node = files_of(filesystem)["/target/inside"]
     filesystem.runs(node)
     copy = patched(special, {flags_offset(special, node.number): b"\0\x40"}, name="efs.img")
     filesystem = open_filesystem(FileDisk(copy))
@@ -387,11 +370,7 @@ def test_free_is_what_partclone_says(image: Path, truth: dict[str, str], filesys
 
 
 def test_free_is_nobodys(filesystem: Filesystem):
-    free = filesystem.free()
-    assert total_bytes(free) > 40 * MIB
-    assert intersect(free, filesystem.fixed()) == ()
-    for path, node in files(filesystem).items():
-        assert intersect(free, data_extents(filesystem, node)) == (), path
+    assert_free_is_nobodys(filesystem, more_than_bytes=40 * MIB)
 
 
 def test_the_boot_sectors_are_kept(filesystem: Filesystem):
@@ -405,18 +384,14 @@ def test_all_else_is_whole_without_free_space_and_some_files(
     image: Path, truth: dict[str, str], filesystem: Filesystem
 ):
     names_of: dict[int, set[str]] = {}
-    for path, node in files(filesystem).items():
+    for path, node in files_of(filesystem).items():
         names_of.setdefault(node.number, set()).add(path)
     out = {path for paths in list(names_of.values())[::2] for path in paths}
     copy = without(image, left_out_with(filesystem, out), name="without.img")
     assert "processed successfully" in run("ntfsfix", "-n", copy)
     with mount(copy) as top:
         found = contents(top)
-    assert found.keys() == truth.keys()
-    assert {path: found[path] for path in truth if path not in out} == {
-        path: truth[path] for path in truth if path not in out
-    }
-    assert any(found[path] != truth[path] for path in out), "something must have been left out"
+    assert_all_else_is_whole(found, truth, out)
 
 
 # The volume in use ----------------------------------------------------------------------------
@@ -442,17 +417,7 @@ def test_files_just_fsynced_on_a_mounted_volume_are_held(tmp_path: Path):
         copy.write_bytes(image.read_bytes())
         for descriptor in descriptors[1::2]:
             os.close(descriptor)
-    try:
-        filesystem = open_filesystem(FileDisk(copy))
-        free = filesystem.free()
-    except UnresolvedError as error:
-        print(f"unresolved: {error}")
-        return
-    with mount(copy) as top:
-        assert contents(top) == truth, "ntfs-3g itself must find them, or the test says nothing"
-    after = open_filesystem(FileDisk(copy))
-    for path, node in files(after).items():
-        assert intersect(free, data_extents(after, node)) == (), path
+    assert_unresolved_or_held(copy, truth, mount)
 
 
 @pytest.fixture(scope="module")
@@ -466,7 +431,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def place_of(image: Path, path: str) -> int:
     filesystem = open_filesystem(FileDisk(image))
-    return data_extents(filesystem, files(filesystem)[path])[0][0]
+    return data_extents(filesystem, files_of(filesystem)[path])[0][0]
 
 
 def assert_unresolved(image: Path, match: str) -> None:

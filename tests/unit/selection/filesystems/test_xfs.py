@@ -6,43 +6,36 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from stillblock.extents import intersect, normalise, subtract, total_bytes, union
-from stillblock.model import Extents
 from stillblock.native import crc32c
 from stillblock.selection.filesystems import (
     FileKind,
     Filesystem,
-    Run,
     UnresolvedError,
     open_filesystem,
     read_runs,
     walk,
 )
 from unit.selection.filesystems.churn import Churn
-from unit.selection.filesystems.damage_cases import (
-    Damageable,
-    DamagedDisk,
-    check_damages,
-    see,
-)
-from unit.selection.filesystems.leaving_out import a_third_and_free, digests_without
+from unit.selection.filesystems.damage_cases import Damageable, DamagedDisk, check_damages, see
+from unit.selection.filesystems.leaving_out import assert_only_what_is_left_out_is_missed
 from unit.selection.filesystems.mounting import (
     MIB,
     FileDisk,
     Told,
     blocks_of,
+    copy_frozen,
     copy_sparse,
     digest,
-    fiemap,
     mounted,
     run,
-    told,
 )
-from unit.selection.filesystems.trees import grow_tree, write
+from unit.selection.filesystems.reader_contract import assert_odd_things_are_what_they_are
+from unit.selection.filesystems.reading import files_of, places, runs_of
+from unit.selection.filesystems.trees import Grown, grow_tree, grown_in, sync, write
 from unit.selection.filesystems.xfs_images import (
     VARIANTS,
     change,
@@ -60,14 +53,6 @@ pytestmark = [pytest.mark.needs("mkfs.xfs", "xfs_db", "xfs_repair"), pytest.mark
 APPLIED = ("its log was applied in memory",)
 
 
-class Grown(NamedTuple):
-    """An image with the tree, what the kernel said of its files, and how it mapped them."""
-
-    image: Path
-    files: dict[str, Told]
-    maps: dict[str, list[Run]]
-
-
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory) -> Callable[[str], Grown]:
     """`grown(variant)`: made once for all tests, which leave it as it is."""
@@ -75,33 +60,13 @@ def grown(tmp_path_factory) -> Callable[[str], Grown]:
 
     @functools.cache
     def grow(variant: str) -> Grown:
-        image = make(folder / variant, *VARIANTS[variant])
-        with mounted(image) as top:
+        def fill(top: Path) -> None:
             grow_tree(top)
             crumble(top / "crumbs", pieces=1500)
-            os.sync()
-            files = told(top)
-            maps = {path: fiemap(top / path[1:]) for path in files}
-        return Grown(image, files, maps)
+
+        return grown_in(make(folder / variant, *VARIANTS[variant]), fill=fill)
 
     return grow
-
-
-def sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def data_of(filesystem: Filesystem) -> dict[str, tuple[int, tuple[Run, ...]]]:
-    return {
-        path: (node.number, filesystem.runs(node))
-        for path, node in walk(filesystem)
-        if node.kind is FileKind.REGULAR
-    }
-
-
-def places(runs) -> Extents:
-    return normalise((run.start, run.start + run.length) for run in runs if run.start is not None)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -110,7 +75,7 @@ def test_every_file_is_found_where_the_kernel_put_it(grown, variant):
     disk = FileDisk(image)
     filesystem = open_filesystem(disk)
     size = filesystem.identity.block_size
-    found = {path: node for path, node in walk(filesystem) if node.kind is FileKind.REGULAR}
+    found = files_of(filesystem)
 
     assert set(found) == set(files)
     assert filesystem.caveats == ()
@@ -148,18 +113,12 @@ def test_free_is_what_the_filesystems_own_tool_says_but_for_the_groups_free_list
 
 
 def test_links_and_folders_are_what_they_are(grown):
-    filesystem = open_filesystem(FileDisk(grown("as mkfs makes it").image))
-    nodes = dict(walk(filesystem))
+    image = grown("as mkfs makes it").image
+    filesystem = open_filesystem(FileDisk(image))
 
-    def target(path: str) -> bytes:
-        return filesystem.read(nodes[path], offset=0, length=4096)
-
-    assert target("/odd/short link") == b"../tiny"
-    assert target("/odd/long link") == b"/" + b"long/" * 100
-    assert nodes["/odd"].kind is FileKind.DIRECTORY
-    assert nodes["/odd/pipe"].kind is FileKind.OTHER
+    assert_odd_things_are_what_they_are(filesystem)
     assert filesystem.identity.label == "stills"
-    uuid = xfs_db(grown("as mkfs makes it").image, "uuid").split()[-1]
+    uuid = xfs_db(image, "uuid").split()[-1]
     assert filesystem.identity.uuid == uuid
 
 
@@ -189,8 +148,8 @@ def test_files_that_share_extents_all_claim_them(tmp_path):
         run("cp", "--reflink=always", top / "original", top / "clone")
         write(top / "clone", b"own", at=100_000)
         os.sync()
-    data = data_of(open_filesystem(FileDisk(image)))
-    original, clone = (places(data[path][1]) for path in ("/original", "/clone"))
+    runs = runs_of(open_filesystem(FileDisk(image)))
+    original, clone = (places(runs[path]) for path in ("/original", "/clone"))
 
     assert total_bytes(intersect(original, clone)) >= 190_000
     assert total_bytes(subtract(clone, original)) == 4096
@@ -214,7 +173,7 @@ def assert_is_as_replayed(image: Path) -> None:
     copy, recovered = replayed(image)
 
     assert tree == {path: nameable(recovered, node) for path, node in walk(recovered)}
-    held = [run for _, runs in data_of(recovered).values() for run in runs]
+    held = [run for runs in runs_of(recovered).values() for run in runs]
     taken = subtract(filesystem.free(), recovered.free())
     # Recovery gives space back; it takes some only to fill the groups' free lists and trees.
     assert intersect(taken, places(held)) == ()
@@ -256,9 +215,7 @@ def test_a_log_that_went_round_is_applied(tmp_path):
             if i % 10 == 0:
                 churn.run(5)
         copy = copy_sparse(image, tmp_path / "copy")
-    superblock = xfs_db(copy, "sb 0", "print logstart agblklog agblocks blocksize")
-    ag, block = divmod(field(superblock, "logstart"), 1 << field(superblock, "agblklog"))
-    start = (ag * field(superblock, "agblocks") + block) * field(superblock, "blocksize")
+    start, _ = log_place(copy)
     words = FileDisk(copy).pread(offset=start, length=8)
     cycle = int.from_bytes(words[4:] if words[:4] == b"\xfe\xed\xba\xbe" else words[:4], "big")
     assert cycle > 1, "the log went round"
@@ -274,12 +231,8 @@ def test_files_just_written_are_held_while_mounted_and_free_space_is_given_when_
             write(top / f"file{i}", dice.randbytes(3000 * i + 1))
             sync(top / f"file{i}")
         live = copy_sparse(image, tmp_path / "live")
-        run("fsfreeze", "--freeze", top)
-        try:
-            frozen = copy_sparse(image, tmp_path / "frozen")
-        finally:
-            run("fsfreeze", "--unfreeze", top)
-    data = [run for _, runs in data_of(replayed(live)[1]).values() for run in runs]
+        frozen = copy_frozen(image, top, tmp_path / "frozen")
+    data = [run for runs in runs_of(replayed(live)[1]).values() for run in runs]
     assert len(data) >= 60
     assert total_bytes(places(data)) >= sum(3000 * i for i in range(60))
 
@@ -298,17 +251,7 @@ def test_what_is_left_out_of_a_busy_filesystem_is_missed_by_no_other_file(tmp_pa
     with mounted(image) as top:
         Churn(top, seed=seed).run(250)
         live = copy_sparse(image, tmp_path / "live")
-    disk = FileDisk(copy_sparse(live, tmp_path / "seen"))
-    excluded, left_out = a_third_and_free(see(disk))
-
-    replayed = digests_without(copy_sparse(live, tmp_path / "replayed"), ())
-    after = digests_without(copy := copy_sparse(live, tmp_path / "after"), left_out)
-
-    assert set(after) == set(replayed)
-    changed = {path for path in after if after[path] != replayed[path]}
-    assert changed <= excluded
-    assert changed, "something was left out"
-    run("xfs_repair", "-n", copy)
+    run("xfs_repair", "-n", assert_only_what_is_left_out_is_missed(live))
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +308,7 @@ def test_a_log_made_to_deceive_with_right_checksums_is_read_to_its_end(unsettled
                 changed[i : i + width] = number.to_bytes(4, "little")[:width]
         changed[32:36] = log_checksum(bytes(changed))
         try:
-            see(DamagedDisk(content, at=at, damage=bytes(changed)))
+            see(DamagedDisk(content, {at: bytes(changed)}))
             seen += 1
         except UnresolvedError:
             pass
@@ -456,7 +399,7 @@ def test_metadata_made_to_deceive_with_right_checksums_gives_nothing_away(settle
     seen = 0
     for case, (at, damage) in zip(range(500), cases(), strict=False):
         try:
-            sight = see(DamagedDisk(content, at=at, damage=damage))
+            sight = see(DamagedDisk(content, {at: damage}))
         except UnresolvedError:
             continue
         seen += 1

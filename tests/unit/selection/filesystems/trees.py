@@ -2,10 +2,32 @@
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from stillblock.selection.filesystems import Run
+from unit.selection.filesystems.mounting import MIB, Told, fiemap, mounted, told
 
 KIB = 1024
-MIB = 1024 * KIB
+
+
+class Grown(NamedTuple):
+    """An image with the tree, what the kernel said of its files, and how it mapped them."""
+
+    image: Path
+    files: dict[str, Told]
+    maps: dict[str, list[Run]]
+
+
+def grown_in(image: Path, *, fill: Callable[[Path], None]) -> Grown:
+    """Fill an image that is empty, with `grow_tree` or more."""
+    with mounted(image) as top:
+        fill(top)
+        os.sync()
+        files = told(top)
+        maps = {path: fiemap(top / path[1:]) for path in files}
+    return Grown(image, files, maps)
 
 
 def grow_tree(top: Path, *, seed: int = 7, many: int = 300) -> None:
@@ -47,6 +69,11 @@ def write(path: Path | bytes, data: bytes, *, at: int = 0) -> None:
         os.close(descriptor)
 
 
+def sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _holes(top: Path, dice: random.Random) -> None:
     write(top / "nothing but a hole", b"")
     os.truncate(top / "nothing but a hole", 3 * MIB)
@@ -74,9 +101,7 @@ def _fragmented(top: Path, dice: random.Random) -> None:
     for step in range(16):
         for name in ("fragmented", "fragmented too"):
             write(top / name, dice.randbytes(8 * KIB), at=step * 16 * KIB)
-            descriptor = os.open(top / name, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(top / name)
 
 
 def _names(top: Path, dice: random.Random) -> None:

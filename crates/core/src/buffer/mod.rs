@@ -8,32 +8,21 @@
 //! rewrite takes a new slot. All methods but [`Arena::data`] are called under the volume's state
 //! lock.
 
-use crate::codec::{Reader, Writer};
+mod arena;
+mod left;
+
+pub use arena::{Arena, ArenaSize, REGION_BLOCKS_MAX, RegionBits};
+pub use left::{LeftBuffer, LeftRegion, LeftSlot, bit_runs, note_replaying, read_left};
+
 use crate::journal::OriginIdentity;
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
-use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{FallocateFlags, Mode, OFlags};
 use smallvec::SmallVec;
 use std::collections::{HashMap, VecDeque};
-use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// The unit of validity inside a slot.
 pub const SECTOR: u64 = 512;
-const PAGE: usize = 4096;
-const FILE_MAGIC: [u8; 8] = *b"SBBUFFER";
-const FILE_VERSION: u32 = 1;
-const FILE_HEADER_BYTES: usize = 256;
-/// Where the time lies at which the process was last known to live, outside the checksum.
-const ALIVE_AT: usize = 192;
-/// Bytes of the file's header that its checksum covers.
-const COVERED: usize = 8 + 4 + 16 + 8 + 16 + 4 * 8 + 4 + 8;
-const SLOT_HEADER_BYTES: usize = 64;
-const SLOT_LIVE: u32 = u32::from_le_bytes(*b"LIVE");
 
 /// Which sectors of a block, one bit each; a block has at most 128.
 pub type SectorMask = u128;
@@ -69,302 +58,6 @@ pub struct BufferIdentity {
     pub boot_id: [u8; 16],
     /// The origin when the buffer was made.
     pub origin: OriginIdentity,
-}
-
-/// The memory of all slots.
-pub struct Arena {
-    memory: MmapRaw,
-    path: Option<PathBuf>,
-    lock: Option<File>,
-    slot_count: u32,
-    block_size: usize,
-    #[cfg(feature = "simulation")]
-    is_removed: std::sync::atomic::AtomicBool,
-}
-
-impl Arena {
-    fn bytes_for(slot_count: u32, block_size: u64) -> u64 {
-        let headers = u64::from(slot_count) * to_u64(SLOT_HEADER_BYTES);
-        to_u64(PAGE) + headers.next_multiple_of(to_u64(PAGE)) + u64::from(slot_count) * block_size
-    }
-
-    /// In memory of this process: lost with it.
-    pub fn private(slot_count: u32, block_size: u64) -> io::Result<Self> {
-        let length = to_usize(Self::bytes_for(slot_count, block_size));
-        let memory = MmapRaw::from(MmapOptions::new().len(length).map_anon()?);
-        Ok(Self::on(memory, None, slot_count, block_size))
-    }
-
-    fn on(
-        memory: MmapRaw,
-        named: Option<(PathBuf, File)>,
-        slot_count: u32,
-        block_size: u64,
-    ) -> Self {
-        let (path, lock) = named.unzip();
-        Self {
-            memory,
-            path,
-            lock,
-            slot_count,
-            block_size: to_usize(block_size),
-            #[cfg(feature = "simulation")]
-            is_removed: std::sync::atomic::AtomicBool::new(false),
-        }
-    }
-
-    /// In a new file of a memory filesystem: outlives the process.
-    pub fn shared(
-        path: &Path,
-        slot_count: u32,
-        block_size: u64,
-        identity: &BufferIdentity,
-    ) -> io::Result<Self> {
-        let _ = std::fs::remove_file(path);
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?);
-        let length = Self::bytes_for(slot_count, block_size);
-        file.set_len(length)?;
-        // All of it now: a memory filesystem that is full later would kill the process that writes
-        // to the mapping.
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, length)?;
-        let memory = MmapRaw::map_raw(&file)?;
-        let named = Some((path.to_path_buf(), file));
-        let arena = Self::on(memory, named, slot_count, block_size);
-        arena.write_header(identity, block_size);
-        Ok(arena)
-    }
-
-    /// In memory of this process, with everything a file has: the simulation keeps it beyond a kill.
-    #[cfg(feature = "simulation")]
-    pub fn outliving(
-        slot_count: u32,
-        block_size: u64,
-        identity: &BufferIdentity,
-    ) -> io::Result<Self> {
-        let arena = Self::private(slot_count, block_size)?;
-        arena.write_header(identity, block_size);
-        Ok(arena)
-    }
-
-    /// What a kill at this moment leaves.
-    #[cfg(feature = "simulation")]
-    pub fn left(&self) -> Option<LeftBuffer> {
-        if self.is_removed.load(Ordering::Relaxed) {
-            return None;
-        }
-        // SAFETY: the mapping lives as long as `self`, and the simulation runs one thread at a time.
-        let bytes = unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.memory.len()) };
-        parse_left(bytes).and_then(Result::ok)
-    }
-
-    fn write_header(&self, identity: &BufferIdentity, block_size: u64) {
-        let mut header = Writer::default();
-        header.raw(&FILE_MAGIC).u32(FILE_VERSION).raw(&identity.uuid).u64(identity.generation);
-        header.raw(&identity.boot_id).u64(identity.origin.device).u64(identity.origin.inode);
-        header.u64(identity.origin.bytes).u64(identity.origin.modified_unix_ns);
-        header.u32(self.slot_count).u64(block_size);
-        let crc = crc32c::crc32c(&header.0);
-        header.u32(crc);
-        self.slot_memory(0, header.0.len()).copy_from_slice(&header.0);
-    }
-
-    fn header_at(slot: u32) -> usize {
-        PAGE + to_usize(u64::from(slot)) * SLOT_HEADER_BYTES
-    }
-
-    fn data_at(&self, slot: u32) -> usize {
-        let headers = to_usize(u64::from(self.slot_count)) * SLOT_HEADER_BYTES;
-        PAGE + headers.next_multiple_of(PAGE) + to_usize(u64::from(slot)) * self.block_size
-    }
-
-    /// The content of a published slot: one block, of which only the slot's sectors mean anything.
-    /// It stays until the slot is released, which only the committer does.
-    pub fn data(&self, slot: u32) -> &[u8] {
-        let at = self.data_at(slot);
-        assert!(at + self.block_size <= self.memory.len());
-        // SAFETY: inside the mapping; a published slot is not written, see `impl Sync`.
-        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(at), self.block_size) }
-    }
-
-    #[allow(clippy::mut_from_ref)] // exclusive because the slot is free and the state lock is held
-    fn slot_memory(&self, at: usize, length: usize) -> &mut [u8] {
-        assert!(at + length <= self.memory.len());
-        // SAFETY: the range lies inside the mapping. The callers hold the state lock and own the
-        // slot: it is on the free list's way out, so no reference from `data` exists, and no other
-        // thread writes it.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(at), length) }
-    }
-
-    fn state_of(&self, slot: u32) -> &AtomicU32 {
-        let at = Self::header_at(slot);
-        // The mapping starts at a page, and slot headers at multiples of 64 bytes.
-        #[allow(clippy::cast_ptr_alignment)]
-        let state = self.memory.as_mut_ptr().wrapping_add(at).cast::<u32>();
-        // SAFETY: inside the mapping, aligned, and only ever accessed through this atomic.
-        unsafe { AtomicU32::from_ptr(state) }
-    }
-
-    fn publish(&self, slot: u32, info: &SlotInfo) {
-        // The path of every first change: filled in place, without a detour over the heap.
-        let mut header = [0; SLOT_HEADER_BYTES - size_of::<u32>()];
-        header[..8].copy_from_slice(&info.block.to_le_bytes());
-        header[8..16].copy_from_slice(&info.sequence.to_le_bytes());
-        header[16..20].copy_from_slice(&info.epoch.to_le_bytes());
-        header[20..36].copy_from_slice(&info.mask.to_le_bytes());
-        let crc = crc32c::crc32c(&header[..36]);
-        header[36..40].copy_from_slice(&crc.to_le_bytes());
-        let at = Self::header_at(slot) + size_of::<u32>();
-        self.slot_memory(at, header.len()).copy_from_slice(&header);
-        // The process may be killed between any two stores: the mark that makes the slot count
-        // comes last.
-        fence(Ordering::Release);
-        self.state_of(slot).store(SLOT_LIVE, Ordering::Release);
-    }
-
-    fn retire(&self, slot: u32) {
-        self.state_of(slot).store(0, Ordering::Release);
-    }
-
-    /// Forget what a free slot held.
-    fn wipe(&self, slot: u32) {
-        self.slot_memory(self.data_at(slot), self.block_size).fill(0);
-    }
-
-    /// Note that the process lives at this time; called by one thread.
-    pub fn note_alive(&self, unix_ns: u64) {
-        self.slot_memory(ALIVE_AT, size_of::<u64>()).copy_from_slice(&unix_ns.to_le_bytes());
-    }
-
-    /// True if the buffer outlives the process.
-    pub fn is_shared(&self) -> bool {
-        self.path.is_some()
-    }
-
-    /// Say that the buffer is empty for good, by removing its file; its memory goes back at once,
-    /// although the volume, closed, may be held for long.
-    pub fn remove(&self) {
-        #[cfg(feature = "simulation")]
-        self.is_removed.store(true, Ordering::Relaxed);
-        if let Some(path) = &self.path {
-            // Left behind it would be recognised as another generation's.
-            let _ = std::fs::remove_file(path);
-        }
-        if let Some(file) = &self.lock {
-            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            // Where that cannot be done the memory goes with the mapping.
-            let _ = rustix::fs::fallocate(file, how, 0, to_u64(self.memory.len()));
-        }
-    }
-}
-
-/// The killed process may have written for this long after it last said that it lives.
-const ALIVE_SLACK_NS: u64 = 3_000_000_000;
-
-impl LeftBuffer {
-    /// True if it is of this opening of the volume.
-    pub fn is_of(&self, uuid: [u8; 16], generation: u64) -> bool {
-        self.identity.uuid == uuid && self.identity.generation == generation
-    }
-
-    /// True if the origin is another one now, or was written after the process died.
-    pub fn is_origin_touched(&self, now: &OriginIdentity) -> bool {
-        let alive_until = self.alive_unix_ns.saturating_add(ALIVE_SLACK_NS);
-        self.identity.origin.inode != now.inode || now.modified_unix_ns > alive_until
-    }
-}
-
-/// A slot that a killed process left behind.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeftSlot {
-    /// Which block.
-    pub block: u64,
-    /// Order of the writes.
-    pub sequence: u64,
-    /// The epoch the write belongs to.
-    pub epoch: u32,
-    /// Which sectors count.
-    pub mask: SectorMask,
-    /// One block.
-    pub data: Vec<u8>,
-}
-
-/// What a buffer file holds.
-#[derive(Debug, Clone)]
-pub struct LeftBuffer {
-    /// Whose it is.
-    pub identity: BufferIdentity,
-    /// When its process was last known to live.
-    pub alive_unix_ns: u64,
-    /// Its slots, oldest first.
-    pub slots: Vec<LeftSlot>,
-}
-
-/// Note in the file of a killed process that somebody works on its slots at this time.
-pub fn note_replaying(path: &Path, unix_ns: u64) -> io::Result<()> {
-    use std::os::unix::fs::FileExt;
-    let file = File::options().write(true).open(path)?;
-    file.write_all_at(&unix_ns.to_le_bytes(), to_u64(ALIVE_AT))
-}
-
-/// Read the file that a killed process left; `None` if there is none, or none that is intact; the
-/// version if that is newer than ours.
-pub fn read_left(path: &Path) -> io::Result<Option<Result<LeftBuffer, u32>>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    Ok(parse_left(&bytes))
-}
-
-fn parse_left(bytes: &[u8]) -> Option<Result<LeftBuffer, u32>> {
-    let mut input = Reader::new(bytes.get(..FILE_HEADER_BYTES)?);
-    if input.array::<8>().ok()? != FILE_MAGIC {
-        return None;
-    }
-    let version = input.u32().ok()?;
-    let uuid = input.array().ok()?;
-    let generation = input.u64().ok()?;
-    let boot_id = input.array().ok()?;
-    let origin = OriginIdentity {
-        device: input.u64().ok()?,
-        inode: input.u64().ok()?,
-        bytes: input.u64().ok()?,
-        modified_unix_ns: input.u64().ok()?,
-    };
-    let slot_count = input.u32().ok()?;
-    let block_size = input.u64().ok()?;
-    if input.u32().ok()? != crc32c::crc32c(&bytes[..COVERED]) {
-        return None;
-    }
-    if version > FILE_VERSION {
-        return Some(Err(version));
-    }
-    if to_u64(bytes.len()) != Arena::bytes_for(slot_count, block_size) {
-        return None;
-    }
-    let data_start = bytes.len() - to_usize(u64::from(slot_count) * block_size);
-    let mut slots: Vec<LeftSlot> = (0..slot_count)
-        .filter_map(|slot| {
-            let at = Arena::header_at(slot);
-            let mut input = Reader::new(&bytes[at..at + SLOT_HEADER_BYTES]);
-            if input.u32().ok()? != SLOT_LIVE {
-                return None;
-            }
-            let (block, sequence) = (input.u64().ok()?, input.u64().ok()?);
-            let epoch = input.u32().ok()?;
-            let mask = SectorMask::from_le_bytes(input.array().ok()?);
-            let is_intact = input.u32().ok()? == crc32c::crc32c(&bytes[at + 4..at + 4 + 36]);
-            let from = data_start + to_usize(u64::from(slot) * block_size);
-            let data = bytes[from..from + to_usize(block_size)].to_vec();
-            is_intact.then_some(LeftSlot { block, sequence, epoch, mask, data })
-        })
-        .collect();
-    slots.sort_by_key(|slot| slot.sequence);
-    let identity = BufferIdentity { uuid, generation, boot_id, origin };
-    let alive_unix_ns = u64::from_le_bytes(bytes[ALIVE_AT..ALIVE_AT + 8].try_into().ok()?);
-    Some(Ok(LeftBuffer { identity, alive_unix_ns, slots }))
 }
 
 /// What is known of a slot in use.
@@ -412,7 +105,7 @@ pub struct WriteBuffer {
 impl WriteBuffer {
     /// Empty, on an arena that nobody else uses.
     pub fn new(arena: Arc<Arena>, first_sequence: u64) -> Self {
-        let count = arena.slot_count;
+        let count = arena.size.slots;
         Self {
             arena,
             free: (0..count).rev().collect(),

@@ -1,0 +1,247 @@
+//! Regions: what is recorded once, what goes straight then, and what is known of it afterwards.
+
+use super::*;
+
+const REGION: u64 = 256;
+
+fn set(blocks: &[u64]) -> ExtentSet {
+    ExtentSet::from_unsorted(blocks.iter().map(|&b| Extent::single(b)).collect())
+}
+
+/// A volume of which only a bookmark is left.
+fn bookmarked(scene: &Scene) -> (Arc<Volume>, u32) {
+    let volume = scene.open();
+    let epoch = snapshot(&volume, everything());
+    volume.bookmark(epoch, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(epoch, false).expect("deletion");
+    (volume, epoch)
+}
+
+fn changed(volume: &Volume, epoch: u32) -> ExtentSet {
+    volume.changed(epoch, None).expect("changed set")
+}
+
+fn count(volume: &Volume, name: &str) -> u64 {
+    let found = volume.counters.list().into_iter().find(|(known, _)| *known == name);
+    found.expect("a counter").1
+}
+
+#[test]
+fn one_record_opens_a_region_and_the_next_writes_go_straight() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, epoch) = bookmarked(&scene);
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    let batches = count(&volume, "batches");
+    for block in [4, 5, 200, 3, 4] {
+        put(&volume, block, 0xA1);
+        assert_eq!(scene.on_disk(block), 0xA1, "straight");
+    }
+    assert_eq!(count(&volume, "straight_writes"), 5);
+    assert_eq!(count(&volume, "buffered_writes"), 1);
+    assert_eq!(count(&volume, "region_records"), 1);
+    assert_eq!(count(&volume, "batches"), batches, "none of them was recorded");
+    put(&volume, 300, 0xA2);
+    assert_eq!(scene.on_disk(300), 51, "another region has a record of its own first");
+    let expected = set(&[3, 4, 5, 200, 300]);
+    assert_eq!(changed(&volume, epoch), expected);
+    volume.close().expect("close");
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, epoch), expected, "exact after a clean stop");
+    let next = snapshot(&volume, set(&[1]));
+    put(&volume, 4, 0xA3);
+    assert_eq!(volume.changed(epoch, Some(next)).expect("changed set"), expected);
+    assert_eq!(changed(&volume, next), ExtentSet::new(), "it does not track that");
+    volume.close().expect("close");
+}
+
+#[test]
+fn what_changed_in_a_region_before_an_instant_is_told_apart_from_what_did_after() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, epoch) = bookmarked(&scene);
+    for block in [3, 4] {
+        put(&volume, block, 0xA0);
+        volume.flush().expect("flush");
+    }
+    let next = snapshot(&volume, everything());
+    volume.bookmark(next, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(next, false).expect("deletion");
+    for block in [4, 6, 7] {
+        put(&volume, block, 0xA1);
+        volume.flush().expect("flush");
+    }
+    assert_eq!(volume.changed(epoch, Some(next)).expect("changed set"), set(&[3, 4]));
+    assert_eq!(changed(&volume, next), set(&[4, 6, 7]));
+    assert_eq!(changed(&volume, epoch), set(&[3, 4, 6, 7]));
+    volume.abandon();
+}
+
+#[test]
+fn after_a_kill_what_changed_is_exact() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, epoch) = bookmarked(&scene);
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    put(&volume, 63, 0xA1);
+    volume.write_zeroes(64 * 4096, 2 * 4096, false, false).expect("zeroes");
+    volume.trim(255 * 4096, 4096, false).expect("trim");
+    put(&volume, 400, 0xA2); // still in its slot
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    let expected = set(&[3, 63, 64, 65, 255, 400]);
+    assert_eq!(changed(&volume, epoch), expected);
+    assert_eq!(get(&volume, 400), 0xA2);
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, epoch), expected, "it was recorded by the first opening");
+    volume.close().expect("close");
+}
+
+#[test]
+fn where_the_bits_are_gone_the_open_regions_count_whole_and_no_other() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, epoch) = bookmarked(&scene);
+    put(&volume, 300, 0xA0);
+    volume.flush().expect("flush");
+    volume.maintain(crate::volume::Effort::All).expect("upkeep");
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    volume.abandon();
+    drop(volume);
+    let buffers = std::fs::read_dir(scene.dir.path()).expect("list").flatten();
+    let buffer = buffers.map(|f| f.path()).find(|p| p.extension().is_some_and(|e| e == "buffer"));
+    std::fs::remove_file(buffer.expect("left behind")).expect("as a power cut does");
+    let volume = scene.open_as(OpenRequest { recover: Recover::Discard, ..scene.request() });
+    let volume = volume.expect("open");
+    let expected = ExtentSet::from_extent(Extent::new(0, REGION)).union(&set(&[300]));
+    assert_eq!(changed(&volume, epoch), expected);
+    volume.close().expect("close");
+}
+
+/// What a power cut left open could not be closed, since the store failed.
+fn volume_with_a_region_left_open(scene: &Scene) -> Arc<Volume> {
+    let request = || OpenRequest { cache: Cache::WriteThrough, ..scene.request() };
+    let (volume, _) = bookmarked(scene);
+    volume.close().expect("close");
+    drop(volume);
+    let volume = scene.open_as(request()).expect("open");
+    put(&volume, 3, 0xA0);
+    put(&volume, 4, 0xA0);
+    volume.abandon();
+    drop(volume);
+    let failures = Arc::new(AtomicU64::new(0));
+    let count_of = Arc::clone(&failures);
+    scene.faults.set(move |name, operation| match (name, operation) {
+        ("segment", "allocate") => {
+            count_of.fetch_add(1, Ordering::Relaxed);
+            Err(broken())
+        }
+        ("journal", "write") if count_of.load(Ordering::Relaxed) > 0 => {
+            count_of.store(0, Ordering::Relaxed);
+            Err(broken())
+        }
+        _ => Ok(()),
+    });
+    let volume = scene.open();
+    scene.faults.clear();
+    volume
+}
+
+/// What was not closed, then a kill, and bits that knew only of the time between.
+#[test]
+fn bits_do_not_stand_for_writes_of_an_earlier_process() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let volume = volume_with_a_region_left_open(&scene);
+    let epoch = volume.epochs().expect("listed")[0].epoch;
+    let whole = ExtentSet::from_extent(Extent::new(0, REGION));
+    assert_eq!(changed(&volume, epoch), whole, "it opens, and misses nothing");
+    put(&volume, 3, 0xA1);
+    put(&volume, 300, 0xA1);
+    volume.flush().expect("flush");
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    let expected = whole.union(&set(&[300]));
+    assert_eq!(changed(&volume, epoch), expected);
+    volume.close().expect("close");
+}
+
+/// The same in an epoch that is closed, filed and merged then: nobody tells less of it.
+#[test]
+fn a_region_that_could_not_be_closed_counts_whole_for_ever() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let volume = volume_with_a_region_left_open(&scene);
+    let epoch = volume.epochs().expect("listed")[0].epoch;
+    let expected = ExtentSet::from_extent(Extent::new(0, REGION)).union(&set(&[300]));
+    put(&volume, 300, 0xA1);
+    let scrap = snapshot(&volume, everything());
+    volume.delete_snapshot(scrap, false).expect("deletion");
+    let next = snapshot(&volume, everything());
+    put(&volume, 400, 0xA1);
+    volume.flush().expect("flush");
+    let check = |volume: &Arc<Volume>, when: &str| {
+        let found = volume.changed(epoch, Some(next)).expect("changed set");
+        assert_eq!(found, expected, "{when}");
+        assert_eq!(changed(volume, next), set(&[400]), "{when}");
+    };
+    check(&volume, "from the log's index in memory");
+    volume.close().expect("close");
+    drop(volume);
+    let volume = scene.open();
+    check(&volume, "from the records in the log");
+    volume.maintain(crate::volume::Effort::All).expect("upkeep");
+    check(&volume, "merged and filed");
+    volume.close().expect("close");
+    drop(volume);
+    let volume = scene.open();
+    check(&volume, "from the merged segment's index file");
+    volume.close().expect("close");
+}
+
+#[test]
+fn narrowed_blocks_are_covered_and_those_still_needed_are_preserved() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let volume = scene.open();
+    let epoch = snapshot(&volume, everything());
+    volume.bookmark(epoch, Vec::new()).expect("bookmark");
+    put(&volume, 100, 0xA0);
+    volume.flush().expect("flush");
+    volume.narrow(epoch, &ExtentSet::from_extent(Extent::new(0, 50))).expect("narrow");
+    put(&volume, 101, 0xA1);
+    volume.flush().expect("flush");
+    for block in [60, 102, 49, 0] {
+        put(&volume, block, 0xA2);
+    }
+    assert_eq!((scene.on_disk(60), scene.on_disk(102)), (0xA2, 0xA2), "covered");
+    assert_eq!((scene.on_disk(49), scene.on_disk(0)), (50, 1), "to be preserved first");
+    assert_eq!(changed(&volume, epoch), set(&[0, 49, 60, 100, 101, 102]));
+    assert_eq!(get_old(&volume, epoch, 49).expect("preserved"), 50);
+    assert_eq!(get_old(&volume, epoch, 0).expect("preserved"), 1);
+    volume.close().expect("close");
+}
+
+#[test]
+fn an_instant_that_fails_forgets_nothing_that_was_written_in_regions() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, epoch) = bookmarked(&scene);
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    put(&volume, 4, 0xA0);
+    scene.faults.set(|name, operation| match (name, operation) {
+        ("segment" | "journal", "sync") => Err(broken()),
+        _ => Ok(()),
+    });
+    assert!(volume.snapshot(snapshot_request(everything())).is_err());
+    scene.faults.clear();
+    assert_eq!(changed(&volume, epoch), set(&[3, 4]));
+    put(&volume, 5, 0xA0);
+    volume.flush().expect("flush");
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, epoch), set(&[3, 4, 5]));
+    volume.close().expect("close");
+}

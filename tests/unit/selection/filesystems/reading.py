@@ -1,0 +1,41 @@
+"""What a reader says of a filesystem's files: which there are, where they lie, what they hold."""
+
+from collections.abc import Iterable
+
+from stillblock.extents import normalise
+from stillblock.model import Extents
+from stillblock.selection.disk import Disk
+from stillblock.selection.filesystems import (
+    FileKind,
+    Filesystem,
+    Node,
+    Run,
+    read_runs,
+    walk,
+)
+
+
+def files_of(filesystem: Filesystem) -> dict[str, Node]:
+    return {path: node for path, node in walk(filesystem) if node.kind is FileKind.REGULAR}
+
+
+def runs_of(filesystem: Filesystem) -> dict[str, tuple[Run, ...]]:
+    return {path: filesystem.runs(node) for path, node in files_of(filesystem).items()}
+
+
+def places(runs: Iterable[Run]) -> Extents:
+    """Where on the disk runs lie; holes lie nowhere."""
+    return normalise((run.start, run.start + run.length) for run in runs if run.start is not None)
+
+
+def data_extents(filesystem: Filesystem, node: Node) -> Extents:
+    """Where on the disk a file's data lies."""
+    return places(filesystem.runs(node))
+
+
+def content_by_runs(disk: Disk, filesystem: Filesystem, node: Node) -> bytes:
+    """A file's bytes from where its runs say they are; read plainly if they are in metadata."""
+    runs = filesystem.runs(node)
+    if runs:
+        return read_runs(disk, runs, size=node.size, offset=0, length=node.size)
+    return filesystem.read(node, offset=0, length=node.size)

@@ -191,7 +191,7 @@ def test_the_records_of_a_group_are_as_the_page_says(tmp_path):
 
 def test_the_kinds_of_records_have_their_numbers():
     for page, heading, kinds in (
-        ("journal.md", "Kinds", [*range(1, 23), *range(24, 27)]),
+        ("journal.md", "Kinds", [*range(1, 23), 24, 26, 27]),
         ("log.md", "Descriptor", [*range(1, 8)]),
     ):
         assert list(numbered_names(page, heading)) == kinds

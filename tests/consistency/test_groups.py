@@ -202,7 +202,7 @@ def forget_the_decision(journal: Path) -> None:
     content = journal.read_bytes()
     for start in range(0, len(content), 512):
         is_record = content[start : start + 4] == b"SBJR"
-        if is_record and int.from_bytes(content[start + 16 : start + 20], "little") == 26:
+        if is_record and int.from_bytes(content[start + 16 : start + 20], "little") == 27:
             journal.write_bytes(content[:start])
             return
     raise AssertionError("the journal says nothing of a group")

@@ -375,11 +375,11 @@ impl Entry {
             Self::GroupBegun { epoch, group } => {
                 out.u32(*epoch);
                 put_group(out, group);
-                25
+                26
             }
             Self::GroupDecided { epoch, id, is_committed } => {
                 out.u32(*epoch).raw(id).u32(u32::from(*is_committed));
-                26
+                27
             }
             _ => unreachable!("called for these only"),
         }
@@ -437,8 +437,8 @@ impl Entry {
                 let (selection, low) = (input.packed_extents()?, input.packed_extents()?);
                 Self::Narrowed { epoch, selection, settled: Some(Settled { meta, low }) }
             }
-            25 => Self::GroupBegun { epoch: input.u32()?, group: take_group(&mut input)? },
-            26 => Self::GroupDecided {
+            26 => Self::GroupBegun { epoch: input.u32()?, group: take_group(&mut input)? },
+            27 => Self::GroupDecided {
                 epoch: input.u32()?,
                 id: input.array()?,
                 is_committed: match input.u32()? {

@@ -222,25 +222,35 @@ class Volume:
         meta: bytes,
         pause_limit_ms: int = 2000,
         quiet_ms: int | None = None,
+        holds: Literal["device", "selected"] = "device",
         passed: Callable[[], object] | None = None,
     ) -> Instant:
         """Take a snapshot; what `low` has of the selection is given up first when the store is full.
 
-        With `quiet_ms` only if no watched write came for so long; `passed` is called once writes go on again.
+        With `quiet_ms` only if no watched write came for so long. `holds` says which writers wait: all, or those of
+        selected blocks. `passed` is called once writes go on again.
         """
     @staticmethod
     def snapshot_group(
         *,
         group_id: str,
         members: Sequence[
-            tuple[Volume, Sequence[tuple[int, int]], Sequence[tuple[int, int]], bytes, int, int | None]
+            tuple[
+                Volume,
+                Sequence[tuple[int, int]],
+                Sequence[tuple[int, int]],
+                bytes,
+                int,
+                int | None,
+                Literal["device", "selected"],
+            ]
         ],
         passed: Callable[[], object] | None = None,
     ) -> list[Instant]:
         """Take one snapshot of each volume, all at one instant, or none.
 
-        `group_id` has 32 hexadecimal digits. A member is a volume, its `selection`, `low`, `meta`, `pause_limit_ms`
-        and `quiet_ms`, as in `snapshot`. The instants come back in the order of the members.
+        `group_id` has 32 hexadecimal digits. A member is a volume, its `selection`, `low`, `meta`, `pause_limit_ms`,
+        `quiet_ms` and `holds`, as in `snapshot`. The instants come back in the order of the members.
         """
     def watch_writes(self, *, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Look at writes of these ranges, or of the whole disk, from now on."""

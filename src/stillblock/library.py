@@ -18,6 +18,7 @@ from stillblock.model import (
     Consistency,
     Extents,
     OnFull,
+    Quiet,
     Receipt,
     RuleTerm,
     SnapshotInfo,
@@ -116,6 +117,7 @@ def snapshot_group(
     description: str = "",
     consistency: Level | None = None,
     or_barrier: bool | None = None,
+    quiet: native.Holds | None = None,
     wait: bool = True,
 ) -> tuple[Snapshot, ...]:
     """Take a snapshot of each volume at one instant: all are durable when this returns, or none is.
@@ -134,6 +136,7 @@ def snapshot_group(
         description=description,
         consistency=None if consistency is None else Consistency(consistency),
         or_barrier=or_barrier,
+        quiet=None if quiet is None else Quiet(quiet),
     )
     opened = [volume._opened for volume in members]  # noqa: SLF001 - one module
     receipts = groups.create_group(opened, request).receipts
@@ -239,6 +242,7 @@ class Volume:
         description: str = "",
         consistency: Level | None = None,
         or_barrier: bool | None = None,
+        quiet: native.Holds | None = None,
         wait: bool = True,
     ) -> Snapshot:
         """Take a snapshot, durable when this returns; without a name, named by the UTC time.
@@ -246,7 +250,8 @@ class Volume:
         The terms follow the volume's standing rules, the inclusions first; with `only_these` they
         stand alone. What only `include_low` selects is given up first when the store is full. With
         `wait` its selection is final: files and free space are resolved after the instant.
-        `consistency` and `or_barrier` stand in for the volume's standing ones. Raise `RuleError`,
+        `consistency`, `or_barrier` and `quiet` (which writers wait: those of the whole "device", or
+        of "selected" blocks) stand in for the volume's standing ones. Raise `RuleError`,
         `NameTakenError`, `PauseTimeoutError` when writes could not be held within the limit,
         `QuiesceError`, `NotQuietError`, `FreezeRefusedError` when the level cannot be reached, or
         `ClosedError` when the volume is closed while a quiet moment is waited for.
@@ -261,6 +266,7 @@ class Volume:
                 description=description,
                 consistency=None if consistency is None else Consistency(consistency),
                 or_barrier=or_barrier,
+                quiet=None if quiet is None else Quiet(quiet),
             ),
         )
         taken = Snapshot(self, receipt.snapshot)

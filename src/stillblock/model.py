@@ -199,6 +199,15 @@ class Consistency(StrEnum):
     """And applications prepared for it by hooks, and filesystems, if any are named, held still."""
 
 
+class Quiet(StrEnum):
+    """Which writers wait for an instant."""
+
+    DEVICE = "device"
+    """All of them."""
+    SELECTED = "selected"
+    """Those of blocks that the snapshot selects when it is taken."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsistencySettings:
     """A volume's standing wishes about its instants; times in milliseconds."""
@@ -206,6 +215,8 @@ class ConsistencySettings:
     level: Consistency = Consistency.BARRIER
     or_barrier: bool = False
     """Fall back to `barrier` where the level cannot be reached, instead of taking nothing."""
+    quiet: Quiet = Quiet.DEVICE
+    """Which writers wait."""
     quiet_ms: int = 200
     """`idle`: for how long nothing may have been written."""
     idle_limit_ms: int = 30_000
@@ -256,6 +267,8 @@ class Quiescing:
     shortfall: str = ""
     """Why the level was not reached; empty if it was."""
     steps: tuple[QuiesceStep, ...] = ()
+    is_quiet_selected: bool = False
+    """Only writers of selected blocks waited, and only those in flight are told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

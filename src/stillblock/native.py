@@ -25,6 +25,7 @@ plain_file = _native.plain_file
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]
+Holds = Literal["device", "selected"]
 OnFull = Literal["degrade", "hold", "fail"]
 ExcludedReads = Literal["zeros", "error"]
 ContextKind = Literal["selected", "changed", "dirty"]
@@ -102,6 +103,7 @@ class GroupMember:
     meta: bytes
     pause_limit_ms: int
     quiet_ms: int | None = None
+    holds: Holds = "device"
 
 
 def snapshot_group(
@@ -116,7 +118,7 @@ def snapshot_group(
         return _native.Volume.snapshot_group(
             group_id=group_id,
             members=[
-                (m.volume.inner, m.selection, m.low, m.meta, m.pause_limit_ms, m.quiet_ms)
+                (m.volume.inner, m.selection, m.low, m.meta, m.pause_limit_ms, m.quiet_ms, m.holds)
                 for m in members
             ],
             passed=passed,
@@ -260,12 +262,14 @@ class Volume:
         meta: bytes,
         pause_limit_ms: int,
         quiet_ms: int | None = None,
+        holds: Holds = "device",
         passed: Callable[[], object] | None = None,
     ) -> Instant:
         """Take an instant; durable when it returns. `low` is given up first on a full store.
 
         With `quiet_ms` only if no watched write came for so long, else `NotQuietError`. `passed`
-        is called once writes go on again, before the snapshot is durable.
+        is called once writes go on again, before the snapshot is durable. `holds`: all writers
+        wait, or those of selected blocks.
         """
         with _translated():
             return self.inner.snapshot(
@@ -274,6 +278,7 @@ class Volume:
                 meta=meta,
                 pause_limit_ms=pause_limit_ms,
                 quiet_ms=quiet_ms,
+                holds=holds,
                 passed=passed,
             )
 

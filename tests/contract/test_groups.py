@@ -12,7 +12,7 @@ import pytest
 from stillblock import codec
 from stillblock.config import Config
 from stillblock.errors import NameTakenError, NotQuietError, QuiesceError, UsageError
-from stillblock.model import Consistency, RuleTerm, SnapshotState
+from stillblock.model import Consistency, Quiet, RuleTerm, SnapshotState
 from stillblock.operations import volumes
 from stillblock.operations.consistency import ConsistencyRequest
 from stillblock.operations.groups import GroupRequest, MemberRequest
@@ -145,6 +145,21 @@ def test_a_group_waits_until_all_that_ask_for_it_are_quiet(config: Config, reach
     with GroupSession(config, asked("data@b", "wal@b")) as group, pytest.raises(NotQuietError):
         group.create()
     assert (listed(config, "data"), listed(config, "wal")) == (["now"], ["now"])
+    assert reachable
+
+
+def test_who_waits_is_asked_for_once_or_kept_and_is_in_the_receipt(config: Config, reachable: str):
+    with GroupSession(config, asked("data@a", "wal@a", quiet=Quiet.SELECTED)) as group:
+        taken = group.create()
+    assert [r.quiescing and r.quiescing.is_quiet_selected for r in taken.receipts] == [True] * 2
+    with open_session(config, "more") as session:
+        first = session.create_snapshot(SnapshotRequest(name="a"))
+        assert session.set_consistency(ConsistencyRequest(quiet=Quiet.SELECTED)).settings.quiet
+        kept = session.create_snapshot(SnapshotRequest(name="b"))
+        other = session.create_snapshot(SnapshotRequest(name="c", quiet=Quiet.DEVICE))
+        told = [r.quiescing and r.quiescing.is_quiet_selected for r in (first, kept, other)]
+        assert told == [False, True, False]
+        assert all(session.receipt(name).is_intact for name in "abc")
     assert reachable
 
 

@@ -82,6 +82,8 @@ pub enum Rule {
     RegionsKeptAtInstant,
     /// After a power cut a region left open counts as unchanged.
     RegionsWholeAfterCut,
+    /// Where only writers of selected blocks wait, they do not either.
+    SelectedWritersWait,
     /// The gates of a group close one after the other.
     GroupGatesTogether,
     /// A group is decided before all headers are durable.
@@ -131,6 +133,7 @@ impl Rule {
         Self::RegionMarkedFirst,
         Self::RegionsKeptAtInstant,
         Self::RegionsWholeAfterCut,
+        Self::SelectedWritersWait,
         Self::GroupGatesTogether,
         Self::GroupHeadersFirst,
         Self::GroupAsks,

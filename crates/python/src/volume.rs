@@ -17,13 +17,15 @@ use stillblock_core::number::to_usize;
 use stillblock_core::view::{ExcludedReads, View as CoreView};
 use stillblock_core::volume as core;
 use stillblock_core::volume::open::{self, Cache, CreateRequest, OpenRequest, Recover};
-use stillblock_core::volume::{OnFull, StorePolicy};
+use stillblock_core::volume::{OnFull, Quiet, StorePolicy};
 
 /// One read into a Python object; larger ones are the caller's loop.
 const READ_BYTES_MAX: u64 = 1 << 30;
 /// What happens to first changes when the store is full.
 const ON_FULL: [(&str, OnFull); 3] =
     [("degrade", OnFull::Degrade), ("hold", OnFull::Hold), ("fail", OnFull::Fail)];
+/// Which writers wait for an instant.
+const HOLDS: [(&str, Quiet); 2] = [("device", Quiet::Device), ("selected", Quiet::Selected)];
 /// `View.extents`: the snapshot does not select the range.
 const NOT_SELECTED: u32 = 4;
 /// `View.extents`: its content is lost.
@@ -52,8 +54,8 @@ fn read_bytes(
     PyBytes::new_with(py, to_usize(length), |buffer| py.detach(|| read(buffer)).map_err(from_core))
 }
 
-/// Volume, selection, low, meta, milliseconds of pause at most, of quiet at least.
-type GroupMember = (Py<Volume>, Ranges, Ranges, Vec<u8>, u64, Option<u64>);
+/// Volume, selection, low, meta, milliseconds of pause at most, of quiet at least, who waits.
+type GroupMember = (Py<Volume>, Ranges, Ranges, Vec<u8>, u64, Option<u64>, String);
 
 #[pyclass(frozen)]
 pub struct Volume(pub Arc<core::Volume>);
@@ -249,7 +251,7 @@ impl Volume {
     }
 
     #[pyo3(signature = (*, selection, low=Vec::new(), meta, pause_limit_ms=2000, quiet_ms=None,
-        passed=None))]
+        holds="device", passed=None))]
     #[allow(clippy::too_many_arguments)] // keywords in Python
     fn snapshot(
         &self,
@@ -259,6 +261,7 @@ impl Volume {
         meta: Vec<u8>,
         pause_limit_ms: u64,
         quiet_ms: Option<u64>,
+        holds: &str,
         passed: Option<Py<PyAny>>,
     ) -> PyResult<Instant> {
         let request = core::SnapshotRequest {
@@ -268,7 +271,8 @@ impl Volume {
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
         let quiet = quiet_ms.map(Duration::from_millis);
-        let moment = core::Moment { quiet, passed: passed.map(told) };
+        let holds = choose("holds", holds, &HOLDS)?;
+        let moment = core::Moment { quiet, holds, passed: passed.map(told) };
         detached(py, || self.0.snapshot_at(request, moment)).map(Instant::from)
     }
 
@@ -283,7 +287,8 @@ impl Volume {
         let id = u128::from_str_radix(group_id, 16).ok().filter(|_| group_id.len() == 32);
         let id = id.ok_or_else(|| raise("usage", format!("{group_id:?} is no group id")))?;
         let member = |member: GroupMember| -> PyResult<core::Member> {
-            let (volume, selection, low, meta, pause_limit_ms, quiet_ms) = member;
+            let (volume, selection, low, meta, pause_limit_ms, quiet_ms, holds) = member;
+            let holds = choose("holds", &holds, &HOLDS)?;
             let volume = volume.get();
             let request = core::SnapshotRequest {
                 selection: volume.blocks(&selection)?,
@@ -292,7 +297,7 @@ impl Volume {
                 pause_limit: Duration::from_millis(pause_limit_ms),
             };
             let quiet = quiet_ms.map(Duration::from_millis);
-            Ok(core::Member { volume: Arc::clone(&volume.0), request, quiet })
+            Ok(core::Member { volume: Arc::clone(&volume.0), request, quiet, holds })
         };
         let members = members.into_iter().map(member).collect::<PyResult<Vec<_>>>()?;
         let passed = passed.map(told);

@@ -35,6 +35,7 @@ from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Consistency,
+    Quiet,
     Receipt,
     Reference,
     SnapshotInfo,
@@ -59,6 +60,7 @@ _COMMON: Final = Common()
 _CHANGE: Final = Change()
 _LOST_SHOWN_MAX: Final = 32
 _NOT_FINAL: Final = "narrowing: it selects more than its rules say until they are resolved"
+_WHO_WAITED: Final = "writers of selected blocks; others went on"
 _CHANGED: Final = "it does not come to its digest: it is not what was written down"
 
 
@@ -73,6 +75,7 @@ def create(
     description: str = "",
     consistency: Consistency | None = None,
     or_barrier: bool | None = None,
+    quiet: Quiet | None = None,
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
     dry_run: bool = False,
     common: Common = _COMMON,
@@ -100,6 +103,9 @@ def create(
         quiet moment; filesystem: with filesystems or the guest frozen; application: with hooks.
     or_barrier
         Where that cannot be reached, take a barrier snapshot that says so, instead of none.
+    quiet
+        Which writers wait for the instant; default: as `volume set` says. device: all of them;
+        selected: those of blocks that the snapshot selects when it is taken.
     wait
         Wait until the rules are resolved; else a serve process goes on by itself.
     dry_run
@@ -114,6 +120,7 @@ def create(
         description=description,
         consistency=consistency,
         or_barrier=or_barrier,
+        quiet=quiet,
     )
     if others:
         create_together(output, common.config(), asked, wait=wait, dry_run=dry_run)
@@ -498,6 +505,7 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("consistency", _consistency(found)),
             ("writers waited", "" if found.pause_ns is None else _pause(found)),
             ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
+            ("who waited", _WHO_WAITED if _is_selected(found) else ""),
             ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
             ("rules", rules_text(found.rules) + (" (the default)" if found.is_default else "")),
             ("state", "" if info.is_final else _NOT_FINAL),
@@ -577,6 +585,10 @@ def _consistency(found: Receipt) -> str:
     if found.quiescing is None or not found.quiescing.shortfall:
         return found.consistency
     return f"{found.consistency}, not {found.quiescing.asked}: {found.quiescing.shortfall}"
+
+
+def _is_selected(found: Receipt) -> bool:
+    return found.quiescing is not None and found.quiescing.is_quiet_selected
 
 
 def _others(info: SnapshotInfo) -> str:

@@ -28,6 +28,7 @@ from stillblock.model import (
     Extents,
     QuiesceStep,
     Quiescing,
+    Quiet,
     StepKind,
 )
 
@@ -380,6 +381,7 @@ class Moment:
         return Quiescing(
             asked=asked,
             reached=Consistency.BARRIER,
+            is_quiet_selected=self._settings.quiet is Quiet.SELECTED,
             shortfall="" if is_barrier else "; ".join(self._shortfalls) or _UNDECIDED,
         )
 
@@ -392,6 +394,7 @@ class Moment:
             reached=Consistency.BARRIER if self._shortfalls else asked,
             shortfall="; ".join(self._shortfalls),
             steps=_within_budget(self._steps),
+            is_quiet_selected=self._settings.quiet is Quiet.SELECTED,
         )
 
 

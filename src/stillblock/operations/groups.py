@@ -13,6 +13,7 @@ from stillblock.errors import UsageError
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Consistency,
+    Quiet,
     Receipt,
     RuleTerm,
     SnapshotGroup,
@@ -61,6 +62,7 @@ class GroupRequest:
     consistency: Consistency | None = None
     """None: the standing level of each volume."""
     or_barrier: bool | None = None
+    quiet: Quiet | None = None
 
     def of(self, name: str | None) -> SnapshotRequest:
         """Return what is asked for one of them."""
@@ -72,6 +74,7 @@ class GroupRequest:
             description=self.description,
             consistency=self.consistency,
             or_barrier=self.or_barrier,
+            quiet=self.quiet,
         )
 
 
@@ -189,6 +192,7 @@ def _take(
                 meta=first_meta(record, moment),
                 pause_limit_ms=part.taking.plan.pause_limit_ms,
                 quiet_ms=quiet,
+                holds=part.taking.plan.consistency.quiet.value,
             )
             for part, record, moment, quiet in zip(parts, records, moments, quiet_ms, strict=True)
         ]

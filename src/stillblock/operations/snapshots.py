@@ -19,6 +19,7 @@ from stillblock.model import (
     Extents,
     LeftOut,
     Quiescing,
+    Quiet,
     Receipt,
     RuleTerm,
     SnapshotGroup,
@@ -61,6 +62,8 @@ class SnapshotRequest:
     """None: the volume's standing level."""
     or_barrier: bool | None = None
     """Whether to fall back where the level cannot be reached; None: as the volume says."""
+    quiet: Quiet | None = None
+    """Which writers wait; None: as the volume says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +166,12 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         volume,
         request,
         name=request.name or volume.free_name(),
-        consistency=settings_for(volume, level=request.consistency, or_barrier=request.or_barrier),
+        consistency=settings_for(
+            volume,
+            level=request.consistency,
+            or_barrier=request.or_barrier,
+            quiet=request.quiet,
+        ),
     )
 
 
@@ -328,6 +336,7 @@ class Taking:
                 meta=first_meta(record, moment),
                 pause_limit_ms=self.plan.pause_limit_ms,
                 quiet_ms=quiet_ms,
+                holds=self.plan.consistency.quiet.value,
                 passed=passed,
             )
             self.hold()

@@ -8,6 +8,7 @@
 //! guess: the snapshot is kept, says so, and gives nothing (`docs/adr/0012-groups.md`).
 
 use super::decided::{Decided, apply};
+use super::gate::Quiet;
 use super::host::{Host, bytes_of, hex, path_of};
 use super::instant::{DRAIN_ROUNDS, Flip, Instant, NextBits, Prepared, WrittenHeader};
 use super::watch::Told;
@@ -32,6 +33,8 @@ pub struct Member {
     pub request: SnapshotRequest,
     /// As in [`super::Moment`].
     pub quiet: Option<Duration>,
+    /// The same.
+    pub holds: Quiet,
 }
 
 /// A member between the preparation of the instant and its end.
@@ -115,7 +118,7 @@ fn take(
 ) -> Result<Vec<Instant>> {
     let mut parts: Vec<Part<'_>> = Vec::new();
     for ((volume, mut committer), member) in volumes.iter().zip(roles(volumes)?).zip(members) {
-        match volume.prepare_instant(&mut committer, member.request) {
+        match volume.prepare_instant(&mut committer, member.request, member.holds) {
             Ok(prepared) => {
                 parts.push(Part { volume, committer, prepared, quiet: member.quiet, flip: None });
             }
@@ -180,6 +183,10 @@ fn begin(id: [u8; 16], parts: &mut [Part<'_>]) -> Result<()> {
         // The journal says it of this number: no other instant gets it.
         part.committer.epoch_max = epoch;
     }
+    let limit = parts.iter().map(|part| part.prepared.pause_limit).min().unwrap_or_default();
+    for part in parts.iter_mut() {
+        part.prepared.pause_limit = limit;
+    }
     for _ in 0..DRAIN_ROUNDS {
         for part in parts.iter_mut() {
             part.volume.drain_once(&mut part.committer)?;
@@ -200,8 +207,8 @@ fn flip_all(parts: &mut [Part<'_>]) -> Result<()> {
         for (part, next) in parts.iter_mut().zip(next) {
             part.volume.drain_once(&mut part.committer)?;
             let closed = Clock::now();
-            let in_flight = part.volume.close_gate(None)?;
-            part.volume.wait_drained(closed, part.prepared.pause_limit)?;
+            let in_flight = part.volume.close_gate(&part.prepared.guarded, None)?;
+            part.volume.wait_drained(&part.prepared, closed)?;
             part.flip = Some(part.volume.switch(&part.prepared, next, in_flight));
             part.volume.open_gate(closed);
         }
@@ -211,12 +218,11 @@ fn flip_all(parts: &mut [Part<'_>]) -> Result<()> {
     let mut shut = || -> Result<()> {
         for part in parts.iter() {
             closed.push((Clock::now(), 0));
-            let in_flight = part.volume.close_gate(part.quiet)?;
+            let in_flight = part.volume.close_gate(&part.prepared.guarded, part.quiet)?;
             closed.last_mut().expect("just pushed").1 = in_flight;
         }
         let first = closed[0].0;
-        let limit = parts.iter().map(|part| part.prepared.pause_limit).min().unwrap_or_default();
-        parts.iter().try_for_each(|part| part.volume.wait_drained(first, limit))
+        parts.iter().try_for_each(|part| part.volume.wait_drained(&part.prepared, first))
     };
     let shut = shut();
     if shut.is_ok() {

@@ -6,6 +6,7 @@
 //! the snapshot acknowledged.
 
 use super::commit::FrozenClasses;
+use super::gate::{Guarded, Quiet};
 use super::restore::PreparedRestore;
 use super::watch::Moment;
 use super::{Committer, Restoring, State, Volume};
@@ -64,6 +65,8 @@ pub(super) struct Prepared {
     pub(super) selection: Arc<ExtentSet>,
     low: Arc<ExtentSet>,
     meta: Vec<u8>,
+    /// Writes of which blocks wait.
+    pub(super) guarded: Guarded,
     pub(super) pause_limit: Duration,
     /// Space for originals in the file of its epoch.
     room_pages: u64,
@@ -116,7 +119,7 @@ impl Volume {
         restore: Option<&PreparedRestore>,
         moment: Moment<'_>,
     ) -> Result<Instant> {
-        let prepared = self.prepare_instant(committer, request)?;
+        let prepared = self.prepare_instant(committer, request, moment.holds)?;
         let drained = self.drain_before_instant(committer);
         let flipped = drained.and_then(|()| self.flip(&prepared, moment.quiet));
         let flip = match flipped {
@@ -146,6 +149,7 @@ impl Volume {
         &self,
         committer: &mut Committer,
         request: SnapshotRequest,
+        holds: Quiet,
     ) -> Result<Prepared> {
         // Half of what can be read back: a restore lists its blocks beside the selection.
         let low = Arc::new(request.low.intersection(&request.selection));
@@ -164,7 +168,14 @@ impl Volume {
         committer.journal.heal()?;
         let room_pages = self.prepare_epoch(committer, header_bytes)?;
         let SnapshotRequest { meta, pause_limit, .. } = request;
-        Ok(Prepared { epoch, selection, low, meta, pause_limit, room_pages })
+        let guarded = match holds {
+            Quiet::Device => Guarded::All,
+            Quiet::Selected if is_broken(Rule::SelectedWritersWait) => {
+                Guarded::Blocks(Arc::default())
+            }
+            Quiet::Selected => Guarded::Blocks(Arc::clone(&selection)),
+        };
+        Ok(Prepared { epoch, selection, low, meta, guarded, pause_limit, room_pages })
     }
 
     /// There was no instant.
@@ -226,9 +237,8 @@ impl Volume {
     fn flip(&self, prepared: &Prepared, quiet: Option<Duration>) -> Result<Flip> {
         let next = self.next_bits(&prepared.selection);
         let closed = Clock::now();
-        let closing = self.close_gate(quiet);
-        let drained = closing
-            .and_then(|count| self.wait_drained(closed, prepared.pause_limit).map(|()| count));
+        let closing = self.close_gate(&prepared.guarded, quiet);
+        let drained = closing.and_then(|count| self.wait_drained(prepared, closed).map(|()| count));
         match drained {
             Ok(in_flight) => {
                 let mut flip = self.switch(prepared, next, in_flight);
@@ -254,18 +264,18 @@ impl Volume {
         NextBits { unsettled, pending, none_covered }
     }
 
-    /// No write is admitted from here on; tells how many are in flight. It stays closed, whatever is
-    /// returned, until [`Self::open_gate`].
-    pub(super) fn close_gate(&self, quiet: Option<Duration>) -> Result<u64> {
+    /// No write that has to wait is admitted from here on; tells how many are in flight. It stays
+    /// closed, whatever is returned, until [`Self::open_gate`].
+    pub(super) fn close_gate(&self, guarded: &Guarded, quiet: Option<Duration>) -> Result<u64> {
         let mut state = self.state.lock();
-        state.is_gate_closed = true;
+        state.gate.close(guarded.clone());
         quiet.map_or(Ok(()), |wanted| state.check_quiet(wanted))?;
-        Ok(state.straight_in_flight)
+        Ok(to_u64(state.in_flight.count(guarded)))
     }
 
     /// Writes go on; tells for how long they did not.
     pub(super) fn open_gate(&self, closed: Clock) -> Duration {
-        self.state.lock().is_gate_closed = false;
+        self.state.lock().gate.open();
         let pause = closed.elapsed();
         self.gate_opened.notify_all();
         self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
@@ -275,8 +285,9 @@ impl Volume {
     /// From here on everything belongs to the new epoch. The gate is closed and nothing in flight.
     pub(super) fn switch(&self, prepared: &Prepared, next: NextBits, in_flight: u64) -> Flip {
         let mut state = self.state.lock();
-        let is_drained = state.straight_in_flight == 0 || is_broken(Rule::DrainBeforeInstant);
-        assert!(is_drained, "P2: no write is in flight at the instant");
+        let count = state.in_flight.count(&prepared.guarded);
+        let is_drained = count == 0 || is_broken(Rule::DrainBeforeInstant);
+        assert!(is_drained, "P2: no write to selected blocks is in flight at the instant");
         let frozen = state.freeze_classes();
         state.regions.end_epoch(next.none_covered);
         let old_unsettled = std::mem::replace(&mut state.unsettled, next.unsettled);
@@ -295,23 +306,25 @@ impl Volume {
         Flip { frozen, upto, size_bytes, created_unix_ns: unix_ns(), pause, in_flight }
     }
 
-    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the
-    /// instant.
-    pub(super) fn wait_drained(&self, closed: Clock, limit: Duration) -> Result<()> {
+    /// Wait for straight writes in flight to guarded blocks; they hold no slot and must reach the
+    /// origin before the instant. `docs/adr/0013-quiet-selected.md` says why others need not.
+    pub(super) fn wait_drained(&self, prepared: &Prepared, closed: Clock) -> Result<()> {
+        let limit = prepared.pause_limit;
         let mut state = self.state.lock();
-        while state.straight_in_flight > 0 && !is_broken(Rule::DrainBeforeInstant) {
-            let waited = self.drained.wait_until(&mut state, closed + limit);
-            if waited.timed_out() && state.straight_in_flight > 0 {
+        loop {
+            let count = state.in_flight.count(&prepared.guarded);
+            if count == 0 || is_broken(Rule::DrainBeforeInstant) {
+                return Ok(());
+            }
+            if Clock::now() >= closed + limit {
                 return Err(Error::PauseTimeout(format!(
-                    "{} writes did not finish within the pause limit of {} ms; no snapshot was \
-                     taken, \
-                     writes go on; try again or raise --pause-limit",
-                    state.straight_in_flight,
+                    "{count} writes did not finish within the pause limit of {} ms; no snapshot \
+                     was taken, writes go on; try again or raise --pause-limit",
                     limit.as_millis()
                 )));
             }
+            self.drained.wait_until(&mut state, closed + limit);
         }
-        Ok(())
     }
 
     /// What was written before goes to the old epoch, and the origin is made durable; then the

@@ -10,7 +10,7 @@
 //! - [`room`] allocates log space ahead and applies the policy of a full store; [`loss`] chooses what
 //!   is lost, and says so.
 //! - [`regions`] opens and closes regions, where changes need no record of their own.
-//! - [`instant`] takes snapshots, [`group`] of several volumes at once; [`release`] narrows and
+//! - [`gate`] admits writes; [`instant`] takes snapshots, [`group`] of several volumes at once; [`release`] narrows and
 //!   deletes them; [`restore`] puts them back.
 //!
 //! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
@@ -27,6 +27,7 @@ pub mod check;
 mod commit;
 mod decided;
 mod freeing;
+mod gate;
 mod group;
 pub mod host;
 mod increment;
@@ -49,6 +50,7 @@ mod upkeep;
 mod watch;
 mod write;
 
+pub use gate::Quiet;
 pub use group::{Member, snapshot_group};
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
 pub(crate) use past::Patience;
@@ -97,10 +99,10 @@ const ADMIT_BYTES_MIN: u64 = 4 << 20;
 struct State {
     /// Writes admitted now belong to it.
     epoch: u32,
-    /// No write may be admitted: an instant is being taken.
-    is_gate_closed: bool,
+    /// Which writes may be admitted.
+    gate: gate::Gate,
     /// Writes on their way to the origin without a slot.
-    straight_in_flight: u64,
+    in_flight: gate::InFlight,
     /// The next write is a first change of the epoch and must be recorded.
     unsettled: Bitmap,
     /// Its old content must be preserved too.

@@ -440,8 +440,8 @@ impl Parts {
         let arena = private_arena(decided.block_size, 0)?;
         let state = State {
             epoch,
-            is_gate_closed: false,
-            straight_in_flight: 0,
+            gate: super::gate::Gate::default(),
+            in_flight: super::gate::InFlight::default(),
             unsettled: Bitmap::new(block_count),
             pending: Bitmap::new(block_count),
             restoring,
@@ -571,7 +571,7 @@ impl Volume {
         let upto = {
             let mut state = self.state.lock();
             state.is_closed = true;
-            while state.straight_in_flight > 0 {
+            while !state.in_flight.is_empty() {
                 self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
             }
             state.buffer.last_sequence()

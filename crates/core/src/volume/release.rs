@@ -1,6 +1,7 @@
 //! Letting go: deleting and narrowing snapshots, bookmarks, and what changed between instants. The
 //! space goes back in `freeing`.
 
+use super::gate::Guarded;
 use super::{Committer, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
@@ -450,7 +451,7 @@ impl Volume {
                 restoring.blocks.grow(blocks);
             }
         }
-        state.is_gate_closed = false;
+        state.gate.open();
         drop(state);
         self.gate_opened.notify_all();
         recorded?;
@@ -465,7 +466,7 @@ impl Volume {
             {
                 let mut state = self.state.lock();
                 if !state.buffer.has(block) {
-                    state.is_gate_closed = true;
+                    state.gate.close(Guarded::All);
                     return Ok(());
                 }
             }

@@ -7,7 +7,7 @@ use crate::check::{Tally, Way, request};
 use crate::dice::Dice;
 use crate::machine::{FaultPlan, Machine, ORIGIN, STORE, SimHost, Stop, Target};
 use crate::model::Model;
-use crate::program::Faults;
+use crate::program::{Faults, pick_quiet};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,9 @@ use stillblock_core::storage::Directory;
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::host::{Held, Host, OriginDevice};
 use stillblock_core::volume::open::{CreateRequest, OpenRequest, Recover, create_on, open_on};
-use stillblock_core::volume::{Member, SnapshotRequest, StorePolicy, Volume, snapshot_group};
+use stillblock_core::volume::{
+    Member, Quiet, SnapshotRequest, StorePolicy, Volume, snapshot_group,
+};
 
 const STORES: [&str; 2] = [STORE, "/other"];
 const ORIGINS: [&str; 2] = [ORIGIN, "/other.img"];
@@ -183,7 +185,12 @@ fn write(machine: &Machine, volumes: &[Arc<Volume>; 2], client: usize) -> Result
     Ok(true)
 }
 
-fn snapshot_both(machine: &Machine, volumes: &[Arc<Volume>; 2], id: u8) -> Result<(), String> {
+fn snapshot_both(
+    machine: &Machine,
+    volumes: &[Arc<Volume>; 2],
+    id: u8,
+    holds: Quiet,
+) -> Result<(), String> {
     {
         let mut pair = machine.pair();
         let low = pair.values(|turn| turn.acked);
@@ -200,6 +207,7 @@ fn snapshot_both(machine: &Machine, volumes: &[Arc<Volume>; 2], id: u8) -> Resul
             pause_limit: LONG,
         },
         quiet: None,
+        holds,
     };
     let taken = snapshot_group([id; 16], volumes.iter().map(member).collect(), None);
     machine.tell(|| format!("group {id}: {taken:?}"));
@@ -265,7 +273,7 @@ fn session(
     for step in 0..4 {
         let pending = machine.pair().creating.is_some();
         let done = match dice.below(100) {
-            0..70 if !pending => snapshot_both(machine, volumes, first_id + step),
+            0..70 if !pending => snapshot_both(machine, volumes, first_id + step, pick_quiet(dice)),
             _ => delete(machine, volumes, dice),
         };
         if let Err(why) = done {

@@ -1,7 +1,7 @@
 //! One instant of two volumes, where a journal fails or a store is elsewhere.
 
 use super::*;
-use crate::volume::{Instant, Member, snapshot_group};
+use crate::volume::{Instant, Member, Quiet, snapshot_group};
 use std::sync::atomic::AtomicBool;
 
 const ID: [u8; 16] = [0xA5; 16];
@@ -25,6 +25,7 @@ impl Two {
             volume: Arc::clone(volume),
             request: snapshot_request(everything()),
             quiet: None,
+            holds: Quiet::Device,
         };
         snapshot_group(ID, self.volumes.iter().map(member).collect(), None)
     }
@@ -85,6 +86,7 @@ fn the_instants_come_back_in_the_order_they_were_asked_for() {
         volume: Arc::clone(volume),
         request: snapshot_request(everything()),
         quiet: None,
+        holds: Quiet::Device,
     };
     let members = vec![member(&two.volumes[1]), member(&two.volumes[0])];
     let taken = snapshot_group(ID, members, None).expect("group");
@@ -98,6 +100,7 @@ fn a_group_of_one_or_with_a_volume_twice_is_refused() {
         volume: Arc::clone(&two.volumes[0]),
         request: snapshot_request(everything()),
         quiet: None,
+        holds: Quiet::Device,
     };
     for members in [vec![member()], vec![member(), member()]] {
         let refused = snapshot_group(ID, members, None).expect_err("refused");
@@ -131,6 +134,7 @@ fn if_one_volume_does_not_drain_none_has_a_snapshot_and_all_go_on() {
             ..snapshot_request(everything())
         },
         quiet: None,
+        holds: Quiet::Device,
     };
     let refused = snapshot_group(ID, two.volumes.iter().map(member).collect(), None);
     assert_eq!(refused.expect_err("it waits").kind(), "pause_timeout");

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import (
+    clones,
     increments,
     instants,
     machine,
@@ -155,6 +156,13 @@ def _scale(given: argparse.Namespace) -> int:
     if min(plan.epoch_count, plan.zero_count, plan.payload_count) < 1:
         raise UsageError("--epochs, --zeros and --payloads must be at least 1")
     return EXIT_OK if scale.measure(plan, parent=given.dir) else EXIT_FAILED
+
+
+def _clones(given: argparse.Namespace) -> int:
+    plan = clones.Plan(clone_count=given.count, round_count=given.rounds)
+    if min(plan.clone_count, plan.round_count) < 1:
+        raise UsageError("--count and --rounds must be at least 1")
+    return EXIT_OK if clones.measure(plan, parent=given.dir) else EXIT_FAILED
 
 
 def _words(given: argparse.Namespace) -> int:
@@ -354,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_memory_command(commands)
     _add_scale_command(commands)
     _add_words_command(commands)
+    _add_clones_command(commands)
     return parser
 
 
@@ -414,6 +423,16 @@ def _add_scale_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     add("--payloads", type=int, default=1_000_000, help="originals with content (default: 1000000)")
     add("--dir", type=Path, help="scratch on a disk; needs 8 GiB at these counts")
     command.set_defaults(handle=_scale)
+
+
+def _add_clones_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "what clones cost: making and opening many, what they take, reads through one"
+    command = commands.add_parser("clones", help=summary, description=summary)
+    add = command.add_argument
+    add("--count", type=int, default=200, help="clones (default: 200)")
+    add("--rounds", type=int, default=15, help="passes of reads, the best counts (default: 15)")
+    add("--dir", type=Path, help="scratch; needs 1 GiB")
+    command.set_defaults(handle=_clones)
 
 
 def _add_words_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

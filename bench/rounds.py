@@ -56,7 +56,7 @@ def _can_run(name: str, *, place: Place, mode: Mode) -> bool:
         return True
     if mode is Mode.DIRECT:
         return name in (registry.QSD_RAW, registry.OURS, registry.OURS_RAW)
-    return parsed.role in (Role.RAW, Role.SNAPSHOT)
+    return parsed.role in (Role.RAW, Role.SNAPSHOT, Role.BOOKMARK)
 
 
 # -- what a sync costs on the disk of `sync`

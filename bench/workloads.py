@@ -168,8 +168,18 @@ ROWS: tuple[Row, ...] = (
     _row("uw4k_q1", ("randwrite", _4K, 1), (15, 1), _STEADY, roles=_RAW_HALF),
     _row("uw4k_q32", ("randwrite", _4K, 32), (15, 1), _STEADY, roles=_RAW_HALF),
     # Tracked by a bookmark, preserved for nobody: a record a mebibyte, then a bit a block.
-    _row("tw4k_q1", ("randwrite", _4K, 1), (15, 0.5), _STEADY, roles=_RAW_BOOKMARK),
-    _row("tw4k_q32", ("randwrite", _4K, 32), (15.5, 0.5), _STEADY, roles=_RAW_BOOKMARK),
+    # Each write is the first of its block: a rewrite costs nobody anything.
+    _row("tw4k_q1", ("randwrite", _4K, 1), (15, 0.5), OneIn(blocks=4), roles=_RAW_BOOKMARK),
+    _row("tw4k_q32", ("randwrite", _4K, 32), (15.5, 0.25), OneIn(blocks=4), roles=_RAW_BOOKMARK),
+    _row(
+        "tw4k_fsync1",
+        ("randwrite", _4K, 1),
+        (15.75, 0.25),
+        _UNTIL_FULL,
+        roles=_RAW_BOOKMARK,
+        flush_every=1,
+        modes=_SYNC,
+    ),
 )
 
 VIEW_ROWS = ("view_alone", "view_r64k_busy", "view_w4k_busy")

@@ -109,14 +109,20 @@ def as_file(
 
 
 @contextmanager
-def mounted(served: Served, *options: str, snapshot: str | None = None) -> Iterator[Mounted]:
-    """Mount what a server exports; all of it is undone in the end, also if the server is gone."""
+def mounted(
+    served: Served, *options: str, snapshot: str | None = None, is_writable: bool = False
+) -> Iterator[Mounted]:
+    """Mount what a server exports; all of it is undone in the end, also if the server is gone.
+
+    `is_writable`: the export is a clone, `monday+rehearsal`.
+    """
+    read_only = ["-r"] if snapshot is not None and not is_writable else []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sb-mount-")))
         folder.chmod(0o755)  # servers that use the mount are other users
         (folder / "point").mkdir()
         file, fuse = stack.enter_context(as_file(served, snapshot))
-        attached = try_run("losetup", "--find", "--show", *(["-r"] if snapshot else []), str(file))
+        attached = try_run("losetup", "--find", "--show", *read_only, str(file))
         if attached.code != 0:
             pytest.skip(f"host: no loop devices: {attached.err.strip()}")
         loop = attached.out.strip()

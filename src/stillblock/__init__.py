@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stillblock.errors import StillblockError
     from stillblock.library import (
         Bookmark,
+        Clone,
         Snapshot,
         View,
         ViewExtent,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bookmark",
+    "Clone",
     "Snapshot",
     "StillblockError",
     "View",

@@ -278,6 +278,16 @@ class Volume:
     def newly_selected(self, *, since: int, until: int) -> Extents:
         """Blocks that `until` selects and `since` did not hold: an increment needs them whole."""
     def view(self, *, epoch: int, excluded_reads: Literal["zeros", "error"] = "zeros") -> View: ...
+    def create_clone(self, *, epoch: int, meta: bytes) -> int:
+        """Make a writable view on a snapshot; return its number. Durable on return."""
+    def clones(self) -> list[CloneEntry]: ...
+    def open_clone(self, *, number: int, excluded_reads: Literal["zeros", "error"] = "zeros") -> Clone:
+        """Open a clone; one that is open already is the same one."""
+    def reset_clone(self, *, number: int) -> int:
+        """Let a clone that nobody has open be its snapshot again; return the bytes given back."""
+    def delete_clone(self, *, number: int) -> int:
+        """Remove a clone that nobody has open; return the bytes given back."""
+    def set_clone_meta(self, *, number: int, meta: bytes) -> None: ...
     def restore(
         self, *, epoch: int, request: Sequence[tuple[int, int]], safety_selection: Sequence[tuple[int, int]],
         safety_low: Sequence[tuple[int, int]] = ...,
@@ -314,6 +324,45 @@ class View:
         """(start, end, flags): 1 hole, 2 reads as zeros, 4 not selected, 8 lost."""
     def close(self) -> None: ...
 
+@final
+class CloneEntry:
+    """One clone the store has."""
+
+    number: int
+    epoch: int | None
+    """The snapshot it began as; None if that cannot be read."""
+    size_bytes: int
+    created_unix_ns: int
+    meta: bytes
+    own_bytes: int
+    """Bytes of the blocks that were written."""
+    allocated_bytes: int
+    """Bytes it takes in the store."""
+    damage: str
+    """Why it cannot be opened; empty if it can."""
+    failure: str
+    """Why it takes no more writes; empty if it does."""
+
+@final
+class Clone:
+    """A writable view on a snapshot. Holds the snapshot until closed. Thread-safe."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def pread(self, *, offset: int, length: int) -> bytes: ...
+    def pwrite(self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False) -> None: ...
+    def write_zeroes(self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False) -> None: ...
+    def trim(self, *, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
+    def extents(self, *, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """(start, end, flags) as `View.extents`: what was written is neither unselected nor lost."""
+    def close(self) -> None:
+        """Make what was written durable, and close it for everybody who has it open here."""
+
 ContextSpec = tuple[str, Literal["selected", "changed", "dirty"], int]
 """(name told to clients, what it shows, since which epoch; 0 for "selected")"""
 
@@ -328,6 +377,9 @@ class Server:
         self, name: str, volume: Volume, *, description: str, contexts: Sequence[ContextSpec], read_only: bool = False
     ) -> None: ...
     def add_view(self, name: str, view: View, *, description: str, contexts: Sequence[ContextSpec]) -> None: ...
+    def add_clone(
+        self, name: str, clone: Clone, *, description: str, contexts: Sequence[ContextSpec], read_only: bool = False
+    ) -> None: ...
     def set_contexts(self, name: str, contexts: Sequence[ContextSpec]) -> None: ...
     def set_default(self, name: str | None) -> None:
         """The export that the empty name means."""

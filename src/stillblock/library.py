@@ -15,6 +15,7 @@ from stillblock.errors import LockedError, UsageError
 from stillblock.model import (
     BLOCK_SIZE_DEFAULT,
     PAUSE_LIMIT_MS_DEFAULT,
+    CloneInfo,
     Consistency,
     Extents,
     OnFull,
@@ -27,6 +28,7 @@ from stillblock.model import (
 )
 from stillblock.operations import (
     bookmarks,
+    clones,
     groups,
     narrowing,
     restore,
@@ -361,6 +363,18 @@ class Snapshot:
         made = bookmarks.create_bookmark(self._volume._opened, request)  # noqa: SLF001
         return Bookmark(self._volume, made.name)
 
+    def clone(self, name: str | None = None) -> Clone:
+        """Make a writable view on it: a disk of its own, which changes neither this nor others."""
+        request = clones.CloneRequest(snapshot=self.id, name=name)
+        made = clones.create_clone(self._volume._opened, request)  # noqa: SLF001
+        return Clone(self._volume, made)
+
+    def clones(self) -> tuple[Clone, ...]:
+        """Return its clones, oldest first."""
+        opened, epoch = self._volume._opened, self._taken.epoch  # noqa: SLF001
+        found = clones.list_clones(opened).clones
+        return tuple(Clone(self._volume, info) for info in found if info.epoch == epoch)
+
     def rename(self, name: str) -> None:
         """Give it another name."""
         request = snapshots.RenameRequest(snapshot=self.id, name=name)
@@ -388,6 +402,87 @@ class Snapshot:
         while wait and progress.is_running:
             progress = restore.wait_restore(opened, restore.WaitRequest())
         return safety
+
+
+class Clone:
+    """A writable view on a snapshot, as a disk. Thread-safe. Its writes outlive the program."""
+
+    def __init__(self, volume: Volume, info: CloneInfo) -> None:
+        self._volume = volume
+        self._made = info
+        self._disk: native.Clone | None = None
+
+    def __repr__(self) -> str:
+        return f"<Clone {self._made.reference}>"
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self._made.name
+
+    @property
+    def size(self) -> int:
+        """Size in bytes, that of the disk at the instant."""
+        return self._made.size_bytes
+
+    @property
+    def info(self) -> CloneInfo:
+        """What is true of it now: how much was written, what it takes, its state."""
+        return clones.show_clone(self._volume._opened, self._target())  # noqa: SLF001 - one module
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read what was written, else what the snapshot holds."""
+        return self._open().pread(offset=offset, length=length)
+
+    def pwrite(
+        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
+    ) -> None:
+        """Write; durable after the next `flush`, or at once with `fua`."""
+        self._open().pwrite(data, offset=offset, fua=fua)
+
+    def write_zeroes(self, *, offset: int, length: int) -> None:
+        """Zero a range."""
+        self._open().write_zeroes(offset=offset, length=length)
+
+    def trim(self, *, offset: int, length: int) -> None:
+        """Give back the room of what was written to a range; it may read as zeros then."""
+        self._open().trim(offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make every write before this durable."""
+        self._open().flush()
+
+    def close(self) -> None:
+        """Make every write durable, and let the snapshot go until it is used again."""
+        disk, self._disk = self._disk, None
+        if disk is not None:
+            disk.close()
+
+    def reset(self) -> int:
+        """Let it be its snapshot again; return the bytes freed."""
+        self.close()
+        return clones.reset_clone(self._volume._opened, self._change()).freed_bytes  # noqa: SLF001
+
+    def delete(self) -> int:
+        """Delete it and what was written to it; return the bytes freed."""
+        self.close()
+        return clones.delete_clone(self._volume._opened, self._change()).freed_bytes  # noqa: SLF001
+
+    def _open(self) -> native.Clone:
+        if self._disk is None:
+            self._disk = self._volume._opened.engine.open_clone(  # noqa: SLF001 - one module
+                number=self._made.number
+            )
+        return self._disk
+
+    def _target(self) -> clones.CloneTarget:
+        epoch = self._made.epoch
+        found = (s for s in self._volume.snapshots() if s.info.epoch == epoch)
+        return clones.CloneTarget(snapshot=next(found).id, clone=self._made.id)
+
+    def _change(self) -> clones.CloneChange:
+        target = self._target()
+        return clones.CloneChange(snapshot=target.snapshot, clone=target.clone)
 
 
 class Bookmark:

@@ -33,6 +33,8 @@ _UNITS: Final[dict[str, int]] = {"": 1, "b": 1, "s": SECTOR_BYTES} | {
     for power, letter in enumerate("kmgtpe", start=1)
     for ending in ("", "ib", "b")
 }
+_DURATION: Final = re.compile(r"(\d{1,9})([smhd])")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SIZE_BYTES_MAX: Final = 2**63 - 1
 """The largest offset a Linux block device can have."""
 
@@ -64,6 +66,14 @@ def format_size(size_bytes: int) -> str:
             return f"{value:.1f}".removesuffix(".0") + f" {unit}"
         value /= 1024
     return f"{value:.1f}".removesuffix(".0") + " EiB"
+
+
+def parse_duration(text: str) -> int:
+    """Return the seconds that `90s`, `30m`, `2h` or `7d` mean."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or int(match[1]) == 0:
+        raise UsageError(f"{text!r} is not a duration; write 90s, 30m, 2h or 7d")
+    return int(match[1]) * _SECONDS[match[2]]
 
 
 def format_duration(duration_ns: int) -> str:
@@ -384,6 +394,9 @@ class VolumeInfo:
     """When all preserved content was last read and compared with its checksums."""
     damaged_bytes: int = 0
     """Preserved content that is known to fail them."""
+    clone_count: int = 0
+    clones_bytes: int = 0
+    """What all clones take in the store."""
 
 
 # Snapshots --------------------------------------------------------------------------------------
@@ -530,6 +543,58 @@ class BookmarkRecord:
     created_unix_ns: int
 
 
+class CloneState(StrEnum):
+    """Whether a clone can be used."""
+
+    OK = "ok"
+    FAILED = "failed"
+    """What was written to it may be lost: it is read-only until it is reset."""
+    DAMAGED = "damaged"
+    """It cannot be opened; its snapshot is not concerned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloneRecord:
+    """What we write beside a clone in the store; the engine keeps it as opaque bytes."""
+
+    name: str
+    id: str
+    expires_unix_ns: int | None = None
+    """When it goes by itself, once nobody uses it."""
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloneInfo:
+    """A clone as lists and JSON show it."""
+
+    volume: str
+    snapshot: str
+    """Empty if its snapshot is not there, or cannot be told."""
+    name: str
+    id: str
+    number: int
+    epoch: int | None
+    created_unix_ns: int
+    expires_unix_ns: int | None
+    size_bytes: int
+    own_bytes: int
+    """What was written to it, in whole blocks."""
+    stored_bytes: int
+    """What it takes in the store; deleting it gives that back."""
+    connections: int
+    """Clients that use it now."""
+    state: CloneState = CloneState.OK
+    reason: str = ""
+    """Why it is not `ok`; empty if it is."""
+    description: str = ""
+
+    @property
+    def reference(self) -> str:
+        """`VOL@SNAP+CLONE`."""
+        return f"{self.volume}@{self.snapshot or '?'}+{self.name}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotInfo:
     """A snapshot as lists and JSON show it."""
@@ -576,6 +641,8 @@ class SnapshotInfo:
     """With which others it has its instant in common; None: with nobody."""
     undecided: str = ""
     """Why it is not known whether it exists; empty if it is. Nothing of it can be read then."""
+    clone_count: int = 0
+    """Clones of it, which go with it."""
 
     @property
     def reference(self) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Instant = _native.Instant
 Epoch = _native.Epoch
+CloneEntry = _native.CloneEntry
 RestoreStatus = _native.RestoreStatus
 Inspection = _native.Inspection
 StoreUsage = _native.StoreUsage
@@ -361,6 +362,36 @@ class Volume:
         with _translated():
             return View(self.inner.view(epoch=epoch, excluded_reads=excluded_reads))
 
+    def create_clone(self, *, epoch: int, meta: bytes) -> int:
+        """Make a writable view on a snapshot; return its number. Durable when it returns."""
+        with _translated():
+            return self.inner.create_clone(epoch=epoch, meta=meta)
+
+    def clones(self) -> list[CloneEntry]:
+        """Return every clone the store has."""
+        with _translated():
+            return self.inner.clones()
+
+    def open_clone(self, *, number: int, excluded_reads: ExcludedReads = "zeros") -> Clone:
+        """Open a clone; holds its snapshot until closed."""
+        with _translated():
+            return Clone(self.inner.open_clone(number=number, excluded_reads=excluded_reads))
+
+    def reset_clone(self, *, number: int) -> int:
+        """Let a clone be its snapshot again; raise `InUseError` while it is open."""
+        with _translated():
+            return self.inner.reset_clone(number=number)
+
+    def delete_clone(self, *, number: int) -> int:
+        """Remove a clone; return the bytes given back. Raise `InUseError` while it is open."""
+        with _translated():
+            return self.inner.delete_clone(number=number)
+
+    def set_clone_meta(self, *, number: int, meta: bytes) -> None:
+        """Replace what we keep about a clone, durably."""
+        with _translated():
+            self.inner.set_clone_meta(number=number, meta=meta)
+
     def restore(
         self,
         *,
@@ -495,6 +526,64 @@ class View:
             self.inner.close()
 
 
+class Clone:
+    """A writable view on a snapshot; holds the snapshot until closed. Thread-safe."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: _native.Clone) -> None:
+        self.inner = inner
+
+    @property
+    def number(self) -> int:
+        """Its number in the store."""
+        return self.inner.number
+
+    @property
+    def size_bytes(self) -> int:
+        """The disk's size, that of the snapshot."""
+        return self.inner.size_bytes
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read what was written, else what the snapshot holds."""
+        with _translated():
+            return self.inner.pread(offset=offset, length=length)
+
+    def pwrite(
+        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
+    ) -> None:
+        """Write; durable when a later `flush` returns, or at once with `fua`."""
+        with _translated():
+            self.inner.pwrite(data, offset=offset, fua=fua)
+
+    def write_zeroes(
+        self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False
+    ) -> None:
+        """Zero a range."""
+        with _translated():
+            self.inner.write_zeroes(offset=offset, length=length, may_punch=may_punch, fua=fua)
+
+    def trim(self, *, offset: int, length: int) -> None:
+        """Give back the space of what was written to a range."""
+        with _translated():
+            self.inner.trim(offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make every write before this durable."""
+        with _translated():
+            self.inner.flush()
+
+    def extents(self, *, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Return (start, end, flags) for a range; see `HOLE`, `ZERO`, `NOT_SELECTED`, `LOST`."""
+        with _translated():
+            return self.inner.extents(offset=offset, length=length)
+
+    def close(self) -> None:
+        """Make what was written durable, and let the snapshot go."""
+        with _translated():
+            self.inner.close()
+
+
 class Server:
     """The NBD server: listeners, connections, exports by name."""
 
@@ -539,6 +628,25 @@ class Server:
         """Offer a snapshot."""
         with _translated():
             self.inner.add_view(name, view.inner, description=description, contexts=contexts)
+
+    def add_clone(
+        self,
+        name: str,
+        clone: Clone,
+        *,
+        description: str,
+        contexts: Sequence[ContextSpec],
+        read_only: bool = False,
+    ) -> None:
+        """Offer a clone."""
+        with _translated():
+            self.inner.add_clone(
+                name,
+                clone.inner,
+                description=description,
+                contexts=contexts,
+                read_only=read_only,
+            )
 
     def set_contexts(self, name: str, contexts: Sequence[ContextSpec]) -> None:
         """Replace the metadata contexts of an export, for clients that come later."""

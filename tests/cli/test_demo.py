@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from processes import wait_until
 from stillblock.demo import comparison, disk, edits, main, narration
 from stillblock.demo.nbd_client import NbdClient, NbdError
 
@@ -33,6 +34,12 @@ def made(tmp_path_factory):
     return folder, swap, filesystem
 
 
+def is_listening(path):
+    """Whether the kernel knows a socket of this path that takes connections."""
+    sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(words[-1] == str(path) and words[3] == "00010000" for words in sockets)
+
+
 @pytest.fixture
 def served(made, tmp_path, require_tool):
     """The disk behind qemu's own NBD server, on a copy: socket and image."""
@@ -41,11 +48,9 @@ def served(made, tmp_path, require_tool):
     server = subprocess.Popen(
         [require_tool("qemu-nbd"), "-t", "-f", "raw", "-x", "web", "-k", socket, image]
     )
-    deadline = time.monotonic() + 10
-    while not socket.exists():
-        assert time.monotonic() < deadline
-        assert server.poll() is None
-        os.sched_yield()
+    # The path is there before connections are taken; one to try would be the one that it takes.
+    assert wait_until(lambda: server.poll() is not None or is_listening(socket))
+    assert server.poll() is None
     yield str(socket), image
     server.terminate()
     server.wait()

@@ -66,6 +66,12 @@ def golden_v2(tmp_path: Path) -> Golden:
 
 
 @pytest.fixture
+def golden_clones(tmp_path: Path) -> Golden:
+    """With clones."""
+    return unpacked("clones-v1", tmp_path)
+
+
+@pytest.fixture
 def golden_v3(tmp_path: Path) -> Golden:
     """With regions, all of them closed."""
     return unpacked("store-v3", tmp_path)

@@ -147,6 +147,7 @@ def test_others_work_on_while_a_quiet_moment_is_waited_for(volume):
         early.rename("earlier")
         volume.find("earlier").restore()
         volume.find("earlier").delete()
+        assert volume.snapshot("meanwhile", consistency="barrier").receipt.consistency == "barrier"
         assert not raised, "it waits still"
 
 

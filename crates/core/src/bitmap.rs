@@ -193,6 +193,29 @@ impl Bitmap {
         }
     }
 
+    /// Clear every block that is not set in `other`, which has as many blocks. O(regions) where one
+    /// side is uniform.
+    pub fn keep_only(&mut self, other: &Self) {
+        assert_eq!(self.block_count, other.block_count, "bitmaps of one disk");
+        for (mine, theirs) in self.regions.iter_mut().zip(&other.regions) {
+            match (&mut *mine, theirs) {
+                (Region::Zeros, _) | (_, Region::Ones) => {}
+                (Region::Ones, _) | (_, Region::Zeros) => *mine = theirs.clone(),
+                (Region::Mixed(a), Region::Mixed(b)) => {
+                    let a = Arc::make_mut(a);
+                    a.ones = 0;
+                    for (word, kept) in a.words.iter_mut().zip(&b.words) {
+                        *word &= kept;
+                        a.ones += u64::from(word.count_ones());
+                    }
+                    if a.ones == 0 {
+                        *mine = Region::Zeros;
+                    }
+                }
+            }
+        }
+    }
+
     /// The value at `start` and where the run of it ends, at most at `end`.
     pub fn run(&self, start: u64, end: u64) -> (bool, u64) {
         let value = self.get(start);
@@ -421,6 +444,10 @@ mod tests {
             let mut merged = Bitmap::from_set(BLOCKS, &inserted);
             merged.merge(&bitmap);
             prop_assert_eq!(merged.to_set(), inserted.union(&model));
+            let mut kept = Bitmap::from_set(BLOCKS, &inserted);
+            kept.keep_only(&bitmap);
+            prop_assert_eq!(kept.count(), model.intersection(&inserted).block_count());
+            prop_assert_eq!(kept.to_set(), inserted.intersection(&model));
             let mut cleared = bitmap.clone();
             cleared.clear_all(&model);
             prop_assert_eq!(cleared.count(), 0);

@@ -40,11 +40,11 @@ impl Contexts {
         *self.0.write() = contexts;
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         self.0.read().iter().map(|(name, _)| name.clone()).collect()
     }
 
-    fn find(&self, name: &str) -> Option<ContextKind> {
+    pub(crate) fn find(&self, name: &str) -> Option<ContextKind> {
         let contexts = self.0.read();
         contexts.iter().find(|(known, _)| known == name).map(|(_, kind)| *kind)
     }
@@ -77,7 +77,7 @@ fn overlaid(
     found
 }
 
-fn sizes_of(volume: &Volume) -> BlockSizes {
+pub(crate) fn sizes_of(volume: &Volume) -> BlockSizes {
     let preferred = u32::try_from(volume.block_size()).unwrap_or(4096);
     BlockSizes { minimum: 1, preferred, maximum: PAYLOAD_BYTES_MAX }
 }

@@ -6,6 +6,7 @@
 
 pub mod bitmap;
 pub mod buffer;
+pub mod clone;
 pub mod codec;
 pub mod epochs;
 pub mod error;

@@ -22,6 +22,8 @@ pub enum Rule {
     LastBatchVerified,
     /// The log goes on behind a torn batch.
     TornTailCut,
+    /// What is left of a torn batch stays behind the end of the log.
+    TornTailReleased,
     /// The last batch may lose its payload to a deletion.
     SealBeforePunch,
     /// The name of a new segment is not made durable.
@@ -74,6 +76,14 @@ pub enum Rule {
     MergedNameDurable,
     /// Pages of an index file are believed without a look at their checksums.
     IndexPagesVerified,
+    /// A clone's map names blocks whose content is not durable.
+    CloneDataFirst,
+    /// A clone's map is not synced.
+    CloneMapSync,
+    /// What was written to a clone lately counts after the kernel is gone.
+    CloneRecentOfBoot,
+    /// A first write to a part of a clone's block loses the rest of it.
+    CloneBlockWhole,
     /// Blocks of a region are written before its record is durable.
     RegionFirst,
     /// A block of a region is marked after it was written.
@@ -103,6 +113,7 @@ impl Rule {
         Self::Settle,
         Self::LastBatchVerified,
         Self::TornTailCut,
+        Self::TornTailReleased,
         Self::SealBeforePunch,
         Self::NameDurable,
         Self::JournalSync,
@@ -129,6 +140,10 @@ impl Rule {
         Self::ReplayBeforeClosed,
         Self::MergedNameDurable,
         Self::IndexPagesVerified,
+        Self::CloneDataFirst,
+        Self::CloneMapSync,
+        Self::CloneRecentOfBoot,
+        Self::CloneBlockWhole,
         Self::RegionFirst,
         Self::RegionMarkedFirst,
         Self::RegionsKeptAtInstant,

@@ -4,6 +4,7 @@
 #![allow(clippy::needless_pass_by_value)]
 
 mod checksum;
+mod clones;
 mod error;
 mod mft;
 mod server;
@@ -24,6 +25,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<values::StoreUsage>()?;
     module.add_class::<volume::Volume>()?;
     module.add_class::<volume::View>()?;
+    module.add_class::<clones::CloneEntry>()?;
+    module.add_class::<clones::Clone>()?;
     module.add_class::<server::Server>()?;
     module.add_function(wrap_pyfunction!(checksum::crc32c, module)?)?;
     module.add_function(wrap_pyfunction!(mft::plain_file, module)?)

@@ -1,5 +1,6 @@
 //! `Server`.
 
+use crate::clones::Clone as ClonedDisk;
 use crate::error::{from_server, raise};
 use crate::volume::{View, Volume};
 use pyo3::prelude::*;
@@ -7,6 +8,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use stillblock_core::clone::export::CloneExport;
 use stillblock_core::export::Export;
 use stillblock_core::exports::{ContextKind, Contexts, ViewExport, VolumeExport};
 use stillblock_core::nbd::server::{Limits, Server as CoreServer};
@@ -26,6 +28,7 @@ fn contexts_of(specs: Specs) -> PyResult<Vec<(String, ContextKind)>> {
 enum Known {
     Volume(Arc<VolumeExport>),
     View(Arc<ViewExport>),
+    Clone(Arc<CloneExport>),
 }
 
 impl Known {
@@ -33,6 +36,7 @@ impl Known {
         match self {
             Self::Volume(export) => &export.contexts,
             Self::View(export) => &export.contexts,
+            Self::Clone(export) => &export.contexts,
         }
     }
 }
@@ -103,6 +107,21 @@ impl Server {
         let export = Arc::new(ViewExport::new(Arc::clone(&view.0), description));
         export.contexts.set(contexts_of(contexts)?);
         self.add(name, Arc::clone(&export) as Arc<dyn Export>, Known::View(export))
+    }
+
+    #[pyo3(signature = (name, clone, *, description, contexts, read_only=false))]
+    fn add_clone(
+        &self,
+        name: String,
+        clone: &ClonedDisk,
+        description: String,
+        contexts: Specs,
+        read_only: bool,
+    ) -> PyResult<()> {
+        let export = CloneExport::new(Arc::clone(&clone.0), description, read_only);
+        let export = Arc::new(export);
+        export.contexts.set(contexts_of(contexts)?);
+        self.add(name, Arc::clone(&export) as Arc<dyn Export>, Known::Clone(export))
     }
 
     fn set_contexts(&self, name: &str, contexts: Specs) -> PyResult<()> {

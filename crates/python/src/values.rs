@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use stillblock_core::epochs::Epoch as Epochal;
+use stillblock_core::export::StatusExtent;
 use stillblock_core::extent::{ExtentSet, round_out};
 use stillblock_core::journal::OriginIdentity;
 use stillblock_core::volume as core;
@@ -33,6 +34,34 @@ pub fn to_ranges(set: &ExtentSet, block_size: u64, size_bytes: u64) -> Ranges {
         .map(|extent| (extent.start * block_size, (extent.end * block_size).min(size_bytes)))
         .filter(|(start, end)| start < end)
         .collect()
+}
+
+/// Maps of the same range in one: cut at every border, then joined where flags are alike.
+pub fn overlaid(
+    maps: &[&Vec<StatusExtent>],
+    flags_of: impl Fn(usize, u32) -> u32,
+) -> Vec<(u64, u64, u32)> {
+    let mut cuts: Vec<u64> = maps.iter().flat_map(|list| list.iter().map(|e| e.start)).collect();
+    cuts.extend(maps.iter().filter_map(|list| list.last().map(|last| last.end)));
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut found: Vec<(u64, u64, u32)> = Vec::new();
+    let mut at = vec![0_usize; maps.len()];
+    for pair in cuts.windows(2) {
+        let (start, end) = (pair[0], pair[1]);
+        let mut flags = 0;
+        for (which, list) in maps.iter().enumerate() {
+            while list[at[which]].end <= start {
+                at[which] += 1;
+            }
+            flags |= flags_of(which, list[at[which]].flags);
+        }
+        match found.last_mut() {
+            Some(last) if last.2 == flags => last.1 = end,
+            _ => found.push((start, end, flags)),
+        }
+    }
+    found
 }
 
 #[pyclass(frozen, get_all)]

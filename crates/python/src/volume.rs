@@ -1,8 +1,10 @@
 //! `Volume` and `View`.
 
+use crate::clones::{Clone, CloneEntry};
 use crate::error::{detached, from_core, raise};
 use crate::values::{
-    Epoch, Inspection, Instant, Ranges, RestoreStatus, Statistics, StoreUsage, to_blocks, to_ranges,
+    Epoch, Inspection, Instant, Ranges, RestoreStatus, Statistics, StoreUsage, overlaid, to_blocks,
+    to_ranges,
 };
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
@@ -26,6 +28,9 @@ const ON_FULL: [(&str, OnFull); 3] =
     [("degrade", OnFull::Degrade), ("hold", OnFull::Hold), ("fail", OnFull::Fail)];
 /// Which writers wait for an instant.
 const HOLDS: [(&str, Quiet); 2] = [("device", Quiet::Device), ("selected", Quiet::Selected)];
+/// What reading a block gives that a snapshot does not select.
+const EXCLUDED_READS: [(&str, ExcludedReads); 2] =
+    [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];
 /// `View.extents`: the snapshot does not select the range.
 const NOT_SELECTED: u32 = 4;
 /// `View.extents`: its content is lost.
@@ -42,7 +47,7 @@ fn choose<T: Copy>(what: &str, word: &str, choices: &[(&str, T)]) -> PyResult<T>
 }
 
 /// Read into a new bytes object without a copy in between.
-fn read_bytes(
+pub fn read_bytes(
     py: Python<'_>,
     length: u64,
     read: impl FnOnce(&mut [u8]) -> Result<(), stillblock_core::error::Error> + Send,
@@ -388,10 +393,41 @@ impl Volume {
 
     #[pyo3(signature = (*, epoch, excluded_reads="zeros"))]
     fn view(&self, epoch: u32, excluded_reads: &str) -> PyResult<View> {
-        let choices = [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];
-        let excluded = choose("excluded_reads", excluded_reads, &choices)?;
+        let excluded = choose("excluded_reads", excluded_reads, &EXCLUDED_READS)?;
         let view = CoreView::open(&self.0, epoch, excluded).map_err(from_core)?;
         Ok(View(Arc::new(view)))
+    }
+
+    #[pyo3(signature = (*, epoch, meta))]
+    fn create_clone(&self, py: Python<'_>, epoch: u32, meta: Vec<u8>) -> PyResult<u32> {
+        detached(py, || self.0.create_clone(epoch, &meta))
+    }
+
+    fn clones(&self, py: Python<'_>) -> PyResult<Vec<CloneEntry>> {
+        let infos = detached(py, || self.0.clones())?;
+        let block_size = self.0.block_size();
+        Ok(infos.into_iter().map(|info| CloneEntry::new(py, info, block_size)).collect())
+    }
+
+    #[pyo3(signature = (*, number, excluded_reads="zeros"))]
+    fn open_clone(&self, py: Python<'_>, number: u32, excluded_reads: &str) -> PyResult<Clone> {
+        let excluded = choose("excluded_reads", excluded_reads, &EXCLUDED_READS)?;
+        detached(py, || self.0.open_clone(number, excluded)).map(Clone)
+    }
+
+    #[pyo3(signature = (*, number))]
+    fn reset_clone(&self, py: Python<'_>, number: u32) -> PyResult<u64> {
+        detached(py, || self.0.reset_clone(number))
+    }
+
+    #[pyo3(signature = (*, number))]
+    fn delete_clone(&self, py: Python<'_>, number: u32) -> PyResult<u64> {
+        detached(py, || self.0.delete_clone(number))
+    }
+
+    #[pyo3(signature = (*, number, meta))]
+    fn set_clone_meta(&self, py: Python<'_>, number: u32, meta: Vec<u8>) -> PyResult<()> {
+        detached(py, || self.0.set_clone_meta(number, meta))
     }
 
     #[pyo3(signature = (*, epoch, request, safety_selection, safety_low=Vec::new(), meta,
@@ -543,35 +579,12 @@ impl View {
         })?;
         let block_size = self.0.volume().block_size();
         let lost = stillblock_core::view::status_of(&lost, block_size, offset, length, usize::MAX);
-        // Cut at every border of the three, then join what is alike.
-        let borders = [&selected, &allocated, &lost];
-        let mut cuts: Vec<u64> =
-            borders.iter().flat_map(|list| list.iter().map(|e| e.start)).collect();
-        cuts.push(offset + length);
-        cuts.sort_unstable();
-        cuts.dedup();
-        let mut found: Vec<(u64, u64, u32)> = Vec::new();
-        let mut at = [0_usize; 3];
-        for pair in cuts.windows(2) {
-            let (start, end) = (pair[0], pair[1]);
-            let mut flags = 0;
-            for (which, list) in borders.iter().enumerate() {
-                while list[at[which]].end <= start {
-                    at[which] += 1;
-                }
-                flags |= match (which, list[at[which]].flags) {
-                    (0, 0) => NOT_SELECTED | STATE_HOLE | STATE_ZERO,
-                    (1, status) => status,
-                    (2, 1) => LOST,
-                    _ => 0,
-                };
-            }
-            match found.last_mut() {
-                Some(last) if last.2 == flags => last.1 = end,
-                _ => found.push((start, end, flags)),
-            }
-        }
-        Ok(found)
+        Ok(overlaid(&[&selected, &allocated, &lost], |which, flags| match (which, flags) {
+            (0, 0) => NOT_SELECTED | STATE_HOLE | STATE_ZERO,
+            (1, status) => status,
+            (2, 1) => LOST,
+            _ => 0,
+        }))
     }
 
     fn close(&self) {

@@ -15,8 +15,8 @@ NOUNS: Final = Group.create_ordered("Things to work on")
 
 _HELP: Final = (
     "Snapshots of exactly the blocks you choose, of a disk that stays in use.\n\n"
-    "A REF is VOL or VOL@SNAP; VOL@latest is the newest snapshot. Sizes are in units of 1024: 64K, "
-    "4GiB, 512s (sectors).\n\n"
+    "A REF is VOL, VOL@SNAP or VOL@SNAP+CLONE; VOL@latest is the newest snapshot. Sizes are in "
+    "units of 1024: 64K, 4GiB, 512s (sectors).\n\n"
     "Exit codes: 0 ok, 1 failed, 2 usage, 3 partial, 4 damage, 11 locked, 13 snapshot lost, "
     "130 interrupted."
 )
@@ -30,6 +30,7 @@ _EPILOGUE: Final = (
 _ROOT: Final = {
     "serve": "Serve volumes to NBD clients until stopped.",
     "status": "What is served, to whom, and how far a restore is.",
+    "run": "Run a command on a throw-away clone of a snapshot: a rehearsal.",
     "events": "What happened, one line an event.",
     "doctor": "What this system offers, and what is wrong with it.",
     "demo": "See it work on a real filesystem, in half a minute and without root.",
@@ -40,6 +41,7 @@ _NOUNS: Final = {
     "rules": "Which blocks matter: the standing rules of a volume.",
     "snapshot": "A volume's chosen blocks as they were at one instant.",
     "bookmark": "What is left of a snapshot for increments: what changed since.",
+    "clone": "A writable view on a snapshot, which never changes with it.",
     "restore": "Put a snapshot back in place.",
     "hook": "What runs before and after an instant: the hooks that come with stillblock.",
 }

@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter, Token
 
 from stillblock.config import Config
 from stillblock.errors import UsageError
-from stillblock.model import Reference, RuleTerm, parse_size
+from stillblock.model import Reference, RuleTerm, check_name, parse_size
 
 COMMON: Final = Group.create_ordered("Common options", sort_key=1000)
 
@@ -70,6 +70,7 @@ def _to_size(_: type, tokens: Sequence[Token]) -> int:
 VolumeName = Annotated[str, Parameter(help="The volume.")]
 OptionalVolume = Annotated[str | None, Parameter(help="The volume; default: all.")]
 SnapshotRef = Annotated[str, Parameter(help="The snapshot, VOL@SNAP.")]
+CloneRef = Annotated[str, Parameter(help="The clone, VOL@SNAP+CLONE.")]
 BookmarkRef = Annotated[str, Parameter(help="The bookmark, VOL@NAME.")]
 Terms = Annotated[
     tuple[RuleTerm, ...],
@@ -115,6 +116,20 @@ def snapshot_of(text: str) -> tuple[str, str]:
             f"{text!r} should be a snapshot only: {reference.volume}@{reference.snapshot}"
         )
     return reference.volume, reference.snapshot
+
+
+def clone_of(text: str) -> tuple[str, str, str]:
+    """Return (volume, snapshot, clone) of a `VOL@SNAP+CLONE` argument.
+
+    `VOL@?+CLONE` is a clone whose snapshot is gone.
+    """
+    head, plus, name = text.partition("@?+")
+    if plus:
+        return volume_of(head), "?", check_name(name, what="clone")
+    reference = Reference.parse(text)
+    if reference.snapshot is None or reference.clone is None or reference.path:
+        raise UsageError(f"{text!r} names no clone; write {reference.volume}@SNAP+CLONE")
+    return reference.volume, reference.snapshot, reference.clone
 
 
 def only_terms(texts: tuple[str, ...]) -> tuple[RuleTerm, ...]:

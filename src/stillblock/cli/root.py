@@ -1,4 +1,4 @@
-"""The bare commands: serve, status, events, doctor, demo, completion."""
+"""The bare commands: serve, status, run, events, doctor, demo, completion."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from stillblock.cli.options import Common, Size, volume_of
-from stillblock.cli.output import Output
+from stillblock.cli.options import Common, Size, SnapshotRef, snapshot_of, volume_of
+from stillblock.cli.output import Output, counted
 from stillblock.errors import ExitCode, StillblockError, UsageError
-from stillblock.model import Event, format_instant
+from stillblock.model import Event, format_duration, format_instant, format_size
 
 if TYPE_CHECKING:
     from stillblock.service.serve import Ready
@@ -38,7 +38,7 @@ def serve(
     """Serve volumes to NBD clients until stopped by a signal or by `volume release`.
 
     Prints the URIs when clients can come. The live disk is exported as VOL, each snapshot as
-    VOL@SNAP. A clean stop leaves the origin complete.
+    VOL@SNAP, each clone as VOL@SNAP+CLONE. A clean stop leaves the origin complete.
 
     Parameters
     ----------
@@ -134,6 +134,7 @@ def status(*, common: Common = _COMMON) -> int:
                 "restore": None,
                 "verification": None,
                 "store": None,
+                "clones": None,
             }
             found.append({"name": entry.name, **stopped})
             rows.append((entry.name, "stopped", "", ""))
@@ -142,7 +143,7 @@ def status(*, common: Common = _COMMON) -> int:
         try:
             exports, restore = session.exports().exports, session.restore_status()
             verification = session.verification_status()
-            store = session.store_usage()
+            store, clones = session.store_usage(), session.list_clones()
         except StillblockError as error:
             output.warn(f"{entry.name}: {error}")
             code = ExitCode.PARTIAL
@@ -155,10 +156,14 @@ def status(*, common: Common = _COMMON) -> int:
                 "restore": restore,
                 "verification": verification,
                 "store": store,
+                "clones": clones,
             }
         )
         rows += [(e.name, "served", str(e.connections), e.uri) for e in exports]
         remarks += [describe(restore)] if restore.is_running else []
+        if clones.clones:
+            taken = format_size(clones.stored_bytes)
+            remarks.append(f"{entry.name}: {counted(len(clones.clones), 'clone')} take {taken}")
         remarks += [describe_verification(verification)] if verification.is_running else []
         if text := usage.describe(store):
             output.warn(text)
@@ -171,6 +176,47 @@ def status(*, common: Common = _COMMON) -> int:
 
     output.result("status", {"volumes": found}, render)
     return code
+
+
+def run(
+    ref: SnapshotRef,
+    /,
+    *command: Annotated[str, Parameter(help="The command and its arguments, after --.")],
+    no_image: bool = False,
+    keep: bool = False,
+    common: Common = _COMMON,
+) -> int:
+    """Rehearse: run a command on a throw-away clone of a snapshot; its exit code is ours.
+
+    The command finds the clone as a file in $STILLBLOCK_IMAGE and its NBD URI in $STILLBLOCK_URI.
+    Whatever it writes there, neither the snapshot nor the disk change. The clone is dropped when it
+    ends, and how it ended is among the events.
+
+    Parameters
+    ----------
+    no_image
+        No file, the URI only: without nbdfuse.
+    keep
+        Keep the clone, and say its name.
+    """
+    from stillblock.service.rehearsal import rehearse  # noqa: PLC0415 - only to rehearse
+
+    output = Output(common)
+    volume, snapshot = snapshot_of(ref)
+    if not command:
+        raise UsageError("say what to run: stillblock run VOL@SNAP -- COMMAND")
+    verdict = rehearse(
+        common.config(), volume, snapshot, command, has_image=not no_image, is_kept=keep
+    )
+    if output.is_json:
+        output.json("rehearsal", verdict)
+    took = format_duration(verdict.duration_ms * 1_000_000)
+    output.remark(
+        f"{command[0]} ended with {verdict.exit_code} after {took} and wrote "
+        f"{format_size(verdict.written_bytes)} to a clone of {volume}@{verdict.snapshot}"
+        + (f", kept as {verdict.kept}" if verdict.kept else ", which is gone")
+    )
+    return verdict.exit_code
 
 
 def events(

@@ -307,7 +307,9 @@ def protect(ref: SnapshotRef, /, *, off: bool = False, common: Common = _COMMON)
 @app.command
 def delete(
     *refs: str,
-    force: Annotated[bool, Parameter(help="Also while clients use it: they are cut.")] = False,
+    force: Annotated[
+        bool, Parameter(help="Also while clients use it or it has clones: both go.")
+    ] = False,
     change: Change = _CHANGE,
 ) -> None:
     """Delete snapshots; what only they needed is freed.
@@ -333,6 +335,9 @@ def delete(
                 f"{info.reference} of {format_instant(info.created_unix_ns)}: "
                 f"frees {format_size(plan.frees_bytes)}{_holders(info)}"
             )
+            if plan.clones:
+                with_it = "go with it" if force else "keep it, unless forced"
+                out.line(f"  its clones {with_it}: {', '.join(plan.clones)}")
 
     if change.dry_run:
         output.result("snapshot-delete-plan", {"plans": plans}, render)
@@ -427,6 +432,7 @@ def _flags(info: SnapshotInfo) -> str:
         "narrowing" if info.state is SnapshotState.NARROWING else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
         "bookmarked" if info.has_bookmark else "",
+        counted(info.clone_count, "clone") if info.clone_count else "",
         f"PARTIAL, LOST {format_size(info.lost_bytes)}" if info.is_partial else "",
         f"DAMAGED {format_size(info.damaged_bytes)}" if info.damaged_bytes else "",
         "DAMAGED" if info.damage else "",

@@ -326,6 +326,8 @@ def _render_report(out: Output, report: CheckReport, progress: VerifyProgress | 
             )
         if len(extents) > _EXTENTS_SHOWN_MAX:
             out.line(f"and {len(extents) - _EXTENTS_SHOWN_MAX} more; --json lists all")
+    for clone in report.clones:
+        out.line(f"clone {clone.reference}: {clone.state}, {clone.reason}")
     for advice in report.advice:
         out.line(advice)
     if progress is not None:

@@ -24,6 +24,7 @@ from stillblock.operations.snapshots import (
     Taking,
     falls_short,
     first_meta,
+    has_to_wait,
     keep_snapshot,
     not_held,
     note_created,
@@ -163,8 +164,12 @@ def _parts(
         for volume in volumes:
             locks.enter_context(volume.lock)
         plans = plan_group(volumes, request).plans
+        waits = any(has_to_wait(plan) for plan in plans)
         return tuple(
-            _Part(volume=volume, taking=Taking(volume, request.of(plan.name), plan, held))
+            _Part(
+                volume=volume,
+                taking=Taking(volume, request.of(plan.name), plan, held, waits=waits),
+            )
             for volume, plan in zip(volumes, plans, strict=True)
         )
 

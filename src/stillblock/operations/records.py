@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import codec
 from stillblock.errors import StillblockError
-from stillblock.model import BookmarkRecord, SnapshotRecord
+from stillblock.model import BookmarkRecord, CloneRecord, SnapshotRecord
 from stillblock.operations.registry import VOLUME_KIND
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SNAPSHOT_KIND: Final = "snapshot-record"
 _BOOKMARK_KIND: Final = "bookmark-record"
+_CLONE_KIND: Final = "clone-record"
 
 
 def new_id() -> str:
@@ -36,6 +37,19 @@ def encode_snapshot(record: SnapshotRecord) -> bytes:
 def encode_bookmark(record: BookmarkRecord) -> bytes:
     """Return a bookmark's record as the store keeps it."""
     return codec.dump(_BOOKMARK_KIND, record)
+
+
+def encode_clone(record: CloneRecord) -> bytes:
+    """Return a clone's record as the store keeps it."""
+    return codec.dump(_CLONE_KIND, record)
+
+
+def clone_record(number: int, meta: bytes) -> CloneRecord:
+    """Read a record; a clone whose record is not ours stays reachable, by its number."""
+    try:
+        return codec.load(_CLONE_KIND, CloneRecord, meta)
+    except StillblockError:
+        return CloneRecord(name=f"clone-{number}", id=f"{number:016x}")
 
 
 def snapshot_record(epoch: int, meta: bytes) -> SnapshotRecord:

@@ -27,6 +27,7 @@ from stillblock.model import (
     SnapshotRecord,
     TermOutcome,
 )
+from stillblock.operations.clones import clone_counts, clones_of, drop_clones_of
 from stillblock.operations.consistency import occasion, ranges_to_watch, settings_for
 from stillblock.operations.narrowing import wait_final
 from stillblock.operations.receipts import (
@@ -127,6 +128,8 @@ class DeletePlan:
     snapshot: SnapshotInfo
     frees_bytes: int
     keeps_bookmark: bool
+    clones: tuple[str, ...] = ()
+    """Clones of it, by name: it is refused unless forced, and they go with it then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,11 +221,16 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     of consistency cannot be reached and no fallback is wanted; `ClosedError` if the volume closes
     while a quiet moment is waited for.
     """
-    # Others work on while this waits for its turn, for hooks and for a quiet moment.
-    with volume.instants.turn(), ExitStack() as held:
+    settings = settings_for(
+        volume, level=request.consistency, or_barrier=request.or_barrier, quiet=request.quiet
+    )
+    with ExitStack() as held:
+        # Others work on while this waits for its turn, for hooks and for a quiet moment.
+        if settings.level is not Consistency.BARRIER:
+            held.enter_context(volume.instants.turn())
         with volume.lock:
-            plan = plan_snapshot(volume, request)
-            taking = Taking(volume, request, plan, held)
+            plan = replace(plan_snapshot(volume, request), consistency=settings)
+            taking = Taking(volume, request, plan, held, waits=has_to_wait(plan))
         with quiesced(taking.occasion(), volume.engine) as moment:
             instant, record = moment.take(
                 lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed)
@@ -235,6 +243,11 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         receipt = keep_snapshot(volume, record, instant, quiescing)
     note_created(volume, receipt)
     return receipt
+
+
+def has_to_wait(plan: SnapshotPlan) -> bool:
+    """Return whether somebody has to hold still, or a quiet moment to come, before the instant."""
+    return plan.consistency.level is not Consistency.BARRIER
 
 
 def falls_short(plan: SnapshotPlan, quiescing: Quiescing) -> bool:
@@ -295,17 +308,26 @@ class Taking:
     """
 
     def __init__(
-        self, volume: OpenVolume, request: SnapshotRequest, plan: SnapshotPlan, held: ExitStack
+        self,
+        volume: OpenVolume,
+        request: SnapshotRequest,
+        plan: SnapshotPlan,
+        held: ExitStack,
+        *,
+        waits: bool,
     ) -> None:
-        """Reserve the name. Under the volume's lock, which `held` keeps from the instant on."""
+        """Reserve the name. Under the volume's lock, which `held` keeps from the instant on, and
+        from now on if nothing has to be waited for, here or on another volume of its group.
+        """
         self.plan = plan
         self._volume = volume
         self._request = request
         self._held = held
         self._known: selection.Known | None = None
-        self._waits = plan.consistency.level is not Consistency.BARRIER
-        volume.instants.coming = plan.name
-        if not self._waits:
+        self._waits = waits
+        if waits:
+            volume.instants.coming = plan.name
+        else:
             self._hold()
 
     def prepare(self) -> None:
@@ -399,15 +421,21 @@ def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRec
 
 def list_snapshots(volume: OpenVolume) -> SnapshotList:
     """Return every snapshot, oldest first."""
+    counts = clone_counts(volume)
     return SnapshotList(
         volume=volume.name,
-        snapshots=tuple(snapshot_info(volume, s) for s in volume.snapshots()),
+        snapshots=tuple(
+            replace(snapshot_info(volume, s), clone_count=counts.get(s.epoch.epoch, 0))
+            for s in volume.snapshots()
+        ),
     )
 
 
 def show_snapshot(volume: OpenVolume, target: SnapshotTarget) -> SnapshotInfo:
     """Return one snapshot."""
-    return snapshot_info(volume, volume.snapshot(target.snapshot))
+    snapshot = volume.snapshot(target.snapshot)
+    count = clone_counts(volume).get(snapshot.epoch.epoch, 0)
+    return replace(snapshot_info(volume, snapshot), clone_count=count)
 
 
 def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
@@ -476,15 +504,18 @@ def plan_delete(volume: OpenVolume, target: SnapshotTarget) -> DeletePlan:
             f"{name} is protected from deletion",
             hint=f"`stillblock snapshot protect {name} --off` allows it again",
         )
+    clones = clones_of(volume, epoch=snapshot.epoch.epoch)
     return DeletePlan(
         snapshot=snapshot_info(volume, snapshot),
-        frees_bytes=snapshot.epoch.exclusive_bytes,
+        frees_bytes=snapshot.epoch.exclusive_bytes
+        + sum(clone.entry.allocated_bytes for clone in clones),
         keeps_bookmark=snapshot.epoch.has_bookmark,
+        clones=tuple(clone.record.name for clone in clones),
     )
 
 
 def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
-    """Delete a snapshot; raise `InUseError` if clients hold it, unless forced."""
+    """Delete a snapshot; raise `InUseError` if clients hold it or it has clones, unless forced."""
     with volume.lock:
         plan_delete(volume, SnapshotTarget(snapshot=request.snapshot))
         snapshot = volume.snapshot(request.snapshot)
@@ -493,8 +524,9 @@ def delete_snapshot(volume: OpenVolume, request: DeleteRequest) -> Deleted:
         volume.narrowings.cancel(epoch)
         force = request.force or not snapshot.record.is_final
         try:
+            freed_bytes = drop_clones_of(volume, snapshot, force=request.force)
             volume.hooks.withdraw(volume, snapshot, force=force)
-            freed_bytes = volume.engine.delete_snapshot(epoch=epoch, force=force)
+            freed_bytes += volume.engine.delete_snapshot(epoch=epoch, force=force)
         except StillblockError:
             if not snapshot.record.is_final:
                 volume.narrowings.restart(volume, snapshot)

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import ClosedError, InUseError, NotFoundError, StillblockError, UsageError
 from stillblock.extents import total_bytes
-from stillblock.model import DamagedCopy, Extents, SnapshotState, StoreUsage, UsageLevel
-from stillblock.operations import usage
+from stillblock.model import (
+    CloneInfo,
+    CloneState,
+    DamagedCopy,
+    Extents,
+    SnapshotState,
+    StoreUsage,
+    UsageLevel,
+)
+from stillblock.operations import clones, usage
 
 if TYPE_CHECKING:
     from stillblock import native
@@ -75,6 +83,8 @@ class CheckReport:
     findings: tuple[Finding, ...]
     snapshots: tuple[SnapshotFinding, ...]
     advice: tuple[str, ...]
+    clones: tuple[CloneInfo, ...] = ()
+    """Those that cannot be used as they should."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,16 +254,19 @@ def judge(volume: OpenVolume, findings: tuple[Finding, ...]) -> CheckReport:
     )
     is_damaged = any(f.is_lost for f in findings)
     is_damaged |= any(s.state is SnapshotState.DAMAGED for s in snapshots)
+    ill = tuple(c for c in clones.list_clones(volume).clones if c.state is not CloneState.OK)
+    is_damaged |= any(c.state is CloneState.DAMAGED for c in ill)
     verdict = Verdict.OK
     room = usage.store_usage(volume)
-    if findings or snapshots or room.level is not UsageLevel.OK:
+    if findings or snapshots or ill or room.level is not UsageLevel.OK:
         verdict = Verdict.DAMAGE if is_damaged else Verdict.WARNING
     return CheckReport(
         volume=volume.name,
         verdict=verdict,
         findings=findings,
         snapshots=snapshots,
-        advice=tuple(_advice(volume.name, findings, snapshots, room)),
+        advice=tuple(_advice(volume.name, findings, snapshots, room, ill)),
+        clones=ill,
     )
 
 
@@ -262,6 +275,7 @@ def _advice(
     findings: tuple[Finding, ...],
     snapshots: tuple[SnapshotFinding, ...],
     room: StoreUsage,
+    ill: tuple[CloneInfo, ...],
 ) -> list[str]:
     advice: list[str] = []
     states = {s.state for s in snapshots}
@@ -281,6 +295,14 @@ def _advice(
         advice.append(
             f"compare a suspect snapshot with what you know; `stillblock volume recover {name} "
             "--accept-origin` takes the origin as it is"
+        )
+    states_of_clones = {clone.state for clone in ill}
+    if CloneState.DAMAGED in states_of_clones:
+        advice.append("delete a damaged clone and make another; its snapshot is not concerned")
+    if CloneState.FAILED in states_of_clones:
+        advice.append(
+            "a sync of a failed clone failed: copy out of it what you need, check the store's "
+            "disk, then reset or delete it"
         )
     if text := usage.describe(room):
         advice.append(text)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stillblock.config import Config
+    from stillblock.operations.promotion import Promotion
     from stillblock.operations.verification import Verification
 
 _LOG: Final = logging.getLogger("stillblock.operations")
@@ -90,6 +91,12 @@ class ExportHooks(Protocol):
     def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
         """Return how many clients, views and restores really use a snapshot."""
 
+    def withdraw_clone(self, volume: OpenVolume, number: int, *, force: bool) -> None:
+        """Close a clone that is about to change or go; raise `InUseError` unless forced."""
+
+    def clone_clients(self, volume: OpenVolume) -> dict[int, int]:
+        """Return how many clients use each clone, by its number."""
+
 
 class NoExports:
     """For a volume that nobody serves."""
@@ -113,6 +120,13 @@ class NoExports:
     def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:  # noqa: ARG002
         """Return what the engine says."""
         return epoch.in_use
+
+    def withdraw_clone(self, volume: OpenVolume, number: int, *, force: bool) -> None:
+        """Nothing to close."""
+
+    def clone_clients(self, volume: OpenVolume) -> dict[int, int]:  # noqa: ARG002
+        """Return nobody."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +174,8 @@ class OpenVolume:
         self._config = config
         self._entry = entry
         self.verification: Verification | None = None
+        """The latest one; it ends with the volume."""
+        self.promotion: Promotion | None = None
         """The latest one; it ends with the volume."""
         self.narrowings = Narrowings()
         """Those under way; they end with the volume."""
@@ -214,6 +230,8 @@ class OpenVolume:
         self.instants.stop()
         if self.verification is not None:
             self.verification.cancel()
+        if self.promotion is not None:
+            self.promotion.cancel()
         self.narrowings.stop()
         with self.lock:
             if not self._is_closed:
@@ -281,7 +299,7 @@ class OpenVolume:
     def info(self) -> VolumeInfo:
         """Return what `volume show` tells."""
         settings = self.settings()
-        epochs = self.engine.epochs()
+        epochs, clones = self.engine.epochs(), self.engine.clones()
         return VolumeInfo(
             name=self.name,
             uuid=self.engine.uuid,
@@ -298,6 +316,8 @@ class OpenVolume:
             suspect_reason=next((e.suspect_reason for e in epochs if e.is_suspect), ""),
             last_verified_unix_ns=settings.last_verified_unix_ns,
             damaged_bytes=sum(total_bytes(extents) for _, extents in self.engine.damaged()),
+            clone_count=len(clones),
+            clones_bytes=sum(clone.allocated_bytes for clone in clones),
         )
 
     # Snapshots and bookmarks by name

@@ -31,6 +31,7 @@ from stillblock.model import (
     check_new_name,
 )
 from stillblock.operations import origins
+from stillblock.operations.clones import try_expire
 from stillblock.operations.disks import open_raw
 from stillblock.operations.narrowing import resume_narrowing
 from stillblock.operations.records import encode_settings
@@ -233,6 +234,7 @@ def open_volume(config: Config, name: str, options: EngineOptions | None = None)
     volume = OpenVolume.open(config, name, options)
     try:
         resume_narrowing(volume)
+        try_expire(volume)
     except BaseException:
         volume.close()
         raise

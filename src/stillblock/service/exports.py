@@ -1,4 +1,6 @@
-"""Exports follow snapshots: the live disk as `web`, each snapshot as `web@monday`."""
+"""Exports follow what there is: the live disk as `web`, each snapshot as `web@monday`, each clone
+as `web@monday+rehearsal`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from urllib.parse import quote
 from stillblock import native
 from stillblock.errors import StillblockError
 from stillblock.model import ExportInfo, format_instant, format_size
+from stillblock.operations.clones import Clone, clones_of, is_promoted
 
 if TYPE_CHECKING:
     from stillblock.operations.volume import OpenVolume, Snapshot
@@ -38,6 +41,15 @@ class _Offered:
     epoch: int | None
     """None: the live disk."""
     view: native.View | None
+    clone: native.Clone | None = None
+    """Of a clone, whose epoch is that of its snapshot."""
+
+    def close(self) -> None:
+        """Let go of what it shows; what was written to a clone is durable then."""
+        if self.view is not None:
+            self.view.close()
+        if self.clone is not None:
+            self.clone.close()
 
 
 def contexts_of_volume(instants: tuple[Instant, ...]) -> list[native.ContextSpec]:
@@ -81,6 +93,7 @@ class ExportServer:
         self._offered: dict[str, _Offered] = {}
         self._sockets: list[str] = []
         self._ports: list[tuple[str, int]] = []
+        self._is_stopped = False
         self._lock = threading.RLock()
 
     @property
@@ -121,6 +134,8 @@ class ExportServer:
     def reconcile(self, volume: OpenVolume) -> None:
         """Offer what the volume has now; log what cannot be offered."""
         with self._lock:
+            if self._is_stopped:
+                return  # a copy that ends with the server would have its clone offered again
             try:
                 self._reconcile(volume)
             except StillblockError as error:
@@ -141,7 +156,7 @@ class ExportServer:
                 ExportInfo(
                     name=name,
                     uri=next(iter(self.uris(name)), ""),
-                    is_read_only=self._is_read_only or self._offered[name].epoch is not None,
+                    is_read_only=self._is_read_only_export(self._offered[name]),
                     contexts=tuple(spec[0] for spec in self._offered[name].contexts),
                     connections=clients.count(name),
                 )
@@ -154,6 +169,23 @@ class ExportServer:
             mine = [n for n in self._names_of(volume) if self._offered[n].epoch == epoch.epoch]
             clients = sum(export in mine for export, _, _ in self._server.connections())
             return max(0, epoch.in_use - len(mine)) + clients
+
+    def withdraw_clone(self, volume: OpenVolume, number: int, *, force: bool) -> None:
+        """Close a clone; raise `InUseError` if clients use it, unless forced."""
+        with self._lock:
+            for name, offered in self._clones_of(volume):
+                if offered.clone is not None and offered.clone.number == number:
+                    self._remove(name, force=force)
+
+    def clone_clients(self, volume: OpenVolume) -> dict[int, int]:
+        """Return how many clients use each clone, by its number."""
+        with self._lock:
+            clients = [export for export, _, _ in self._server.connections()]
+            return {
+                offered.clone.number: clients.count(name)
+                for name, offered in self._clones_of(volume)
+                if offered.clone is not None
+            }
 
     # Life
 
@@ -174,10 +206,10 @@ class ExportServer:
     def stop(self) -> None:
         """Finish what is in flight, then let every snapshot go."""
         with self._lock:
+            self._is_stopped = True
             self._server.stop()
-            for offered in self._offered.values():
-                if offered.view is not None:
-                    offered.view.close()
+            for name, offered in self._offered.items():
+                _close(name, offered)
             self._offered.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
@@ -186,13 +218,60 @@ class ExportServer:
         there = (s for s in volume.snapshots() if s.is_readable)
         snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
+        by_epoch = {snapshot.epoch.epoch: name for name, snapshot in snapshots.items()}
+        usable = (c for c in clones_of(volume) if not c.entry.damage and c.entry.epoch in by_epoch)
+        clones = {
+            f"{by_epoch[c.entry.epoch or 0]}+{c.record.name}": c
+            for c in usable
+            if not is_promoted(volume, c)
+        }
         for name in self._names_of(volume):
-            if name != volume.name and name not in snapshots:
+            if name != volume.name and name not in snapshots and name not in clones:
                 self._remove(name, force=True)
         for name, snapshot in snapshots.items():
             if name not in self._offered:
                 self._add_view(volume, name, snapshot, instants)
+        for name, clone in clones.items():
+            if name not in self._offered:
+                self._try_add_clone(volume, name, clone)
         self._set_contexts(volume, instants)
+
+    def _try_add_clone(self, volume: OpenVolume, name: str, clone: Clone) -> None:
+        """Offer a clone; one that cannot be opened keeps nobody from anything else."""
+        try:
+            opened = volume.engine.open_clone(
+                number=clone.entry.number, excluded_reads=self._excluded_reads
+            )
+            try:
+                self._add_clone(name, clone, opened)
+            except StillblockError:
+                opened.close()
+                raise
+        except StillblockError as error:
+            _LOG.exception("clone not offered: export=%s", name)
+            volume.event("clone_failed", clone=clone.record.name, error=str(error))
+
+    def _add_clone(self, name: str, clone: Clone, opened: native.Clone) -> None:
+        contexts: list[native.ContextSpec] = [(SELECTED_CONTEXT, "selected", 0)]
+        self._server.add_clone(
+            name,
+            opened,
+            description=f"writable clone, made {format_instant(clone.entry.created_unix_ns)}",
+            contexts=contexts,
+            read_only=bool(clone.entry.failure),
+        )
+        self._offered[name] = _Offered(
+            contexts=contexts, epoch=clone.entry.epoch, view=None, clone=opened
+        )
+
+    def _clones_of(self, volume: OpenVolume) -> list[tuple[str, _Offered]]:
+        found = ((name, self._offered[name]) for name in self._names_of(volume))
+        return [(name, offered) for name, offered in found if offered.clone is not None]
+
+    def _is_read_only_export(self, offered: _Offered) -> bool:
+        if offered.clone is not None:
+            return False
+        return self._is_read_only or offered.epoch is not None
 
     def _add_view(
         self, volume: OpenVolume, name: str, snapshot: Snapshot, instants: tuple[Instant, ...]
@@ -212,6 +291,8 @@ class ExportServer:
     def _set_contexts(self, volume: OpenVolume, instants: tuple[Instant, ...]) -> None:
         for name in self._names_of(volume):
             offered = self._offered[name]
+            if offered.clone is not None:
+                continue
             if offered.epoch is None:
                 contexts = contexts_of_volume(instants)
             else:
@@ -222,9 +303,7 @@ class ExportServer:
 
     def _remove(self, name: str, *, force: bool) -> None:
         self._server.remove(name, force=force)
-        offered = self._offered.pop(name)
-        if offered.view is not None:
-            offered.view.close()
+        _close(name, self._offered.pop(name))
 
     def _names_of(self, volume: OpenVolume) -> list[str]:
         prefix = f"{volume.name}@"
@@ -236,3 +315,11 @@ def _changed_since(instant: Instant) -> tuple[native.ContextSpec, native.Context
         (CHANGED_CONTEXT + instant.name, "changed", instant.epoch),
         (DIRTY_CONTEXT + instant.name, "dirty", instant.epoch),
     )
+
+
+def _close(name: str, offered: _Offered) -> None:
+    """Let go of what was offered. A clone that cannot be made durable says so in the store."""
+    try:
+        offered.close()
+    except StillblockError:
+        _LOG.exception("not closed in order: export=%s", name)

@@ -21,6 +21,7 @@ import uvicorn
 
 from stillblock.config import checked_socket_path
 from stillblock.errors import InUseError, SocketPathError, StillblockError, UsageError
+from stillblock.operations.clones import try_expire
 from stillblock.operations.narrowing import resume_narrowing
 from stillblock.operations.usage import StoreWatch
 from stillblock.operations.volume import EngineOptions, OpenVolume, Snapshot
@@ -172,6 +173,7 @@ class VolumeHost:
             self._exports.start(volume)
             volume.hooks = _Hooks(self, self._exports)
             resume_narrowing(volume)
+            try_expire(volume)
             if len(names) == 1:
                 self._exports.server.set_default(name)
         default = UnixListener(path=self._config.nbd_socket(names[0]))
@@ -226,12 +228,13 @@ class VolumeHost:
             await asyncio.to_thread(self._undo.close)
 
     async def _watch_stores(self) -> None:
-        """Write down when a store fills up, and when it has room again."""
+        """Write down when a store fills up and has room again; remove clones that expired."""
         watch = StoreWatch()
         while True:
             for volume in tuple(self._volumes.values()):
                 try:
                     await asyncio.to_thread(watch.look, volume)
+                    await asyncio.to_thread(try_expire, volume)
                 except StillblockError as error:
                     _LOG.warning("store not looked at: volume=%s: %s", volume.name, error)
             await asyncio.sleep(_STORE_WATCH_S)
@@ -322,6 +325,14 @@ class _Hooks:
     def holders(self, volume: OpenVolume, epoch: native.Epoch) -> int:
         """Return how many clients, views and restores really use a snapshot."""
         return self._exports.holders(volume, epoch)
+
+    def withdraw_clone(self, volume: OpenVolume, number: int, *, force: bool) -> None:
+        """Close a clone that is about to change or go."""
+        self._exports.withdraw_clone(volume, number, force=force)
+
+    def clone_clients(self, volume: OpenVolume) -> dict[int, int]:
+        """Return how many clients use each clone, by its number."""
+        return self._exports.clone_clients(volume)
 
 
 class _ControlServer(uvicorn.Server):

@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from stillblock.errors import NarrowingError
 from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
+from stillblock.operations.clones import (
+    CloneChange,
+    CloneChanged,
+    CloneList,
+    CloneRequest,
+    CloneTarget,
+)
 from stillblock.operations.narrowing import (
     WAIT_MS_MAX,
     NarrowingProgress,
     WaitNarrowingRequest,
+)
+from stillblock.operations.promotion import (
+    PromoteProgress,
+    PromoteRequest,
+    WaitPromotionRequest,
 )
 from stillblock.operations.recovery import Accepted, AcceptRequest
 from stillblock.operations.restore import RestorePlan, RestoreRequest, WaitRequest
@@ -43,6 +55,7 @@ if TYPE_CHECKING:
     from stillblock.model import (
         BookmarkInfo,
         Changes,
+        CloneInfo,
         Receipt,
         RestoreProgress,
         SnapshotInfo,
@@ -264,6 +277,42 @@ class Session(abc.ABC):
     def delete_bookmark(self, bookmark: str) -> BookmarkInfo:
         """Stop tracking since a bookmark."""
         return self.call(verbs.DELETE_BOOKMARK, BookmarkTarget(bookmark=bookmark))
+
+    # Clones
+
+    def list_clones(self) -> CloneList:
+        """Return every clone of the volume."""
+        return self.call(verbs.LIST_CLONES, NoRequest())
+
+    def create_clone(self, request: CloneRequest) -> CloneInfo:
+        """Make a writable view on a snapshot."""
+        return self.call(verbs.CREATE_CLONE, request)
+
+    def show_clone(self, snapshot: str, clone: str) -> CloneInfo:
+        """Return one clone."""
+        return self.call(verbs.SHOW_CLONE, CloneTarget(snapshot=snapshot, clone=clone))
+
+    def reset_clone(self, snapshot: str, clone: str, *, force: bool = False) -> CloneChanged:
+        """Forget what was written to a clone."""
+        request = CloneChange(snapshot=snapshot, clone=clone, force=force)
+        return self.call(verbs.RESET_CLONE, request)
+
+    def delete_clone(self, snapshot: str, clone: str, *, force: bool = False) -> CloneChanged:
+        """Delete a clone and what was written to it."""
+        request = CloneChange(snapshot=snapshot, clone=clone, force=force)
+        return self.call(verbs.DELETE_CLONE, request)
+
+    def start_promotion(self, request: PromoteRequest) -> PromoteProgress:
+        """Start to copy a clone to a new raw image."""
+        return self.call(verbs.START_PROMOTION, request)
+
+    def wait_promotion(self, *, timeout_ms: int) -> PromoteProgress:
+        """Wait, some seconds at most, until no clone is being copied."""
+        return self.call(verbs.WAIT_PROMOTION, WaitPromotionRequest(timeout_ms=timeout_ms))
+
+    def cancel_promotion(self) -> PromoteProgress:
+        """Stop copying a clone; nothing is left of the image."""
+        return self.call(verbs.CANCEL_PROMOTION, NoRequest())
 
     # Restore
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 from stillblock.model import (
     BookmarkInfo,
     Changes,
+    CloneInfo,
     Receipt,
     RestoreProgress,
     SnapshotInfo,
@@ -21,10 +22,12 @@ from stillblock.model import (
 )
 from stillblock.operations import (
     bookmarks,
+    clones,
     consistency,
     explaining,
     forecast,
     narrowing,
+    promotion,
     recovery,
     restore,
     rules,
@@ -383,6 +386,78 @@ DELETE_BOOKMARK: Final = Verb(
     request=bookmarks.BookmarkTarget,
     result=BookmarkInfo,
     run=bookmarks.delete_bookmark,
+)
+LIST_CLONES: Final = Verb(
+    name="list_clones",
+    method="GET",
+    path="/clones",
+    summary="Every clone, oldest first, and what they take.",
+    request=NoRequest,
+    result=clones.CloneList,
+    run=lambda volume, _: clones.list_clones(volume),
+)
+CREATE_CLONE: Final = Verb(
+    name="create_clone",
+    method="POST",
+    path="/snapshots/{snapshot}/clones",
+    summary="Make a writable view on a snapshot.",
+    request=clones.CloneRequest,
+    result=CloneInfo,
+    run=clones.create_clone,
+)
+SHOW_CLONE: Final = Verb(
+    name="show_clone",
+    method="GET",
+    path="/snapshots/{snapshot}/clones/{clone}",
+    summary="One clone.",
+    request=clones.CloneTarget,
+    result=CloneInfo,
+    run=clones.show_clone,
+)
+RESET_CLONE: Final = Verb(
+    name="reset_clone",
+    method="POST",
+    path="/snapshots/{snapshot}/clones/{clone}/reset",
+    summary="Forget what was written to a clone.",
+    request=clones.CloneChange,
+    result=clones.CloneChanged,
+    run=clones.reset_clone,
+)
+DELETE_CLONE: Final = Verb(
+    name="delete_clone",
+    method="DELETE",
+    path="/snapshots/{snapshot}/clones/{clone}",
+    summary="Delete a clone and what was written to it.",
+    request=clones.CloneChange,
+    result=clones.CloneChanged,
+    run=clones.delete_clone,
+)
+START_PROMOTION: Final = Verb(
+    name="start_promotion",
+    method="POST",
+    path="/snapshots/{snapshot}/clones/{clone}/promotion",
+    summary="Start to copy a clone to a new raw image.",
+    request=promotion.PromoteRequest,
+    result=promotion.PromoteProgress,
+    run=promotion.start_promotion,
+)
+WAIT_PROMOTION: Final = Verb(
+    name="wait_promotion",
+    method="GET",
+    path="/promotion/wait",
+    summary="Wait, some seconds at most, until no clone is being copied.",
+    request=promotion.WaitPromotionRequest,
+    result=promotion.PromoteProgress,
+    run=promotion.wait_promotion,
+)
+CANCEL_PROMOTION: Final = Verb(
+    name="cancel_promotion",
+    method="DELETE",
+    path="/promotion",
+    summary="Stop copying a clone; nothing is left of the image.",
+    request=NoRequest,
+    result=promotion.PromoteProgress,
+    run=lambda volume, _: promotion.cancel_promotion(volume),
 )
 PLAN_RESTORE: Final = Verb(
     name="plan_restore",

@@ -299,6 +299,9 @@ impl LogWriter {
     /// Write the end of the log once more, and sync it. The process before may have been killed
     /// after a sync that failed: the kernel then shows what the disk does not have, and takes it
     /// for written.
+    ///
+    /// What lies behind it goes: a batch that was torn may hold content that is let go of later,
+    /// and that nobody would know of then.
     pub fn rewrite_end(&self, end: &LogEnd) -> io::Result<()> {
         let Some(current) = &self.current else { return Ok(()) };
         let mut bytes = vec![0; to_usize((end.page - end.last_page) * PAGE)];
@@ -307,6 +310,9 @@ impl LogWriter {
         let there = to_usize(there).min(bytes.len());
         current.file.read_at(end.last_page * PAGE, &mut bytes[..there])?;
         current.file.write_at(end.last_page * PAGE, &bytes)?;
+        if !end.is_closed && !is_broken(Rule::TornTailReleased) {
+            current.file.set_len(end.page * PAGE)?;
+        }
         current.file.sync()
     }
 

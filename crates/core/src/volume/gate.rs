@@ -76,6 +76,10 @@ impl InFlight {
         self.0.swap_remove(at.expect("a write that lands was begun"));
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.0.iter().copied()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

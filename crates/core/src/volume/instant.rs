@@ -292,6 +292,10 @@ impl Volume {
         state.regions.end_epoch(next.none_covered);
         let old_unsettled = std::mem::replace(&mut state.unsettled, next.unsettled);
         let old_pending = std::mem::replace(&mut state.pending, next.pending);
+        // Writes still in flight are recorded in the epoch that ends. One that took a slot now could
+        // bring back what it read before they landed (P1).
+        let State { in_flight, unsettled, .. } = &mut *state;
+        in_flight.iter().for_each(|blocks| unsettled.assign(blocks, false));
         for &block in frozen.keys() {
             let value = prepared.selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);

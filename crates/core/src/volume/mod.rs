@@ -21,7 +21,7 @@
 //! **Locks, in this order:** `upkeep`, `committer`, `epochs`, `state`, `index`. Only the first two
 //! are held across I/O. `syncing` comes after `committer` and before the others, across a sync of
 //! the origin. `punching` is taken by readers of preserved content, last, and across their read of
-//! the store.
+//! the store. Of the two of [`crate::clone::Clones`] one comes before all others, one after.
 
 pub mod check;
 mod commit;
@@ -147,7 +147,7 @@ struct Restoring {
 }
 
 /// What only the holder of the role touches.
-struct Committer {
+pub(crate) struct Committer {
     log: LogWriter,
     batch: BatchBuilder,
     journal: Journal,
@@ -255,6 +255,8 @@ pub struct Volume {
     /// What is left to an origin on the store's filesystem that needs more than is free there.
     origin_share: Option<u64>,
     segments: Arc<Segments>,
+    /// Writable views on snapshots.
+    pub(crate) clones: crate::clone::Clones,
     meta: Mutex<Vec<u8>>,
     upkeep: Mutex<Upkeep>,
     committer: Mutex<Committer>,
@@ -306,6 +308,10 @@ impl Volume {
     /// Size in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.state.lock().size_bytes
+    }
+
+    pub(crate) fn host(&self) -> &dyn Host {
+        &*self.host
     }
 
     /// The store directory.
@@ -360,7 +366,7 @@ impl Volume {
     }
 
     /// Take the role, unless the volume is closed.
-    fn role(&self) -> Result<MutexGuard<'_, Committer>> {
+    pub(crate) fn role(&self) -> Result<MutexGuard<'_, Committer>> {
         let committer = self.committer.lock();
         if self.state.lock().is_closed { Err(Error::Closed) } else { Ok(committer) }
     }

@@ -279,6 +279,7 @@ impl Parts {
         if is_failed {
             volume.committer.lock().journal.append(&Entry::Recovered)?;
         }
+        volume.load_clones()?;
         volume.start(boot, generation, buffer_path.as_deref(), buffer_bytes)?;
         if opened {
             volume.spawn("committer", Volume::run_background)?;
@@ -469,6 +470,7 @@ impl Parts {
             host,
             origin_share,
             segments,
+            clones: crate::clone::Clones::default(),
             meta: Mutex::new(decided.meta.clone()),
             upkeep: Mutex::new(upkeep),
             committer: Mutex::new(committer),
@@ -565,6 +567,7 @@ impl Volume {
     /// can use it. A running restore is suspended: until it goes on the origin alone is not the
     /// restored disk.
     pub fn close(&self) -> Result<()> {
+        self.put_away_clones();
         let mut committer = self.role()?;
         let epoch = committer.epoch;
         // Close the gate for good: what was admitted before drains, nothing else comes.
@@ -629,6 +632,7 @@ impl Volume {
         }
         // Before the lock is given back: a view looks at it after it has read.
         self.is_released.store(true, Ordering::Release);
+        self.abandon_clones();
         self.origin_device.release();
         drop(self.store_lock.lock().take());
     }

@@ -16,10 +16,12 @@ use crate::sync::Clock;
 use std::time::Duration;
 
 /// A region in which nothing was written for the first time for so long is closed: a power cut makes
-/// it no larger then. Often enough to matter, seldom enough that a region in use stays open.
-const REST: Duration = Duration::from_secs(60);
+/// it no larger then. Often enough to matter, seldom enough that a region in use stays open. In the
+/// simulation programs are short.
+pub(super) const REST: Duration = Duration::from_millis(if IS_SIMULATED { 50 } else { 60_000 });
 /// The same while there is no place for another one.
-const REST_CROWDED: Duration = Duration::from_secs(5);
+const REST_CROWDED: Duration = Duration::from_millis(if IS_SIMULATED { 20 } else { 5_000 });
+const IS_SIMULATED: bool = cfg!(feature = "simulation");
 
 /// First changes that preserve nothing, as they are recorded.
 #[derive(Default)]

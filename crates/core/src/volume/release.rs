@@ -211,6 +211,7 @@ impl Volume {
     /// Delete a snapshot; tells the bytes freed. In use, it is refused unless forced; its views
     /// then fail.
     pub fn delete_snapshot(&self, epoch: u32, force: bool) -> Result<u64> {
+        let decided = self.hold_without_clones(epoch)?;
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
         self.check_not_restoring_from(epoch)?;
@@ -233,6 +234,7 @@ impl Volume {
             }
             epochs.drop_dead();
         }
+        drop(decided);
         let freed = self.let_go(committer)?;
         if is_broken(Rule::RecordBeforeFree) {
             self.role()?.journal.append(&Entry::Deleted { epoch })?;
@@ -300,14 +302,27 @@ impl Volume {
     /// Something is to be given back, and the bits follow the registry. Holds the role for them: no
     /// batch is under way, and only requests that set nothing run beside it. Bits only go down here,
     /// and no slot, batch or instant can set or clear one meanwhile.
+    ///
+    /// What is settled stays so, blocks of open regions included, which no index knows: writes may
+    /// be on their way straight to them, and a write that took a slot now could bring back what it
+    /// read before those came (P1).
     pub(super) fn note_decision(&self, committer: &mut Committer) {
         committer.decisions += 1;
         let blocks = self.block_count(self.size_bytes());
-        let (unsettled, pending) = self.bits(committer.epoch, blocks);
-        let mut state = self.state.lock();
-        if unsettled.block_count() == state.unsettled.block_count() {
-            state.replace_bits((unsettled, pending));
+        let (mut unsettled, pending) = self.bits(committer.epoch, blocks);
+        let before = self.state.lock().unsettled.clone();
+        if unsettled.block_count() != before.block_count() {
+            return;
         }
+        if committer.to_undo.is_some() {
+            // With it what the instant selects that is not undone.
+            unsettled = before;
+        } else {
+            unsettled.keep_only(&before);
+            drop(before);
+        }
+        let mut state = self.state.lock();
+        (state.unsettled, state.pending) = (unsettled, pending);
     }
 
     pub(super) fn allocated(&self, committer: &Committer) -> Result<u64> {
@@ -323,7 +338,7 @@ impl Volume {
         })
     }
 
-    pub(super) fn check_held_open(&self) -> Result<()> {
+    pub(crate) fn check_held_open(&self) -> Result<()> {
         self.check_held()
     }
 
@@ -341,6 +356,12 @@ impl Volume {
         check_header(epoch, found)?;
         found.pins += 1;
         Ok(found.origin_bytes)
+    }
+
+    /// The size at the instant of a live snapshot.
+    pub(crate) fn snapshot_bytes(&self, epoch: u32) -> Option<u64> {
+        let epochs = self.epochs.read();
+        epochs.0.get(&epoch).filter(|e| e.has_snapshot()).map(|e| e.origin_bytes)
     }
 
     /// A reader is gone.

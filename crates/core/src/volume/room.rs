@@ -353,7 +353,7 @@ impl Volume {
     /// Look how much the store takes.
     pub(super) fn count_used(&self, committer: &mut Committer) -> io::Result<()> {
         let kept = committer.journal.allocated_bytes()? + self.log_bytes(committer)?;
-        committer.used_bytes = kept + committer.upkeep_bytes;
+        committer.used_bytes = kept + committer.upkeep_bytes + self.clones_bytes()?;
         Ok(())
     }
 
@@ -366,6 +366,19 @@ impl Volume {
         if is_there {
             committer.upkeep_bytes += more;
             committer.used_bytes += more;
+        }
+        Ok(is_there)
+    }
+
+    /// Take room for what is written to a clone; false if the store has too little. Clones leave
+    /// an eighth of what the store may take: a rehearsal is to cost no snapshot anything.
+    pub(crate) fn take_for_clone(&self, bytes: u64) -> Result<bool> {
+        let mut committer = self.role()?;
+        let left = self.growth_left(&committer).map_err(Error::store("looking for room"))?;
+        let reserve = committer.used_bytes.saturating_add(left) / 8;
+        let is_there = self.allow_growth(&mut committer, bytes.saturating_add(reserve)).is_ok();
+        if is_there {
+            committer.used_bytes += bytes;
         }
         Ok(is_there)
     }
@@ -526,7 +539,7 @@ impl Volume {
     }
 
     /// After space was given back, or the rules changed: count, and let those go on who wait.
-    pub(super) fn recount(&self, committer: &mut Committer) {
+    pub(crate) fn recount(&self, committer: &mut Committer) {
         // Where a file does not tell its size the estimate stays, which errs towards full.
         let _ = self.count_used(committer);
         committer.journal.reserve();

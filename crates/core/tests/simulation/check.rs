@@ -1,5 +1,6 @@
 //! After a stop: open the volume again, and hold it to its promises.
 
+use crate::clones;
 use crate::dice::Dice;
 use crate::machine::{LOG, Machine, STORE, SimHost, Stop};
 use crate::model::{CELL, Model, size};
@@ -7,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use stillblock_core::clone::CLONES_DIRECTORY;
 use stillblock_core::extent::ExtentSet;
 use stillblock_core::index::run::run_number;
 use stillblock_core::journal::{JOURNAL_NAME, Settled};
 use stillblock_core::log::scan::scan;
-use stillblock_core::log::writer::{Segments, segment_number};
+use stillblock_core::log::writer::{Segments, segment_name, segment_number};
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::host::Host;
 use stillblock_core::volume::open::{Cache, OpenRequest, Recover, open_on};
@@ -199,6 +201,9 @@ pub fn check(
         volume.abandon();
         return Ok(None);
     }
+    if !may_fail && dice.chance(30) {
+        check_tails(&machine.stop().killed(Dice::new(0)), &volume).map_err(story)?;
+    }
     verify(&machine, &volume, is_cut, way.is_write_through, may_fail).map_err(story)?;
     if dice.chance(25) {
         tally.went_on += 1;
@@ -333,6 +338,10 @@ fn verify(
     model.check_live(&live, is_cut)?;
     check_snapshots(volume, &mut model, may_fail)?;
     model.settle(&live, is_cut);
+    clones::verify(volume, &mut model, is_cut, may_fail)?;
+    if !may_fail {
+        clones::check_files(machine, volume)?;
+    }
     if is_write_through {
         model.lose_all_bits();
     }
@@ -409,7 +418,10 @@ fn allocated(machine: &Machine) -> u64 {
     let is_kept = |name: &String| segment_number(name).is_some() || run_number(name).is_some();
     let kept = world.list(log).into_iter().filter(is_kept);
     let kept = kept.map(|name| world.find(log, &name).expect("listed"));
-    let files: Vec<u64> = kept.chain(world.find(store, JOURNAL_NAME)).collect();
+    let of_clones = store.join(CLONES_DIRECTORY);
+    let clones = world.list(&of_clones).into_iter();
+    let clones = clones.map(|name| world.find(&of_clones, &name).expect("listed"));
+    let files: Vec<u64> = kept.chain(world.find(store, JOURNAL_NAME)).chain(clones).collect();
     files.into_iter().map(|id| machine.allocated(&world, id)).sum()
 }
 
@@ -450,6 +462,29 @@ pub fn check_kept_once(machine: &Arc<Machine>, volume: &Volume) -> Result<(), St
     Ok(())
 }
 
+/// P10: behind the last batch of a segment nothing is left of one that was torn. What it held is in
+/// no index, and nobody would remove it when it is let go of.
+fn check_tails(machine: &Arc<Machine>, volume: &Volume) -> Result<(), String> {
+    let segments = Segments::new(SimHost(Arc::clone(machine)).directory(Path::new(LOG)));
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = found.map_err(|e| format!("reading the log: {e}"))?;
+    for segment in found.segments.values() {
+        let number = segment.header.segment;
+        let batches = found.batches.iter().filter(|batch| batch.segment == number);
+        let ends = batches.map(|batch| batch.page + batch.header.total_pages());
+        let end = ends.max().unwrap_or(segment.header.data_start_page()) * 4096;
+        let name = segment_name(number);
+        let world = machine.world();
+        let id = world.find(Path::new(LOG), &name).ok_or("a segment went away")?;
+        let bytes = &world.medium(id).now;
+        let mut rest = vec![0; size(bytes.length().saturating_sub(end))];
+        bytes.read(end, &mut rest).map_err(|e| format!("reading {name}: {e}"))?;
+        let left = rest.iter().position(|&byte| byte != 0);
+        ensure!(left.is_none(), "P10: {name} holds something {left:?} bytes behind its end, {end}");
+    }
+    Ok(())
+}
+
 /// What is right after a stop goes on being right: write, snapshot, close, open, look.
 fn go_on(
     machine: &Arc<Machine>,
@@ -463,6 +498,9 @@ fn go_on(
     let data = bytes(cells.clone().map(|_| value));
     volume.write(0, &data, false).map_err(told("a write"))?;
     machine.model().end_write(cells, false);
+    if !may_fail {
+        clones::go_on(machine, volume)?;
+    }
     let selection = machine.model().all_blocks();
     machine.model().begin_snapshot(selection.clone());
     let taken = volume.snapshot(SnapshotRequest {
@@ -494,7 +532,12 @@ fn go_on(
         // A restore may never end if its source is lost.
         return again.close().map_err(told("closing"));
     }
+    clones::verify(&again, &mut model, false, may_fail)?;
+    *machine.model() = model.clone();
     // Without snapshots there is nothing to keep.
+    if !may_fail {
+        clones::drop_all(machine, &again)?;
+    }
     let all: Vec<(u32, bool, bool)> = model
         .snapshots
         .iter()

@@ -8,6 +8,7 @@
 //! A seed that fails is printed; `STILLBLOCK_SEED=n` runs it alone, `STILLBLOCK_SEEDS=n` that many.
 
 mod check;
+mod clones;
 mod dice;
 mod disk;
 mod exhaustive;
@@ -131,6 +132,13 @@ fn every_short_program_that_begins_with_a_write_survives_a_stop_at_every_step() 
 #[test]
 fn every_other_short_program_survives_a_stop_at_every_step() {
     run_programs(&exhaustive::STEPS[6..], 25_000);
+}
+
+#[test]
+fn every_short_program_on_a_clone_survives_a_stop_at_every_step() {
+    let run = |program: Vec<clones::Step>| scheduled(1, move || clones::run(&program));
+    let tally = run_all(clones::programs().into_iter(), run);
+    assert!(tally.stops >= 25_000, "every step is a stop: {tally:?}");
 }
 
 /// Until it is stopped, or for `STILLBLOCK_SEEDS` seeds from `STILLBLOCK_FIRST` on.

@@ -4,6 +4,7 @@
 //! Each write of a cell is a version of it, with a value of its own. What may be found is a range of
 //! versions: from the last one that must be there to the last one that was begun.
 
+use crate::clones::CloneModel;
 use std::collections::BTreeMap;
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::regions::region_blocks;
@@ -88,6 +89,13 @@ pub struct Model {
     pub snapshots: BTreeMap<u32, Snapshot>,
     pub creating: Option<Snapshot>,
     pub restoring: Option<Restore>,
+    pub clones: BTreeMap<u32, CloneModel>,
+    /// The clone that is being made.
+    pub cloning: Option<CloneModel>,
+    /// Clones whose making failed, and that may be there.
+    pub maybe_cloned: Vec<CloneModel>,
+    /// A clone of it is about to be made.
+    pub clone_source: Option<u32>,
     /// By epoch, blocks of regions that were open at a stop which took their bits: they count as
     /// changed, written or not.
     excess: BTreeMap<u32, ExtentSet>,
@@ -116,10 +124,28 @@ impl Model {
             snapshots: BTreeMap::new(),
             creating: None,
             restoring: None,
+            clones: BTreeMap::new(),
+            cloning: None,
+            maybe_cloned: Vec::new(),
+            clone_source: None,
             excess: BTreeMap::new(),
             was_cut: false,
             is_failure_told: false,
         }
+    }
+
+    /// A disk that holds these values, and is durable; those it is given from now on begin at
+    /// `next_value`.
+    pub fn holding(size_bytes: u64, values: &[u32], next_value: u32) -> Self {
+        let mut model = Self { next_value, ..Self::new(size_bytes) };
+        for (cell, &value) in model.cells.iter_mut().zip(values) {
+            cell.versions[0].value = value;
+        }
+        model
+    }
+
+    pub fn next_value(&self) -> u32 {
+        self.next_value
     }
 
     pub fn cell_count(&self) -> usize {
@@ -214,7 +240,13 @@ impl Model {
 
     /// Whether this may be found on the disk after a stop.
     pub fn check_live(&self, found: &[u32], was_cut: bool) -> Result<(), String> {
-        for (index, (cell, &value)) in self.cells.iter().zip(found).enumerate() {
+        self.check_part(0, found, was_cut)
+    }
+
+    /// The same of the cells from `first` on.
+    pub fn check_part(&self, first: usize, found: &[u32], was_cut: bool) -> Result<(), String> {
+        for (index, &value) in (first..).zip(found) {
+            let cell = &self.cells[index];
             let from = if was_cut { cell.durable } else { cell.last_acked() };
             if !cell.versions[from..].iter().any(|v| v.value == value) {
                 return Err(format!(
@@ -231,8 +263,23 @@ impl Model {
 
     /// Somebody looked: from now on the disk holds this.
     pub fn settle(&mut self, found: &[u32], was_cut: bool) {
+        self.settle_part(0, found, was_cut);
+        self.was_cut = false;
+    }
+
+    /// Nobody could look: whatever a power cut may have left.
+    pub fn doubt_all(&mut self) {
+        for cell in &mut self.cells {
+            cell.is_busy = false;
+            let durable = cell.durable;
+            cell.versions[durable + 1..].iter_mut().for_each(|v| v.acked = NEVER);
+        }
+    }
+
+    /// The same as [`Model::settle`] of the cells from `first` on.
+    pub fn settle_part(&mut self, first: usize, found: &[u32], was_cut: bool) {
         let now = self.tick();
-        for (cell, &value) in self.cells.iter_mut().zip(found) {
+        for (cell, &value) in self.cells[first..].iter_mut().zip(found) {
             cell.is_busy = false;
             let last = cell.versions.last_mut().expect("the first one");
             if last.value == value {
@@ -244,7 +291,6 @@ impl Model {
                 cell.durable = cell.last_issued();
             }
         }
-        self.was_cut = false;
     }
 
     /// The value of each cell; [`UNKNOWN`] while somebody writes it, or if a write of it failed.

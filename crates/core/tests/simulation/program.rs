@@ -5,6 +5,7 @@ use crate::check::{
     Tally, Way, bytes, cells, check, check_changed, check_kept_once, check_snapshots, open,
     read_live, read_snapshot, settled_as,
 };
+use crate::clones;
 use crate::dice::Dice;
 use crate::machine::{FaultPlan, Machine, ORIGIN, STORE, SimHost, Stop, Target};
 use crate::model::{CELL, CELLS_A_BLOCK, Model, Restore, UNKNOWN};
@@ -47,11 +48,13 @@ struct Program {
 }
 
 /// What all threads of a session share.
-struct Session {
-    machine: Arc<Machine>,
-    volume: Arc<Volume>,
+pub struct Session {
+    pub machine: Arc<Machine>,
+    pub volume: Arc<Volume>,
     /// Writers share it; a restore has it alone, so that it is known what it found.
     gate: RwLock<()>,
+    /// Users of clones share it; who makes or drops one has it alone.
+    pub clones_gate: RwLock<()>,
     has_faults: bool,
     prefers_bookmarks: bool,
     problem: std::sync::Mutex<Option<String>>,
@@ -66,7 +69,7 @@ impl Session {
     }
 
     /// What the engine said; without faults it has nothing to complain about.
-    fn must<T>(&self, what: &str, result: EngineResult<T>) -> Result<Option<T>, String> {
+    pub fn must<T>(&self, what: &str, result: EngineResult<T>) -> Result<Option<T>, String> {
         match result {
             Ok(value) => Ok(Some(value)),
             Err(error) if self.has_faults && self.machine.has_met_faults() => {
@@ -108,7 +111,7 @@ fn client(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String
 }
 
 /// Cells next to one another; `is_small`: of one block, so that others of its region are left.
-fn pick_range(model: &Model, dice: &mut Dice, is_small: bool) -> Range<usize> {
+pub fn pick_range(model: &Model, dice: &mut Dice, is_small: bool) -> Range<usize> {
     let count = model.cell_count();
     if is_small && dice.chance(70) {
         let block = dice.below(count.div_ceil(CELLS_A_BLOCK)) * CELLS_A_BLOCK;
@@ -124,7 +127,7 @@ fn pick_range(model: &Model, dice: &mut Dice, is_small: bool) -> Range<usize> {
     first..first + 1 + dice.below((count - first).min(most))
 }
 
-fn place(model: &Model, range: &Range<usize>) -> (u64, u64) {
+pub fn place(model: &Model, range: &Range<usize>) -> (u64, u64) {
     let start = (range.start * CELL) as u64;
     (start, ((range.end * CELL) as u64).min(model.size_bytes) - start)
 }
@@ -227,7 +230,7 @@ fn pick_few(model: &Model, dice: &mut Dice) -> ExtentSet {
     blocks.filter(|_| dice.chance(20)).map(Extent::single).collect()
 }
 
-fn pick_snapshot(model: &Model, dice: &mut Dice) -> Option<u32> {
+pub fn pick_snapshot(model: &Model, dice: &mut Dice) -> Option<u32> {
     let live = model.snapshots.iter().filter(|(_, s)| s.is_certain());
     let live: Vec<u32> = live.map(|(&epoch, _)| epoch).collect();
     live.get(dice.below(live.len())).copied()
@@ -287,7 +290,7 @@ fn take_snapshot(
     Ok(Some(taken.epoch))
 }
 
-fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
+pub fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
     let model = session.machine.model().clone();
     let selection = &model.snapshots[&epoch].selection;
     let found = read_snapshot(&session.volume, epoch, &model, selection, session.has_faults)?;
@@ -315,6 +318,9 @@ fn delete(session: &Session, dice: &mut Dice) -> Result<(), String> {
 fn delete_one(session: &Session, epoch: u32) -> Result<(), String> {
     {
         let mut model = session.machine.model();
+        if model.clone_source == Some(epoch) {
+            return Ok(());
+        }
         let Some(snapshot) = model.snapshots.get_mut(&epoch).filter(|s| s.is_certain()) else {
             return Ok(());
         };
@@ -352,7 +358,11 @@ fn narrow(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let picked = {
         let mut model = session.machine.model();
         let selection = pick_selection(&model, dice);
-        pick_snapshot(&model, dice).map(|epoch| {
+        // Clones are made of what is final.
+        let is_cloned = |e: u32| model.clones.values().any(|c| c.epoch == e);
+        let is_free = |e: &u32| model.clone_source != Some(*e) && !is_cloned(*e);
+        let picked = pick_snapshot(&model, dice).filter(is_free);
+        picked.map(|epoch| {
             let snapshot = model.snapshots.get_mut(&epoch).expect("picked");
             snapshot.narrowing = Some(snapshot.selection.intersection(&selection));
             (epoch, selection)
@@ -486,6 +496,7 @@ impl Program {
             machine: Arc::clone(&self.machine),
             volume: Arc::clone(volume),
             gate: RwLock::new(()),
+            clones_gate: RwLock::new(()),
             has_faults: self.faults != Faults::None,
             prefers_bookmarks: self.prefers_bookmarks,
             problem: std::sync::Mutex::default(),
@@ -499,6 +510,12 @@ impl Program {
             let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
             threads.push(shuttle::thread::spawn(move || {
                 session.note(client(&session, &mut dice, client_steps));
+            }));
+        }
+        for _ in 0..[0, 0, 1, 2][self.dice.below(4)] {
+            let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
+            threads.push(shuttle::thread::spawn(move || {
+                session.note(clones::cloner(&session, &mut dice, 9));
             }));
         }
         let mut dice = self.dice.fork();
@@ -561,13 +578,16 @@ impl Program {
             }
             if closed.is_ok() {
                 let acked = self.machine.model().acked();
-                self.machine.model().end_flush(&acked);
+                let mut model = self.machine.model();
+                model.end_flush(&acked);
+                clones::closed(&mut model, may_fail);
             }
             let again = open(&self.machine, self.way)?;
             let live = read_live(&again)?;
             let mut model = self.machine.model().clone();
             model.check_live(&live, false)?;
             check_snapshots(&again, &mut model, may_fail)?;
+            clones::verify(&again, &mut model, false, may_fail)?;
             if !may_fail {
                 check_changed(&again, &model, &live, false)?;
                 check_kept_once(&self.machine, &again)?;

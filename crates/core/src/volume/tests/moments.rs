@@ -101,6 +101,15 @@ struct Stuck {
 impl Stuck {
     /// Write a block, and return while the origin has not taken it; other writes pass.
     fn begin(scene: &Scene, volume: &Arc<Volume>, block: u64, held: &Arc<Mutex<()>>) -> Self {
+        Self::begin_with(scene, volume, held, move |volume| put(volume, block, 0xB1))
+    }
+
+    fn begin_with(
+        scene: &Scene,
+        volume: &Arc<Volume>,
+        held: &Arc<Mutex<()>>,
+        write: impl FnOnce(&Volume) + Send + 'static,
+    ) -> Self {
         let (is_first, is_there) = (AtomicBool::new(true), Arc::new(AtomicBool::new(false)));
         let (go, seen) = (Arc::clone(held), Arc::clone(&is_there));
         scene.faults.set(move |name, what| {
@@ -111,7 +120,7 @@ impl Stuck {
             Ok(())
         });
         let writer = Arc::clone(volume);
-        let thread = std::thread::spawn(move || put(&writer, block, 0xB1));
+        let thread = std::thread::spawn(move || write(&writer));
         while !is_there.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
@@ -180,4 +189,30 @@ fn while_writers_of_selected_blocks_wait_others_go_on() {
     let old = |block| get_old(&volume, taken.epoch, block).expect("read");
     assert_eq!([old(5), old(6)], [0xB1, 7], "P2: what was in flight is in, who waited is not");
     assert_eq!(get(&volume, 6), 0xC2);
+}
+
+/// A block was settled, a write to it on its way, and an instant that did not wait for it made its
+/// next write a first change: that read the sector, took a slot, and brought back later what the
+/// other write had changed. The block now stays settled.
+#[test]
+fn a_write_in_flight_across_an_instant_is_not_undone_by_one_to_the_same_sector() {
+    let scene = Scene::new(512 * BLOCK);
+    let volume = scene.open();
+    snapshot(&volume, everything());
+    put(&volume, 100, 0xA1);
+    volume.flush().expect("flush");
+    let go = Arc::new(Mutex::new(()));
+    let holding = go.lock();
+    let at = 100 * u64::try_from(BLOCK).expect("small");
+    let stuck = Stuck::begin_with(&scene, &volume, &go, move |volume| {
+        volume.write(at, &[0xB1; 256], false).expect("write");
+    });
+    held_for(&volume, Extent::new(0, 10), Quiet::Selected, 2000).expect("nobody writes there");
+    volume.write(at + 256, &[0xC1; 256], false).expect("write");
+    drop(holding);
+    stuck.wait();
+    volume.flush().expect("flush");
+    let mut content = [0; 768];
+    volume.read(at, &mut content).expect("read");
+    assert_eq!([content[0], content[256], content[512]], [0xB1, 0xC1, 0xA1], "P1");
 }

@@ -85,6 +85,67 @@ fn slots_of_a_block_that_was_let_go_of_are_wiped_when_they_are_dropped() {
     volume.close().expect("close");
 }
 
+/// All that a power cut leaves at the next sync of a log segment, in a directory of its own.
+fn leave_at_next_sync(scene: &Scene) -> tempfile::TempDir {
+    let left = tempfile::tempdir().expect("temporary directory");
+    let (from, to) = (scene.dir.path().to_path_buf(), left.path().to_path_buf());
+    scene.faults.once("segment", "sync", move || {
+        std::fs::create_dir_all(to.join("store/log")).expect("made");
+        for name in ["disk.img", "store/journal", "store/log/00000001.seg"] {
+            std::fs::copy(from.join(name), to.join(name)).expect("copied");
+        }
+    });
+    left
+}
+
+/// A batch whose sync had not returned lost its head and its tail to a power cut, but not its
+/// payload. The log went on over it, and what it did not write over stayed in no index: a later
+/// narrowing did not know of it. The end of the log is cut off at opening now.
+#[test]
+fn what_a_torn_batch_held_is_nowhere_once_the_volume_is_opened() {
+    let scene = Scene::new(512 * BLOCK);
+    let volume = scene.open();
+    for block in EXCLUDED.start..EXCLUDED.end {
+        put(&volume, block, MARKER);
+    }
+    let epoch = snapshot(&volume, everything());
+    put(&volume, 7, 0xA1);
+    volume.flush().expect("flush");
+    let left = leave_at_next_sync(&scene);
+    for block in EXCLUDED.start..EXCLUDED.end {
+        put(&volume, block, 0xA2);
+    }
+    volume.flush().expect("flush");
+    volume.abandon();
+    drop(volume);
+    for name in ["disk.img", "store/journal", "store/log/00000001.seg"] {
+        let mut content = std::fs::read(left.path().join(name)).expect("left");
+        let magics = [*b"SBBH", *b"SBBT"];
+        let is_of_batch = |page: &&mut [u8]| magics.iter().any(|magic| page.starts_with(magic));
+        // The last batch's, in the segment.
+        let mut pages: Vec<&mut [u8]> =
+            content.chunks_mut(BLOCK).filter(|page| is_of_batch(page)).collect();
+        pages.iter_mut().rev().take(2).for_each(|page| page.fill(0));
+        std::fs::write(scene.dir.path().join(name), content).expect("put back");
+    }
+    for entry in std::fs::read_dir(scene.dir.path()).expect("listed").flatten() {
+        if entry.path().extension().is_some_and(|name| name == "buffer") {
+            std::fs::remove_file(entry.path()).expect("as a power cut does");
+        }
+    }
+    assert_eq!(holders(&scene, MARKER).len(), 1, "the segment, behind its end");
+    let request = OpenRequest { recover: Recover::Discard, ..scene.request() };
+    let volume = scene.open_as(request).expect("open");
+    assert_eq!(holders(&scene, MARKER), Vec::<String>::new());
+    assert_eq!(get_old(&volume, epoch, 7).expect("view"), 8, "P2: what was synced is there");
+    assert_eq!(get_old(&volume, epoch, 150).expect("view"), MARKER, "P2: it never changed");
+    volume.narrow_with(epoch, &included(), Some(settled())).expect("narrow");
+    put(&volume, 50, 0xA3);
+    volume.flush().expect("flush");
+    assert_eq!(holders(&scene, MARKER), Vec::<String>::new());
+    volume.close().expect("close");
+}
+
 /// Selection and opaque bytes are one decision: they are never of different times.
 #[test]
 fn narrowing_and_its_record_are_one_decision_across_openings() {

@@ -100,6 +100,15 @@ fn after_a_kill_what_changed_is_exact() {
     volume.close().expect("close");
 }
 
+/// Open what was abandoned as after a power cut: what was in memory is gone.
+fn open_without_bits(scene: &Scene) -> Arc<Volume> {
+    let buffers = std::fs::read_dir(scene.dir.path()).expect("list").flatten();
+    let buffer = buffers.map(|f| f.path()).find(|p| p.extension().is_some_and(|e| e == "buffer"));
+    std::fs::remove_file(buffer.expect("left behind")).expect("as a power cut does");
+    let volume = scene.open_as(OpenRequest { recover: Recover::Discard, ..scene.request() });
+    volume.expect("open")
+}
+
 #[test]
 fn where_the_bits_are_gone_the_open_regions_count_whole_and_no_other() {
     let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
@@ -111,11 +120,36 @@ fn where_the_bits_are_gone_the_open_regions_count_whole_and_no_other() {
     volume.flush().expect("flush");
     volume.abandon();
     drop(volume);
-    let buffers = std::fs::read_dir(scene.dir.path()).expect("list").flatten();
-    let buffer = buffers.map(|f| f.path()).find(|p| p.extension().is_some_and(|e| e == "buffer"));
-    std::fs::remove_file(buffer.expect("left behind")).expect("as a power cut does");
-    let volume = scene.open_as(OpenRequest { recover: Recover::Discard, ..scene.request() });
-    let volume = volume.expect("open");
+    let volume = open_without_bits(&scene);
+    let expected = ExtentSet::from_extent(Extent::new(0, REGION)).union(&set(&[300]));
+    assert_eq!(changed(&volume, epoch), expected);
+    volume.close().expect("close");
+}
+
+/// A region is in use while blocks of it are written for the first time.
+#[test]
+fn a_region_that_rests_is_closed_and_one_in_use_is_not() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, epoch) = bookmarked(&scene);
+    let rest = || {
+        let mut committer = volume.role().expect("open");
+        let long_ago = crate::sync::Clock::now().checked_sub(crate::volume::regions::REST);
+        committer.regions_looked = long_ago.expect("the machine runs for longer");
+        volume.rest_regions(&mut committer).expect("closing");
+    };
+    for block in [3, 300] {
+        put(&volume, block, 0xA0);
+        volume.flush().expect("flush");
+    }
+    rest();
+    assert_eq!(count(&volume, "region_records"), 2);
+    put(&volume, 5, 0xA0);
+    rest();
+    put(&volume, 301, 0xA0);
+    assert_eq!(scene.on_disk(301), 52, "its region has to be opened anew");
+    volume.abandon();
+    drop(volume);
+    let volume = open_without_bits(&scene);
     let expected = ExtentSet::from_extent(Extent::new(0, REGION)).union(&set(&[300]));
     assert_eq!(changed(&volume, epoch), expected);
     volume.close().expect("close");
@@ -243,5 +277,36 @@ fn an_instant_that_fails_forgets_nothing_that_was_written_in_regions() {
     drop(volume);
     let volume = scene.open();
     assert_eq!(changed(&volume, epoch), set(&[3, 4, 5]));
+    volume.close().expect("close");
+}
+
+/// A decision made the bitmaps anew from the index, which knows nothing of open regions: what was
+/// written there took a slot again, with sectors read before another write that was on its way
+/// straight to them. What is settled stays so now.
+#[test]
+fn a_decision_undoes_no_write_that_is_on_its_way_in_an_open_region() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, first) = bookmarked(&scene);
+    let second = snapshot(&volume, everything());
+    volume.bookmark(second, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(second, false).expect("deletion");
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    let inner = Arc::clone(&volume);
+    scene.faults.once("origin", "write", move || {
+        inner.delete_bookmark(first).expect("deletion");
+        inner.write(4 * 4096 + 100, &[0xBB; 100], false).expect("the rest of the sector");
+    });
+    volume.write(4 * 4096, &[0xAA; 100], false).expect("a part of a sector");
+    volume.flush().expect("flush");
+    let mut got = [0; 300];
+    volume.read(4 * 4096, &mut got).expect("read");
+    assert_eq!((got[0], got[99], got[100], got[199]), (0xAA, 0xAA, 0xBB, 0xBB));
+    put(&volume, 7, 0xA1);
+    assert_eq!(scene.on_disk(7), 0xA1, "the region is open as before");
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, second), set(&[3, 4, 7]), "exact after a kill");
     volume.close().expect("close");
 }

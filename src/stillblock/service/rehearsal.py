@@ -1,0 +1,207 @@
+"""A rehearsal: a command on a throw-away clone of a snapshot, its verdict written down."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from stillblock.catalog import Catalog
+from stillblock.errors import NotFoundError, RefusedError, StillblockError
+from stillblock.operations.clones import CloneRequest
+from stillblock.service.client import RemoteSession, find_server
+from stillblock.service.serve import ServeOptions, UnixListener, VolumeHost
+from stillblock.service.session import open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from stillblock.config import Config
+    from stillblock.model import CloneInfo
+    from stillblock.service.session import Session
+
+IMAGE_VARIABLE: Final = "STILLBLOCK_IMAGE"
+URI_VARIABLE: Final = "STILLBLOCK_URI"
+_LIFETIME_S: Final = 3600
+"""What is left of a rehearsal that was killed goes after this."""
+_START_S: Final = 30.0
+_FUSE_S: Final = 20.0
+_SIGNAL_EXIT: Final = 128
+"""What a shell adds to the number of the signal that ended a command."""
+
+
+class FuseError(StillblockError):
+    """The clone could not be shown as a file."""
+
+    code = "fuse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How a rehearsal ended."""
+
+    volume: str
+    snapshot: str
+    command: tuple[str, ...]
+    exit_code: int
+    duration_ms: int
+    written_bytes: int
+    """What it wrote to the clone, in whole blocks."""
+    kept: str = ""
+    """The clone, if it was not dropped."""
+
+
+@contextmanager
+def served(config: Config, volume: str) -> Iterator[Session]:
+    """Give a session with the process that serves the volume; nobody does: this one, meanwhile."""
+    if find_server(config, volume) is not None:
+        with open_session(config, volume) as session:
+            yield session
+        return
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stillblock-"))
+        options = ServeOptions(listeners=(UnixListener(path=Path(folder) / "nbd"),))
+        host = stack.enter_context(VolumeHost(config, options))
+        host.start((volume,))
+        is_ready = threading.Event()
+        thread = threading.Thread(
+            target=lambda: asyncio.run(
+                host.run(on_ready=lambda _: is_ready.set(), handles_signals=False)
+            ),
+            name="rehearsal",
+        )
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(host.stop)
+        socket_path = find_server(config, volume) if is_ready.wait(_START_S) else None
+        if socket_path is None:
+            raise NotFoundError(f"{volume} could not be served for the rehearsal")
+        yield RemoteSession(socket_path, volume)
+
+
+def rehearse(
+    config: Config,
+    volume: str,
+    snapshot: str,
+    command: Sequence[str],
+    *,
+    has_image: bool = True,
+    is_kept: bool = False,
+) -> Verdict:
+    """Run a command on a clone of its own; the clone is dropped whatever comes of it.
+
+    The command finds the clone's NBD URI in `STILLBLOCK_URI` and, with `has_image`, a file that is
+    the clone in `STILLBLOCK_IMAGE`. Raise `RefusedError` if nbdfuse is not there for that.
+    """
+    if has_image and (shutil.which("nbdfuse") is None or not Path("/dev/fuse").exists()):
+        raise RefusedError(
+            "the clone is shown as a file by nbdfuse, which is not here",
+            hint="install libnbd-bin and fuse3, or use --no-image and $STILLBLOCK_URI",
+        )
+    with served(config, volume) as session:
+        asked = CloneRequest(
+            snapshot=snapshot,
+            lifetime_s=None if is_kept else _LIFETIME_S,
+            description=f"rehearsal of {command[0]}",
+        )
+        clone = session.create_clone(asked)
+        try:
+            verdict = _run(session, clone, command, has_image=has_image)
+        finally:
+            if not is_kept:
+                session.delete_clone(clone.snapshot, clone.id, force=True)
+    verdict = verdict if not is_kept else _keeping(verdict, clone)
+    with Catalog(config.catalog_path) as catalog:
+        catalog.record(
+            volume,
+            "rehearsal_ended",
+            snapshot=verdict.snapshot,
+            command=" ".join(command),
+            exit_code=verdict.exit_code,
+            duration_ms=verdict.duration_ms,
+            written_bytes=verdict.written_bytes,
+        )
+    return verdict
+
+
+def _keeping(verdict: Verdict, clone: CloneInfo) -> Verdict:
+    return Verdict(
+        volume=verdict.volume,
+        snapshot=verdict.snapshot,
+        command=verdict.command,
+        exit_code=verdict.exit_code,
+        duration_ms=verdict.duration_ms,
+        written_bytes=verdict.written_bytes,
+        kept=clone.reference,
+    )
+
+
+def _run(session: Session, clone: CloneInfo, command: Sequence[str], *, has_image: bool) -> Verdict:
+    uris = [e.uri for e in session.exports().exports if e.name == clone.reference]
+    if not uris:
+        raise NotFoundError(f"{clone.reference} is not offered to clients")
+    environment = os.environ | {URI_VARIABLE: uris[0]}
+    with ExitStack() as stack:
+        if has_image:
+            image = stack.enter_context(_as_file(uris[0]))
+            environment[IMAGE_VARIABLE] = str(image)
+        began = time.monotonic()
+        try:
+            ended = subprocess.run(list(command), env=environment, check=False)
+        except OSError as error:
+            raise NotFoundError(f"{command[0]} cannot be run: {error.strerror}") from error
+        duration_ms = round((time.monotonic() - began) * 1000)
+    code = ended.returncode
+    written = session.show_clone(clone.snapshot, clone.id).own_bytes
+    return Verdict(
+        volume=clone.volume,
+        snapshot=clone.snapshot,
+        command=tuple(command),
+        exit_code=code if code >= 0 else _SIGNAL_EXIT - code,
+        duration_ms=duration_ms,
+        written_bytes=written,
+    )
+
+
+@contextmanager
+def _as_file(uri: str) -> Iterator[Path]:
+    """Show an export as a file until the context ends; it ends with this process, too."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stillblock-")))
+        point = folder / "clone"
+        point.mkdir()
+        image = point / "disk.raw"
+        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        fuse = subprocess.Popen([*bound, "nbdfuse", str(image), uri], stdin=subprocess.DEVNULL)
+        stack.callback(_end, fuse, point)
+        deadline = time.monotonic() + _FUSE_S
+        while not image.exists():
+            if fuse.poll() is not None or time.monotonic() > deadline:
+                raise FuseError(f"nbdfuse does not show {uri} as a file")
+            try:
+                fuse.wait(timeout=0.02)
+            except subprocess.TimeoutExpired:
+                pass  # it goes on, as it should
+        yield image
+
+
+def _end(fuse: subprocess.Popen[bytes], point: Path) -> None:
+    unmounted = subprocess.run(
+        ["fusermount3", "-u", str(point)], capture_output=True, check=False, text=True
+    )
+    if unmounted.returncode != 0:
+        # Something that the command left behind still has it open.
+        subprocess.run(["fusermount3", "-u", "-z", str(point)], capture_output=True, check=False)
+    try:
+        fuse.wait(timeout=_FUSE_S)
+    except subprocess.TimeoutExpired:
+        fuse.kill()
+        fuse.wait()

@@ -8,6 +8,7 @@
 use crate::bitmap::Bitmap;
 use crate::buffer::{Arena, REGION_BLOCKS_MAX, RegionBits, bit_runs};
 use crate::extent::Extent;
+use crate::number::to_usize;
 use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -163,6 +164,34 @@ impl Regions {
         idle
     }
 
+    /// True if the region is open and none of its blocks was written for the first time since
+    /// [`Self::take_idle`].
+    pub fn is_idle(&self, number: u64) -> bool {
+        self.open.get(&number).is_some_and(|open| !open.is_hot)
+    }
+
+    /// True if the region is open, or of the epoch that ended.
+    pub fn is_open(&self, number: u64, has_ended: bool) -> bool {
+        let regions = if has_ended { &self.ended } else { &self.open };
+        regions.contains_key(&number)
+    }
+
+    /// Descriptors that closing all of them takes: the runs of blocks that were written, and an end
+    /// each.
+    pub fn descriptor_count(&self) -> usize {
+        let runs = |open: &Open| {
+            let bits = self.arena.region_bits(open.entry);
+            let begun = bits.iter().scan(0, |before, &word| {
+                let begun = word & !(word << 1 | *before);
+                *before = word >> 63;
+                Some(begun.count_ones())
+            });
+            begun.sum::<u32>()
+        };
+        let runs: u64 = self.open.values().map(|open| u64::from(runs(open))).sum();
+        to_usize(runs) + self.open.len()
+    }
+
     /// True if a region could not be opened since [`Self::take_idle`].
     pub fn is_crowded(&self) -> bool {
         self.is_crowded
@@ -256,6 +285,7 @@ mod tests {
         regions.mark(Extent::new(0, 3 * span));
         let expected = vec![Extent::new(2, span), Extent::new(span, span + 5)];
         assert_eq!(written(&regions), expected);
+        assert_eq!(regions.descriptor_count(), expected.len() + 2);
         assert!(!regions.covers(3), "written: the next write needs no mark");
     }
 

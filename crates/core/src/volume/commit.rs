@@ -324,7 +324,7 @@ impl Volume {
         log.append(batch).map_err(|_| first)
     }
 
-    fn publish(&self, committer: &Committer, segment: u32, page: u32) {
+    pub(super) fn publish(&self, committer: &Committer, segment: u32, page: u32) {
         let (epoch, counters) = (committer.epoch, &self.counters);
         let mut index = self.index.write();
         for kept in committer.batch.preserved() {

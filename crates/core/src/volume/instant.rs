@@ -27,9 +27,6 @@ use std::time::Duration;
 /// left after.
 pub(super) const DRAIN_ROUNDS: u32 = 2;
 
-/// More open regions than this are closed before: a batch or two are left for the instant.
-const REGIONS_AT_INSTANT_MAX: usize = 512;
-
 /// What to keep, and how long writers may be held.
 pub struct SnapshotRequest {
     /// The blocks that matter.
@@ -83,6 +80,8 @@ pub(super) struct NextBits {
 pub(super) struct WrittenHeader {
     segment: u32,
     restore: Option<RestoreHeader>,
+    /// Regions of the epoch before of which the log took nothing.
+    unrecorded: Vec<u64>,
 }
 
 /// The moment itself: what the flip saw.
@@ -106,6 +105,8 @@ impl Volume {
     /// As [`Volume::snapshot`], at a moment that somebody prepared.
     pub fn snapshot_at(&self, request: SnapshotRequest, moment: Moment<'_>) -> Result<Instant> {
         self.told(self.role().and_then(|mut committer| {
+            // Before the last look at a restore: others may begin one while regions are closed.
+            self.close_regions_first(&mut committer)?;
             self.finish_restore_first(&mut committer)?;
             self.take_instant(&mut committer, request, None, moment)
         }))
@@ -226,9 +227,6 @@ impl Volume {
         let sequence = self.state.lock().buffer.last_sequence();
         let epoch = committer.epoch;
         self.commit_until(committer, epoch, sequence, None)?;
-        if self.state.lock().regions.open_count() > REGIONS_AT_INSTANT_MAX {
-            self.close_regions(committer)?;
-        }
         if is_broken(Rule::OriginDurableAtInstant) { Ok(()) } else { self.sync_origin() }
     }
 
@@ -294,8 +292,10 @@ impl Volume {
         let old_pending = std::mem::replace(&mut state.pending, next.pending);
         // Writes still in flight are recorded in the epoch that ends. One that took a slot now could
         // bring back what it read before they landed (P1).
-        let State { in_flight, unsettled, .. } = &mut *state;
-        in_flight.iter().for_each(|blocks| unsettled.assign(blocks, false));
+        {
+            let State { in_flight, unsettled, .. } = &mut *state;
+            in_flight.iter().for_each(|blocks| unsettled.assign(blocks, false));
+        }
         for &block in frozen.keys() {
             let value = prepared.selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
@@ -346,7 +346,7 @@ impl Volume {
         }
         let frozen = (!is_broken(Rule::ClassesFrozen)).then_some(&flip.frozen);
         self.commit_until(committer, before, flip.upto, frozen)?;
-        self.record_ended(committer)?;
+        let unrecorded = self.record_ended(committer);
         if !is_broken(Rule::OriginDurableAtInstant) {
             self.sync_origin()?;
         }
@@ -363,7 +363,7 @@ impl Volume {
         };
         let committed = committer.log.commit_epoch(epoch, &header.encode(), prepared.room_pages);
         let segment = committed.map_err(Error::store("writing the epoch header"))?;
-        Ok(WrittenHeader { segment, restore })
+        Ok(WrittenHeader { segment, restore, unrecorded })
     }
 
     /// The header is durable: what comes now is recorded in the new epoch.
@@ -378,6 +378,7 @@ impl Volume {
         committer.segments.insert(header.segment, epoch);
         committer.settled.0.insert(epoch, Arc::clone(selection));
         committer.epoch = epoch;
+        self.keep_ended(before, &header.unrecorded);
         self.index.write().close_epoch(before);
         let info = Epoch {
             origin_bytes: flip.size_bytes,

@@ -173,6 +173,8 @@ pub(crate) struct Committer {
     is_failure_noted: bool,
     /// When regions were looked through for idle ones.
     regions_looked: Clock,
+    /// Those found idle that are still to be closed.
+    resting_regions: Vec<u64>,
     /// An epoch in which regions that a process before left open could not be closed.
     barred_regions: Option<u32>,
 }

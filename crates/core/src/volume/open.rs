@@ -6,7 +6,7 @@ use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, rand
 use super::load::{Loaded, load_index};
 use super::recover::{Leftovers, Past};
 use super::room::Room;
-use super::{Committer, Counters, State, Upkeep, Volume};
+use super::{Committer, Counters, Restoring, State, Upkeep, Volume};
 use crate::bitmap::Bitmap;
 use crate::buffer::{Arena, ArenaSize, BufferIdentity, WriteBuffer};
 use crate::error::{Error, Result};
@@ -396,8 +396,7 @@ impl Parts {
         let Self { request, decided, journal, scan, loaded, host, origin, .. } = self;
         let Self { origin_share, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
-        let size_bytes = decided.size_bytes;
-        let block_count = size_bytes.div_ceil(decided.block_size);
+        let block_count = decided.size_bytes.div_ceil(decided.block_size);
         let restoring = restoring_of(&scan, &decided, block_count);
         let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
@@ -434,32 +433,10 @@ impl Parts {
             to_undo: None,
             is_failure_noted: false,
             regions_looked: Clock::now(),
+            resting_regions: Vec::new(),
             barred_regions: None,
         };
-        // Slots until the past is settled; nobody can be acknowledged by them.
-        // And no regions: what is recorded before they can be marked is recorded block by block.
-        let arena = private_arena(decided.block_size, 0)?;
-        let state = State {
-            epoch,
-            gate: super::gate::Gate::default(),
-            in_flight: super::gate::InFlight::default(),
-            unsettled: Bitmap::new(block_count),
-            pending: Bitmap::new(block_count),
-            restoring,
-            restored: 0,
-            admitted_slots: usize::MAX,
-            regions: Regions::new(Arc::clone(&arena), decided.block_size, block_count),
-            buffer: WriteBuffer::new(arena, 1),
-            size_bytes,
-            origin_failure: String::new(),
-            store_failure: String::new(),
-            room: Room::new(decided.policy),
-            is_closed: false,
-            is_kicked: false,
-            is_stopping: false,
-            is_upkeep_wanted: false,
-            watched_writes: None,
-        };
+        let state = first_state(&decided, epoch, restoring)?;
         let volume = Volume {
             uuid: decided.uuid,
             block_size: decided.block_size,
@@ -508,6 +485,36 @@ fn private_arena(block_size: u64, regions: u32) -> Result<Arc<Arena>> {
     let slots = slots_for(WRITE_THROUGH_BYTES, block_size);
     let arena = Arena::private(ArenaSize { slots, regions, block_size });
     Ok(Arc::new(arena.map_err(Error::store("memory for the write buffer"))?))
+}
+
+/// What requests meet until the past is settled.
+fn first_state(decided: &Decided, epoch: u32, restoring: Option<Restoring>) -> Result<State> {
+    let size_bytes = decided.size_bytes;
+    let block_count = size_bytes.div_ceil(decided.block_size);
+    // Slots until the past is settled; nobody can be acknowledged by them.
+    // And no regions: what is recorded before they can be marked is recorded block by block.
+    let arena = private_arena(decided.block_size, 0)?;
+    Ok(State {
+        epoch,
+        gate: super::gate::Gate::default(),
+        in_flight: super::gate::InFlight::default(),
+        unsettled: Bitmap::new(block_count),
+        pending: Bitmap::new(block_count),
+        restoring,
+        restored: 0,
+        admitted_slots: usize::MAX,
+        regions: Regions::new(Arc::clone(&arena), decided.block_size, block_count),
+        buffer: WriteBuffer::new(arena, 1),
+        size_bytes,
+        origin_failure: String::new(),
+        store_failure: String::new(),
+        room: Room::new(decided.policy),
+        is_closed: false,
+        is_kicked: false,
+        is_stopping: false,
+        is_upkeep_wanted: false,
+        watched_writes: None,
+    })
 }
 
 fn slots_for(bytes: u64, block_size: u64) -> u32 {

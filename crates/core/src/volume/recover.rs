@@ -63,6 +63,8 @@ impl Volume {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
         committer.journal.rewrite_last()?;
+        // What cannot be recorded below is recorded there, as exactly as there is room.
+        committer.journal.reserve();
         if let Some(end) = end {
             let rewritten = committer.log.rewrite_end(&end);
             rewritten.map_err(Error::store("making the end of the log durable"))?;
@@ -76,7 +78,8 @@ impl Volume {
         for (epoch, blocks) in past.losses {
             committer.journal.append(&Entry::Lost { epoch, blocks })?;
         }
-        self.settle_left(&mut committer, open_regions, &past.regions);
+        let slots = past.left.as_ref().map_or(0, |(_, left)| left.slots.len());
+        self.settle_left(&mut committer, open_regions, &past.regions, slots);
         let first = self.epochs.read().first().unwrap_or(epoch + 1);
         let mut useless = self.index.write().forget_before(first.min(epoch + 1));
         useless.extend(&leftovers.runs);

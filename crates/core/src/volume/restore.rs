@@ -69,6 +69,7 @@ impl Volume {
 
     fn start_restore(&self, request: &RestoreRequest) -> Result<RestoreStatus> {
         let mut committer = self.role()?;
+        self.close_regions_first(&mut committer)?;
         self.finish_restore_first(&mut committer)?;
         let source = self.restorable(request.source_epoch)?;
         let writes = source.intersection(&request.request);

@@ -114,7 +114,7 @@ impl Volume {
     }
 
     /// What so many slots may take, however they are divided into batches.
-    fn pages_for(&self, slots: usize) -> u64 {
+    pub(super) fn pages_for(&self, slots: usize) -> u64 {
         let (slots, most) = (to_u64(slots), to_u64(BATCH_BLOCKS_MAX));
         let batches = slots.div_ceil(most) + BATCHES_EXTRA;
         if slots == 0 { 0 } else { slots * self.block_pages() + batches * HEADS_PAGES_MAX }
@@ -227,17 +227,9 @@ impl Volume {
         let pages = batch_pages(descriptors, pending_blocks * self.block_pages());
         let mut refused = None;
         for is_last in [false, true] {
-            let wanted = {
-                let mut state = self.state.lock();
-                let wanted = self.pages_for(state.buffer.used()) + pages;
-                if wanted <= state.room.ahead_pages {
-                    // Without an open epoch there is no end to it.
-                    if state.room.ahead_pages != u64::MAX {
-                        state.room.ahead_pages -= pages;
-                    }
-                    return Ok(Claim::Keep);
-                }
-                wanted
+            let wanted = match self.take_ahead(pages) {
+                Ok(()) => return Ok(Claim::Keep),
+                Err(wanted) => wanted,
             };
             if wanted <= LogWriter::ROOM_PAGES_MAX {
                 refused = self.extend(committer, wanted, wanted).err();
@@ -258,6 +250,21 @@ impl Volume {
             OnFull::Hold => Ok(Claim::Wait),
             OnFull::Fail => Err(Self::refusal(&state, &reason.to_string())),
         }
+    }
+
+    /// Take so many pages of what is allocated ahead, beside what slots have taken; tells how many
+    /// there would have to be if there are fewer.
+    pub(super) fn take_ahead(&self, pages: u64) -> std::result::Result<(), u64> {
+        let mut state = self.state.lock();
+        let wanted = self.pages_for(state.buffer.used()) + pages;
+        if wanted > state.room.ahead_pages {
+            return Err(wanted);
+        }
+        // Without an open epoch there is no end to it.
+        if state.room.ahead_pages != u64::MAX {
+            state.room.ahead_pages -= pages;
+        }
+        Ok(())
     }
 
     /// Allocate for the slots there are, one more, and those that may come.

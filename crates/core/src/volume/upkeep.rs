@@ -107,7 +107,7 @@ impl Volume {
     pub fn maintain(&self, effort: Effort) -> Result<()> {
         if effort == Effort::All {
             let mut committer = self.role()?;
-            self.close_regions(&mut committer)?;
+            self.close_regions_in_turns(&mut committer, 0)?;
         }
         self.free_space()?;
         let mut upkeep = self.upkeep.lock();

@@ -166,17 +166,8 @@ fn volume_with_a_region_left_open(scene: &Scene) -> Arc<Volume> {
     put(&volume, 4, 0xA0);
     volume.abandon();
     drop(volume);
-    let failures = Arc::new(AtomicU64::new(0));
-    let count_of = Arc::clone(&failures);
-    scene.faults.set(move |name, operation| match (name, operation) {
-        ("segment", "allocate") => {
-            count_of.fetch_add(1, Ordering::Relaxed);
-            Err(broken())
-        }
-        ("journal", "write") if count_of.load(Ordering::Relaxed) > 0 => {
-            count_of.store(0, Ordering::Relaxed);
-            Err(broken())
-        }
+    scene.faults.set(|name, operation| match (name, operation) {
+        ("segment", "allocate") => Err(broken()),
         _ => Ok(()),
     });
     let volume = scene.open();
@@ -308,5 +299,146 @@ fn a_decision_undoes_no_write_that_is_on_its_way_in_an_open_region() {
     drop(volume);
     let volume = scene.open();
     assert_eq!(changed(&volume, second), set(&[3, 4, 7]), "exact after a kill");
+    volume.close().expect("close");
+}
+
+fn lost(volume: &Volume, epoch: u32) -> ExtentSet {
+    let listed = volume.epochs().expect("listed");
+    listed.into_iter().find(|found| found.epoch == epoch).expect("a snapshot").lost
+}
+
+/// A bookmark of everything with region 0 open, in which 3 and 4 were written, and a snapshot that
+/// needs others.
+fn bookmarked_beside_a_snapshot(scene: &Scene) -> (Arc<Volume>, u32, u32) {
+    let (volume, first) = bookmarked(scene);
+    let second = snapshot(&volume, ExtentSet::from_extent(Extent::new(300, 512)));
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    put(&volume, 4, 0xA0);
+    assert_eq!(scene.on_disk(4), 0xA0, "straight");
+    (volume, first, second)
+}
+
+/// Fail so many writes to the log; tells how many are still to fail.
+fn fail_log_writes(scene: &Scene, count: u64) -> Arc<AtomicU64> {
+    let left = Arc::new(AtomicU64::new(count));
+    let to_fail = Arc::clone(&left);
+    scene.faults.set(move |name, operation| {
+        let is_one = (name, operation) == ("segment", "write");
+        let take = |left: u64| left.checked_sub(1);
+        if is_one && to_fail.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
+            return Err(broken());
+        }
+        Ok(())
+    });
+    left
+}
+
+/// What an earlier process left could not be recorded in the log; its second place, the journal,
+/// had no reserve yet and knew only one mark that covers everything: the snapshot was gone, though
+/// nothing that it needs had changed.
+#[test]
+fn regions_left_open_cost_no_snapshot_anything_where_the_log_cannot_grow() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, first, second) = bookmarked_beside_a_snapshot(&scene);
+    volume.abandon();
+    drop(volume);
+    scene.faults.set(|name, operation| match (name, operation) {
+        ("segment", "allocate") => Err(io::ErrorKind::StorageFull.into()),
+        _ => Ok(()),
+    });
+    let volume = scene.open();
+    scene.faults.clear();
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    assert_eq!(get_old(&volume, second, 400).expect("whole"), 151);
+    let whole = ExtentSet::from_extent(Extent::new(0, REGION));
+    assert_eq!(changed(&volume, first), whole, "more than changed, and nothing less");
+    volume.close().expect("close");
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    assert_eq!(changed(&volume, first), whole);
+    volume.close().expect("close");
+}
+
+#[test]
+fn a_log_that_fails_as_an_instant_closes_regions_costs_no_snapshot_anything() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, first, second) = bookmarked_beside_a_snapshot(&scene);
+    let left = fail_log_writes(&scene, 1);
+    let third = snapshot(&volume, everything());
+    assert_eq!(left.load(Ordering::Relaxed), 0, "it failed");
+    scene.faults.clear();
+    let exact = volume.changed(first, Some(third)).expect("changed set");
+    assert_eq!(exact, set(&[3, 4]));
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    assert_eq!(get_old(&volume, second, 400).expect("whole"), 151);
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    let told = volume.changed(first, Some(third)).expect("changed set");
+    assert_eq!(told, ExtentSet::from_extent(Extent::new(0, REGION)), "the log knows no more");
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    volume.close().expect("close");
+}
+
+#[test]
+fn a_log_that_fails_as_regions_are_closed_costs_nothing_and_they_go_on() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, first, second) = bookmarked_beside_a_snapshot(&scene);
+    let left = fail_log_writes(&scene, 1);
+    assert!(volume.maintain(crate::volume::Effort::All).is_err());
+    assert_eq!(left.load(Ordering::Relaxed), 0, "it failed");
+    scene.faults.clear();
+    assert_eq!(changed(&volume, first), set(&[3, 4]));
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    put(&volume, 5, 0xA0);
+    assert_eq!(scene.on_disk(5), 6, "it is in doubt whether the region is open: not straight");
+    volume.flush().expect("flush");
+    put(&volume, 6, 0xA0);
+    assert_eq!(scene.on_disk(6), 0xA0, "straight: it was opened once more");
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, first), set(&[3, 4, 5, 6]));
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    volume.close().expect("close");
+}
+
+#[test]
+fn more_runs_than_a_batch_tells_are_closed_exactly() {
+    const MANY: u64 = 16 * REGION;
+    let scene = Scene::new(crate::number::to_usize(MANY * 4096));
+    let volume = scene.open();
+    let first = snapshot(&volume, ExtentSet::from_extent(Extent::new(0, MANY)));
+    volume.bookmark(first, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(first, false).expect("deletion");
+    for block in (0..MANY).step_by(2) {
+        put(&volume, block, 0xA0);
+        if block % REGION == 0 {
+            volume.flush().expect("flush");
+        }
+    }
+    let expected = set(&(0..MANY).step_by(2).collect::<Vec<_>>());
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, first), expected, "settled after a kill");
+    let second = snapshot(&volume, ExtentSet::from_extent(Extent::new(0, MANY)));
+    volume.bookmark(second, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(second, false).expect("deletion");
+    for block in (1..MANY).step_by(2) {
+        put(&volume, block, 0xA1);
+        if block % REGION == 1 {
+            volume.flush().expect("flush");
+        }
+    }
+    let third = snapshot(&volume, set(&[1]));
+    let expected = set(&(1..MANY).step_by(2).collect::<Vec<_>>());
+    assert_eq!(volume.changed(second, Some(third)).expect("changed set"), expected);
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(volume.changed(second, Some(third)).expect("changed set"), expected);
     volume.close().expect("close");
 }

@@ -15,7 +15,7 @@ import stillblock
 from bench import machine
 from bench.marks import Mark, mark_table, say
 from bench.tables import as_text
-from bench.units import GIB, KIB, MIB
+from bench.units import BLOCK_BYTES, GIB, KIB, MIB
 from stillblock.config import Config
 from stillblock.model import RuleTerm
 from stillblock.operations import clones, snapshots
@@ -27,7 +27,6 @@ STORED_KIB_MAX = 32.0
 READ_RATIO_MAX = 1 / 0.9
 """A read through a clone takes at most so many times what one of its snapshot takes."""
 SMALL_READS = 20_000
-BLOCK_BYTES = 4 * KIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Figures with the most they may be, and the steps that lead to them: memory.py and scale.py."""
+"""Figures with the most they may be, and the steps that lead to them."""
 
 import sys
 from collections.abc import Sequence

@@ -53,6 +53,12 @@ class Mounted:
             run("umount", "--lazy", str(self.point))
 
 
+def require_fuse() -> None:
+    """Skip where an export cannot be a file."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("host: no /dev/fuse")
+
+
 def require_mounts() -> None:
     """Skip where loop devices, FUSE or mounts are not allowed."""
     if os.geteuid() != 0:
@@ -84,8 +90,7 @@ def as_file(
     served: Served, snapshot: str | None = None
 ) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """An export as a file, and the nbdfuse that makes it one; skip without FUSE."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("host: no /dev/fuse")
+    require_fuse()
     with (
         tempfile.TemporaryDirectory(prefix="sb-nbd-") as folder,
         tempfile.TemporaryFile() as said,

@@ -367,13 +367,13 @@ class Snapshot:
         """Make a writable view on it: a disk of its own, which changes neither this nor others."""
         request = clones.CloneRequest(snapshot=self.id, name=name)
         made = clones.create_clone(self._volume._opened, request)  # noqa: SLF001
-        return Clone(self._volume, made)
+        return Clone(self._volume, self.id, made)
 
     def clones(self) -> tuple[Clone, ...]:
         """Return its clones, oldest first."""
         opened, epoch = self._volume._opened, self._taken.epoch  # noqa: SLF001
         found = clones.list_clones(opened).clones
-        return tuple(Clone(self._volume, info) for info in found if info.epoch == epoch)
+        return tuple(Clone(self._volume, self.id, info) for info in found if info.epoch == epoch)
 
     def rename(self, name: str) -> None:
         """Give it another name."""
@@ -407,8 +407,9 @@ class Snapshot:
 class Clone:
     """A writable view on a snapshot, as a disk. Thread-safe. Its writes outlive the program."""
 
-    def __init__(self, volume: Volume, info: CloneInfo) -> None:
+    def __init__(self, volume: Volume, snapshot_id: str, info: CloneInfo) -> None:
         self._volume = volume
+        self._snapshot_id = snapshot_id
         self._made = info
         self._disk: native.Clone | None = None
 
@@ -428,7 +429,8 @@ class Clone:
     @property
     def info(self) -> CloneInfo:
         """What is true of it now: how much was written, what it takes, its state."""
-        return clones.show_clone(self._volume._opened, self._target())  # noqa: SLF001 - one module
+        target = clones.CloneTarget(snapshot=self._snapshot_id, clone=self._made.id)
+        return clones.show_clone(self._volume._opened, target)  # noqa: SLF001 - one module
 
     def pread(self, *, offset: int, length: int) -> bytes:
         """Read what was written, else what the snapshot holds."""
@@ -475,14 +477,8 @@ class Clone:
             )
         return self._disk
 
-    def _target(self) -> clones.CloneTarget:
-        epoch = self._made.epoch
-        found = (s for s in self._volume.snapshots() if s.info.epoch == epoch)
-        return clones.CloneTarget(snapshot=next(found).id, clone=self._made.id)
-
     def _change(self) -> clones.CloneChange:
-        target = self._target()
-        return clones.CloneChange(snapshot=target.snapshot, clone=target.clone)
+        return clones.CloneChange(snapshot=self._snapshot_id, clone=self._made.id)
 
 
 class Bookmark:

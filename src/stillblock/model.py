@@ -6,9 +6,12 @@ import datetime as dt
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 Extent = tuple[int, int]
 """A half-open byte range `(start, end)`."""
@@ -23,7 +26,7 @@ BLOCK_SIZE_MIN: Final = 4096
 BLOCK_SIZE_MAX: Final = 65536
 PAUSE_LIMIT_MS_DEFAULT: Final = 2000
 PAUSE_LIMIT_MS_MAX: Final = 60_000
-ID_PREFIX_MIN: Final = 4
+_ID_PREFIX_MIN: Final = 4
 """An id is 16 hexadecimal digits; fewer than these are a typing error rather than a prefix."""
 
 _NAME: Final = re.compile(NAME_PATTERN)
@@ -94,6 +97,19 @@ def format_instant(unix_ns: int) -> str:
 def name_for_instant(unix_ns: int) -> str:
     """Return the name a snapshot without one gets, `2026-11-22T17-40-01Z`: valid, and it sorts."""
     return format_instant(unix_ns).replace(":", "-")
+
+
+def free_name(base: str, taken: Collection[str]) -> str:
+    """Return the name, with a number behind it if it is taken."""
+    name, number = base, 2
+    while name in taken:
+        name, number = f"{base}-{number}", number + 1
+    return name
+
+
+def is_id_prefix(text: str, full_id: str) -> bool:
+    """Whether that is enough of an id to mean it."""
+    return len(text) >= _ID_PREFIX_MIN and full_id.startswith(text)
 
 
 # Names and references ---------------------------------------------------------------------------

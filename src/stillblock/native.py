@@ -126,10 +126,47 @@ def snapshot_group(
         )
 
 
-class Volume:
-    """One origin with its store, open in this process. Thread-safe."""
+class _WritableDisk:
+    """What the live disk and clones have in common. Offsets and lengths are in bytes."""
 
     __slots__ = ("inner",)
+    inner: _native.Volume | _native.Clone
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        """Read."""
+        with _translated():
+            return self.inner.pread(offset=offset, length=length)
+
+    def pwrite(
+        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
+    ) -> None:
+        """Write; durable when a later `flush` returns, or at once with `fua`."""
+        with _translated():
+            self.inner.pwrite(data, offset=offset, fua=fua)
+
+    def write_zeroes(
+        self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False
+    ) -> None:
+        """Zero a range."""
+        with _translated():
+            self.inner.write_zeroes(offset=offset, length=length, may_punch=may_punch, fua=fua)
+
+    def trim(self, *, offset: int, length: int) -> None:
+        """Give back the space of what a range holds."""
+        with _translated():
+            self.inner.trim(offset=offset, length=length)
+
+    def flush(self) -> None:
+        """Make every write before this durable."""
+        with _translated():
+            self.inner.flush()
+
+
+class Volume(_WritableDisk):
+    """One origin with its store, open in this process. Thread-safe."""
+
+    __slots__ = ()
+    inner: _native.Volume
 
     def __init__(self, inner: _native.Volume) -> None:
         self.inner = inner
@@ -225,35 +262,6 @@ class Volume:
         """Replace it, durably."""
         with _translated():
             self.inner.set_meta(meta)
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        """Read the live disk."""
-        with _translated():
-            return self.inner.pread(offset=offset, length=length)
-
-    def pwrite(
-        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
-    ) -> None:
-        """Write the live disk; durable when a later `flush` returns, or at once with `fua`."""
-        with _translated():
-            self.inner.pwrite(data, offset=offset, fua=fua)
-
-    def write_zeroes(
-        self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False
-    ) -> None:
-        """Zero a range of the live disk."""
-        with _translated():
-            self.inner.write_zeroes(offset=offset, length=length, may_punch=may_punch, fua=fua)
-
-    def trim(self, *, offset: int, length: int) -> None:
-        """Discard a range of the live disk."""
-        with _translated():
-            self.inner.trim(offset=offset, length=length)
-
-    def flush(self) -> None:
-        """Make every write before this durable."""
-        with _translated():
-            self.inner.flush()
 
     def snapshot(
         self,
@@ -526,10 +534,11 @@ class View:
             self.inner.close()
 
 
-class Clone:
+class Clone(_WritableDisk):
     """A writable view on a snapshot; holds the snapshot until closed. Thread-safe."""
 
-    __slots__ = ("inner",)
+    __slots__ = ()
+    inner: _native.Clone
 
     def __init__(self, inner: _native.Clone) -> None:
         self.inner = inner
@@ -543,35 +552,6 @@ class Clone:
     def size_bytes(self) -> int:
         """The disk's size, that of the snapshot."""
         return self.inner.size_bytes
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        """Read what was written, else what the snapshot holds."""
-        with _translated():
-            return self.inner.pread(offset=offset, length=length)
-
-    def pwrite(
-        self, data: bytes | bytearray | memoryview, *, offset: int, fua: bool = False
-    ) -> None:
-        """Write; durable when a later `flush` returns, or at once with `fua`."""
-        with _translated():
-            self.inner.pwrite(data, offset=offset, fua=fua)
-
-    def write_zeroes(
-        self, *, offset: int, length: int, may_punch: bool = True, fua: bool = False
-    ) -> None:
-        """Zero a range."""
-        with _translated():
-            self.inner.write_zeroes(offset=offset, length=length, may_punch=may_punch, fua=fua)
-
-    def trim(self, *, offset: int, length: int) -> None:
-        """Give back the space of what was written to a range."""
-        with _translated():
-            self.inner.trim(offset=offset, length=length)
-
-    def flush(self) -> None:
-        """Make every write before this durable."""
-        with _translated():
-            self.inner.flush()
 
     def extents(self, *, offset: int, length: int) -> list[tuple[int, int, int]]:
         """Return (start, end, flags) for a range; see `HOLE`, `ZERO`, `NOT_SELECTED`, `LOST`."""

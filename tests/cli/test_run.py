@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mounted import require_fuse
 from serving import MIB, Served, pattern, volume
 
 SIZE = 4 * MIB
@@ -42,11 +42,6 @@ def week(request: pytest.FixtureRequest) -> Iterator[Served]:
 def events(served: Served) -> list[dict[str, object]]:
     lines = served.cli("events", "web", "--json").out.splitlines()
     return [json.loads(line) for line in lines]
-
-
-def require_fuse() -> None:
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("host: no /dev/fuse")
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def packed_extents(reader: Reader) -> list[tuple[int, int]]:
                 return value
 
     found, end = [], 0
-    for _ in range(int.from_bytes(reader.raw(8), "little")):
+    for _ in range(reader.u64()):
         start = end + varint()
         end = start + varint()
         found.append((start, end))

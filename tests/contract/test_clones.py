@@ -115,11 +115,10 @@ def test_a_lifetime_is_told_and_has_to_make_sense(session):
 
 def test_a_clone_whose_time_is_over_goes_when_nobody_uses_it(config, volume):
     with OpenVolume.open(config, volume) as opened:
-        clones_made = []
         create_snapshot(opened, SnapshotRequest(name="monday"))
         for name, lifetime in (("short", 60), ("long", 7200), ("ever", None)):
             request = CloneRequest(snapshot="monday", name=name, lifetime_s=lifetime)
-            clones_made.append(clones.create_clone(opened, request))
+            clones.create_clone(opened, request)
         assert clones.expire(opened) == ()
         later = time.time_ns() + 3600 * 10**9
         assert clones.expire(opened, now_ns=later) == ("web@monday+short",)

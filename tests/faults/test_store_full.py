@@ -6,12 +6,12 @@ import errno
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from processes import wait_until
 from serving import MIB, Served, pattern, run, try_run, volume
 from stillblock.demo.nbd_client import NbdError
 
@@ -103,9 +103,7 @@ def write_pieces(served: Served, *, byte: int = 7) -> tuple[int, str]:
 
 def wait_for(served: Served, wanted: str) -> None:
     """Wait until an event was written down."""
-    deadline = time.monotonic() + 30
-    while wanted not in served.cli("events", "web").out:
-        assert time.monotonic() < deadline, f"no event {wanted}"
+    assert wait_until(lambda: wanted in served.cli("events", "web").out, 30), f"no event {wanted}"
 
 
 def test_with_fail_a_client_is_told_that_no_space_is_left():

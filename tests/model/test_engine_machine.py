@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from model.reference import Blocks, Instant, Reference
-from model.volumes import MEMORY, PAUSE_LIMIT_MS
+from model.volumes import MEMORY, PAUSE_LIMIT_MS, at_once
 from stillblock import native
 from stillblock.errors import (
     ClosedError,
@@ -410,7 +409,7 @@ class EngineMachine(RuleBasedStateMachine):
         selection: Blocks = set() if chosen is None else self.choose(chosen)
         if chosen is not None and self.has_room():
             calls.append(lambda: taken.append(self._take(selection)))
-        _all_at_once(calls)
+        at_once(*calls)
         blocks = self.reference.blocks_of(ranges)
         if not taken:
             for start, data in writes:
@@ -523,25 +522,6 @@ class EngineMachine(RuleBasedStateMachine):
         assert counters["preserved_blocks"] <= copies + self.reference.copies_unsure
         if not self.reference.instants:
             assert self.volume.store_bytes() == 0
-
-
-def _all_at_once(calls: list[Callable[[], None]]) -> None:
-    start, errors = threading.Barrier(len(calls), timeout=30), []
-
-    def run(call: Callable[[], None]) -> None:
-        start.wait()
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.slow

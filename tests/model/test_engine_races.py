@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
 
 import pytest
 
-from model.volumes import PAUSE_LIMIT_MS, make_volume, read_snapshot, scratch, take
+from model.volumes import PAUSE_LIMIT_MS, at_once, make_volume, read_snapshot, scratch, take
 from stillblock import native
 from stillblock.errors import ClosedError, ExcludedError, NotFoundError
 
 BLOCK = 4096
 KIB = 1024
-
-
-def at_once(*calls: Callable[[], object]) -> None:
-    """Run them in threads of their own, begun together; raise what any of them raised."""
-    start, errors = threading.Barrier(len(calls), timeout=30), []
-
-    def run(call: Callable[[], object]) -> None:
-        start.wait()
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 # Cause: a view kept the selection of its opening, and a narrowing freed copies that it still looked

@@ -1,11 +1,12 @@
-"""Small volumes in memory for the model tests: made, opened, abandoned, measured."""
+"""Small volumes in memory for the model tests: made, opened, used at once, abandoned, measured."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -64,3 +65,23 @@ def read_snapshot(volume: native.Volume, epoch: int) -> bytes:
 def log_allocated_bytes(folder: Path) -> int:
     """Return what `du` says the log takes."""
     return sum(path.stat().st_blocks * 512 for path in (folder / "store" / "log").iterdir())
+
+
+def at_once(*calls: Callable[[], object]) -> None:
+    """Run them in threads of their own, begun together; raise what any of them raised."""
+    start, errors = threading.Barrier(len(calls), timeout=30), []
+
+    def run(call: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -47,6 +47,12 @@ impl Extent {
     pub const fn to_bytes(self, block_size: u64) -> (u64, u64) {
         (self.start * block_size, (self.end - self.start) * block_size)
     }
+
+    /// The part of it in bytes that lies in a byte range: from and to.
+    pub fn bytes_within(self, block_size: u64, offset: u64, length: u64) -> (u64, u64) {
+        let (start, bytes) = self.to_bytes(block_size);
+        (start.max(offset), (start + bytes).min(offset + length))
+    }
 }
 
 /// The blocks that a byte range touches, even with one byte.

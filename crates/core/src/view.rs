@@ -49,6 +49,10 @@ impl View {
         self.size_bytes
     }
 
+    pub(crate) fn excluded(&self) -> ExcludedReads {
+        self.excluded
+    }
+
     /// The volume it is of.
     pub fn volume(&self) -> &Arc<Volume> {
         &self.volume
@@ -66,8 +70,12 @@ impl View {
         }
     }
 
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
+    }
+
     fn check(&self, offset: u64, length: u64) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) {
+        if self.is_closed() {
             return Err(Error::Closed);
         }
         match offset.checked_add(length) {
@@ -128,10 +136,8 @@ impl View {
     /// The bytes of `blocks` that lie in a buffer that begins at `offset`: `(from, to)` in the
     /// buffer.
     fn bytes_in(&self, blocks: Extent, offset: u64, length: usize) -> (usize, usize) {
-        let (start, bytes) = blocks.to_bytes(self.volume.block_size());
-        let from = start.max(offset) - offset;
-        let to = (start + bytes).min(offset + to_u64(length)) - offset;
-        (to_usize(from), to_usize(to))
+        let (from, to) = blocks.bytes_within(self.volume.block_size(), offset, to_u64(length));
+        (to_usize(from - offset), to_usize(to - offset))
     }
 
     fn excluded_part(&self, blocks: Extent, offset: u64, buffer: &mut [u8]) -> Result<()> {
@@ -239,8 +245,7 @@ pub fn status_of(
     let mut found = Vec::new();
     let mut at = offset;
     for extent in set.within(round_out(offset, length, block_size)) {
-        let (start, bytes) = extent.to_bytes(block_size);
-        let (start, stop) = (start.max(offset), (start + bytes).min(end));
+        let (start, stop) = extent.bytes_within(block_size, offset, length);
         crate::volume::push_status(&mut found, at, start, 0);
         crate::volume::push_status(&mut found, start, stop, 1);
         at = stop;

@@ -1,6 +1,7 @@
 //! `Clone` and `CloneEntry`.
 
 use crate::error::detached;
+use crate::values::overlaid;
 use crate::volume::read_bytes;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
@@ -8,13 +9,7 @@ use pyo3::types::PyBytes;
 use std::sync::Arc;
 use stillblock_core::clone::CloneInfo;
 use stillblock_core::clone::view::CloneView;
-use stillblock_core::export::{STATE_HOLE, STATE_ZERO};
 use stillblock_core::view::status_of;
-
-/// `Clone.extents`: neither of the snapshot's selection nor written since.
-const NOT_SELECTED: u32 = 4;
-/// `Clone.extents`: its content is lost.
-const LOST: u32 = 8;
 
 #[pyclass(frozen, get_all)]
 pub struct CloneEntry {
@@ -112,14 +107,7 @@ impl Clone {
         })?;
         let block_size = self.0.volume().block_size();
         let lost = status_of(&lost, block_size, offset, length, usize::MAX);
-        Ok(crate::values::overlaid(&[&selected, &allocated, &lost], |which, flags| {
-            match (which, flags) {
-                (0, 0) => NOT_SELECTED | STATE_HOLE | STATE_ZERO,
-                (1, status) => status,
-                (2, 1) => LOST,
-                _ => 0,
-            }
-        }))
+        Ok(overlaid(&selected, &allocated, &lost))
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

@@ -5,11 +5,16 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::collections::BTreeMap;
 use stillblock_core::epochs::Epoch as Epochal;
-use stillblock_core::export::StatusExtent;
+use stillblock_core::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use stillblock_core::extent::{ExtentSet, round_out};
 use stillblock_core::journal::OriginIdentity;
 use stillblock_core::volume as core;
 use stillblock_core::volume::inspect;
+
+/// `extents`: neither of the snapshot's selection nor written to a clone since.
+const NOT_SELECTED: u32 = 4;
+/// `extents`: its content is lost.
+const LOST: u32 = 8;
 
 /// Half-open byte ranges.
 pub type Ranges = Vec<(u64, u64)>;
@@ -36,17 +41,20 @@ pub fn to_ranges(set: &ExtentSet, block_size: u64, size_bytes: u64) -> Ranges {
         .collect()
 }
 
-/// Maps of the same range in one: cut at every border, then joined where flags are alike.
+/// The `extents` of a view or a clone from maps of the same range: cut at every border, then joined
+/// where flags are alike.
 pub fn overlaid(
-    maps: &[&Vec<StatusExtent>],
-    flags_of: impl Fn(usize, u32) -> u32,
+    selected: &[StatusExtent],
+    allocated: &[StatusExtent],
+    lost: &[StatusExtent],
 ) -> Vec<(u64, u64, u32)> {
+    let maps = [selected, allocated, lost];
     let mut cuts: Vec<u64> = maps.iter().flat_map(|list| list.iter().map(|e| e.start)).collect();
     cuts.extend(maps.iter().filter_map(|list| list.last().map(|last| last.end)));
     cuts.sort_unstable();
     cuts.dedup();
     let mut found: Vec<(u64, u64, u32)> = Vec::new();
-    let mut at = vec![0_usize; maps.len()];
+    let mut at = [0_usize; 3];
     for pair in cuts.windows(2) {
         let (start, end) = (pair[0], pair[1]);
         let mut flags = 0;
@@ -54,7 +62,12 @@ pub fn overlaid(
             while list[at[which]].end <= start {
                 at[which] += 1;
             }
-            flags |= flags_of(which, list[at[which]].flags);
+            flags |= match (which, list[at[which]].flags) {
+                (0, 0) => NOT_SELECTED | STATE_HOLE | STATE_ZERO,
+                (1, status) => status,
+                (2, 1) => LOST,
+                _ => 0,
+            };
         }
         match found.last_mut() {
             Some(last) if last.2 == flags => last.1 = end,

@@ -12,7 +12,6 @@ use pyo3::types::PyBytes;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use stillblock_core::export::{STATE_HOLE, STATE_ZERO};
 use stillblock_core::journal::Settled;
 use stillblock_core::log::verify::Severity;
 use stillblock_core::number::to_usize;
@@ -31,10 +30,6 @@ const HOLDS: [(&str, Quiet); 2] = [("device", Quiet::Device), ("selected", Quiet
 /// What reading a block gives that a snapshot does not select.
 const EXCLUDED_READS: [(&str, ExcludedReads); 2] =
     [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];
-/// `View.extents`: the snapshot does not select the range.
-const NOT_SELECTED: u32 = 4;
-/// `View.extents`: its content is lost.
-const LOST: u32 = 8;
 
 fn hex(uuid: [u8; 16]) -> String {
     format!("{:032x}", u128::from_be_bytes(uuid))
@@ -579,12 +574,7 @@ impl View {
         })?;
         let block_size = self.0.volume().block_size();
         let lost = stillblock_core::view::status_of(&lost, block_size, offset, length, usize::MAX);
-        Ok(overlaid(&[&selected, &allocated, &lost], |which, flags| match (which, flags) {
-            (0, 0) => NOT_SELECTED | STATE_HOLE | STATE_ZERO,
-            (1, status) => status,
-            (2, 1) => LOST,
-            _ => 0,
-        }))
+        Ok(overlaid(&selected, &allocated, &lost))
     }
 
     fn close(&self) {

@@ -9,8 +9,11 @@ phase".
 
 import socket
 import struct
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+from stillblock.demo.comparison import chunks
 
 NBDMAGIC: Final = 0x4E42444D41474943
 IHAVEOPT: Final = 0x49484156454F5054
@@ -75,6 +78,12 @@ class NbdClient:
             self._request(CMD_READ, offset=start, length=size)
             pieces.append(self._receive(size))
         return b"".join(pieces)
+
+    def copy_to(self, image: Path) -> None:
+        """Write all of the export to a file."""
+        with image.open("wb") as out:
+            for start, end in chunks(0, self.size_bytes):
+                out.write(self.pread(offset=start, length=end - start))
 
     def pwrite(self, data: bytes | memoryview, *, offset: int) -> None:
         """Write all of `data`; it is acknowledged, not yet durable, on return."""

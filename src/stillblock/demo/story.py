@@ -263,12 +263,8 @@ class _Story:
         self.narrator.step("Look back: is it Monday, byte for byte?")
         monday = self.folder / "monday.img"
         if not monday.exists():
-            with (
-                NbdClient(socket_path=socket_path, export=SNAPSHOT) as client,
-                monday.open("wb") as out,
-            ):
-                for start, end in comparison.chunks(0, client.size_bytes):
-                    out.write(client.pread(offset=start, length=end - start))
+            with NbdClient(socket_path=socket_path, export=SNAPSHOT) as client:
+                client.copy_to(monday)
         with monday.open("rb") as kept, self.before.open("rb") as before:
             size = self.filesystem.size_bytes
             self._require_same(
@@ -398,9 +394,8 @@ class _Story:
             self.session.shell(["nbdcopy", self._uri(VOLUME, socket_path), into.name])
             return
         self.narrator.remark("(nbdcopy is not installed; the demo's own client reads)")
-        with NbdClient(socket_path=socket_path, export=VOLUME) as client, into.open("wb") as out:
-            for start, end in comparison.chunks(0, client.size_bytes):
-                out.write(client.pread(offset=start, length=end - start))
+        with NbdClient(socket_path=socket_path, export=VOLUME) as client:
+            client.copy_to(into)
 
     def _start_nbdcopy(self, socket_path: str) -> "subprocess.Popen[bytes] | None":
         if shutil.which("nbdcopy") is None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from stillblock.demo import comparison, edits
+from stillblock.demo import edits
 from stillblock.demo.disk import Partition
 from stillblock.demo.narration import Narrator, sized
 from stillblock.demo.nbd_client import NbdClient
@@ -34,9 +34,8 @@ def tell_words(
         if line.startswith(("selected", "left out")):
             narrator.output(line)
     image = session.folder / "words.img"
-    with connect(SNAPSHOT) as client, image.open("wb") as out:
-        for start, end in comparison.chunks(0, client.size_bytes):
-            out.write(client.pread(offset=start, length=end - start))
+    with connect(SNAPSHOT) as client:
+        client.copy_to(image)
     place = edits.image_at(image.name, filesystem)
     session.shell(["e2fsck", "-fn", place])
     yield "e2fsck finds no fault with what was kept", ""

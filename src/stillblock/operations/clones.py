@@ -15,11 +15,12 @@ from stillblock.errors import (
     UsageError,
 )
 from stillblock.model import (
-    ID_PREFIX_MIN,
     CloneInfo,
     CloneRecord,
     CloneState,
     check_new_name,
+    free_name,
+    is_id_prefix,
     name_for_instant,
 )
 from stillblock.operations.narrowing import wait_final
@@ -111,8 +112,7 @@ def find_clone(volume: OpenVolume, target: CloneTarget) -> Clone:
         found = list(clones_of(volume, epoch=snapshot.epoch.epoch))
         shown = f"{volume.name}@{snapshot.record.name}"
     named = [c for c in found if c.record.name == target.clone]
-    is_prefix = len(target.clone) >= ID_PREFIX_MIN
-    matches = named or [c for c in found if is_prefix and c.record.id.startswith(target.clone)]
+    matches = named or [c for c in found if is_id_prefix(target.clone, c.record.id)]
     if len(matches) == 1:
         return matches[0]
     raise NotFoundError(
@@ -138,7 +138,9 @@ def create_clone(volume: OpenVolume, request: CloneRequest) -> CloneInfo:
         if snapshot.epoch.damage:
             raise StoreDamagedError(f"{shown} cannot be cloned: {snapshot.epoch.damage}")
         taken = {clone.record.name for clone in clones_of(volume, epoch=epoch)}
-        name = _free_name(taken) if request.name is None else request.name
+        name = request.name
+        if name is None:
+            name = free_name(name_for_instant(time.time_ns()), taken)
         check_new_name(name, what="clone")
         if name in taken:
             raise NameTakenError(f"{shown} has a clone {name} already")
@@ -151,14 +153,6 @@ def create_clone(volume: OpenVolume, request: CloneRequest) -> CloneInfo:
         made = _numbered(volume, number)
     volume.event("clone_created", snapshot=snapshot.record.name, clone=name)
     return made
-
-
-def _free_name(taken: set[str]) -> str:
-    base = name_for_instant(time.time_ns())
-    name, number = base, 2
-    while name in taken:
-        name, number = f"{base}-{number}", number + 1
-    return name
 
 
 def list_clones(volume: OpenVolume) -> CloneList:

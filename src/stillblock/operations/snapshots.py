@@ -159,6 +159,15 @@ class SnapshotList:
 
 def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
     """Resolve the rules on the live disk and check the name; change nothing."""
+    settings = settings_for(
+        volume, level=request.consistency, or_barrier=request.or_barrier, quiet=request.quiet
+    )
+    return _planned(volume, request, settings)
+
+
+def _planned(
+    volume: OpenVolume, request: SnapshotRequest, consistency: ConsistencySettings
+) -> SnapshotPlan:
     if not 0 < request.pause_limit_ms <= PAUSE_LIMIT_MS_MAX:
         raise UsageError(
             f"pause limit {request.pause_limit_ms} ms is out of range (1 to {PAUSE_LIMIT_MS_MAX})"
@@ -169,12 +178,7 @@ def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
         volume,
         request,
         name=request.name or volume.free_name(),
-        consistency=settings_for(
-            volume,
-            level=request.consistency,
-            or_barrier=request.or_barrier,
-            quiet=request.quiet,
-        ),
+        consistency=consistency,
     )
 
 
@@ -229,7 +233,7 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
         if settings.level is not Consistency.BARRIER:
             held.enter_context(volume.instants.turn())
         with volume.lock:
-            plan = replace(plan_snapshot(volume, request), consistency=settings)
+            plan = _planned(volume, request, settings)
             taking = Taking(volume, request, plan, held, waits=has_to_wait(plan))
         with quiesced(taking.occasion(), volume.engine) as moment:
             instant, record = moment.take(

@@ -23,7 +23,6 @@ from stillblock.errors import (
 )
 from stillblock.extents import total_bytes
 from stillblock.model import (
-    ID_PREFIX_MIN,
     LATEST,
     BookmarkRecord,
     ExportInfo,
@@ -34,6 +33,8 @@ from stillblock.model import (
     VolumeEntry,
     VolumeInfo,
     check_new_name,
+    free_name,
+    is_id_prefix,
     name_for_instant,
 )
 from stillblock.operations import registry, verification
@@ -359,7 +360,7 @@ class OpenVolume:
         for snapshot in found:
             if snapshot.record.name == name:
                 return snapshot
-        matches = [s for s in found if _is_id_prefix(name, s.record.id)]
+        matches = [s for s in found if is_id_prefix(name, s.record.id)]
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -374,7 +375,7 @@ class OpenVolume:
         """Find a bookmark by name or unique id prefix."""
         found = self.bookmarks()
         named = [b for b in found if b.record.name == name]
-        matches = named or [b for b in found if _is_id_prefix(name, b.record.id)]
+        matches = named or [b for b in found if is_id_prefix(name, b.record.id)]
         if len(matches) == 1:
             return matches[0]
         raise NotFoundError(
@@ -413,11 +414,7 @@ class OpenVolume:
         taken = {s.record.name for s in self.snapshots()}
         taken |= {b.record.name for b in self.bookmarks()}
         taken.add(self.instants.coming)
-        base = prefix + name_for_instant(time.time_ns())
-        name, number = base, 2
-        while name in taken:
-            name, number = f"{base}-{number}", number + 1
-        return name
+        return free_name(prefix + name_for_instant(time.time_ns()), taken)
 
     def store_record(self, epoch: int, record: SnapshotRecord) -> None:
         """Replace what we wrote beside a snapshot, durably."""
@@ -435,10 +432,6 @@ class OpenVolume:
 def _other_stores(config: Config, name: str) -> tuple[Path, ...]:
     with Catalog(config.catalog_path) as catalog:
         return tuple(Path(entry.store) for entry in catalog.volumes() if entry.name != name)
-
-
-def _is_id_prefix(text: str, full_id: str) -> bool:
-    return len(text) >= ID_PREFIX_MIN and full_id.startswith(text)
 
 
 @contextmanager

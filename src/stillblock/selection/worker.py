@@ -31,11 +31,9 @@ from stillblock.selection.wire import (
     receive,
 )
 
-_CHUNK_BYTES: Final = 16 * 1024
-_CHUNKS_MAX: Final = 2048
+_CHUNK_BYTES: Final = 64 * 1024
+_CHUNKS_MAX: Final = 512
 """32 MiB of what was read are kept: a question to the parent costs more than looking here."""
-_CHUNKS_AHEAD_MAX: Final = 16
-"""Asked for at once where reads follow each other: each question doubles the one before."""
 _WHOLE_BYTES_MIN: Final = 256 * 1024
 """Reads as long as this are not kept: who asks for so much goes through it once."""
 _COLLECT_EVERY: Final = 100_000
@@ -172,9 +170,6 @@ class _RemoteDisk:
         self._channel = channel
         self._size = size
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
-        self._expected = -1
-        """Where what was last asked for ends."""
-        self._ahead = 1
 
     @property
     def size(self) -> int:
@@ -212,22 +207,14 @@ class _RemoteDisk:
         if chunk is not None:
             self._chunks.move_to_end(start)
             return chunk
-        follows = start == self._expected
-        self._ahead = min(2 * self._ahead, _CHUNKS_AHEAD_MAX) if follows else 1
-        for count in {self._ahead: None, 1: None}:
-            with suppress(OriginIOError):
-                self._keep(start, count)
-                return self._chunks[start]
-        return None
-
-    def _keep(self, start: int, count: int) -> None:
-        """Ask for chunks, and keep them."""
-        data = self._ask(start, min(count * _CHUNK_BYTES, self._size - start))
-        self._expected = start + len(data)
-        for at in range(0, len(data), _CHUNK_BYTES):
-            self._chunks[start + at] = data[at : at + _CHUNK_BYTES]
-        while len(self._chunks) > _CHUNKS_MAX:
+        try:
+            chunk = self._ask(start, min(_CHUNK_BYTES, self._size - start))
+        except OriginIOError:
+            return None
+        self._chunks[start] = chunk
+        if len(self._chunks) > _CHUNKS_MAX:
             self._chunks.popitem(last=False)
+        return chunk
 
     def _ask(self, start: int, count: int) -> bytes:
         assert count <= READ_BYTES_MAX, "chunks are smaller"

@@ -173,19 +173,15 @@ class ExportServer:
     def withdraw_clone(self, volume: OpenVolume, number: int, *, force: bool) -> None:
         """Close a clone; raise `InUseError` if clients use it, unless forced."""
         with self._lock:
-            for name, offered in self._clones_of(volume):
-                if offered.clone is not None and offered.clone.number == number:
+            for name, clone in self._clones_of(volume):
+                if clone.number == number:
                     self._remove(name, force=force)
 
     def clone_clients(self, volume: OpenVolume) -> dict[int, int]:
         """Return how many clients use each clone, by its number."""
         with self._lock:
             clients = [export for export, _, _ in self._server.connections()]
-            return {
-                offered.clone.number: clients.count(name)
-                for name, offered in self._clones_of(volume)
-                if offered.clone is not None
-            }
+            return {clone.number: clients.count(name) for name, clone in self._clones_of(volume)}
 
     # Life
 
@@ -218,10 +214,10 @@ class ExportServer:
         there = (s for s in volume.snapshots() if s.is_readable)
         snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
-        by_epoch = {snapshot.epoch.epoch: name for name, snapshot in snapshots.items()}
+        by_epoch: dict[int | None, str] = {s.epoch.epoch: name for name, s in snapshots.items()}
         usable = (c for c in clones_of(volume) if not c.entry.damage and c.entry.epoch in by_epoch)
         clones = {
-            f"{by_epoch[c.entry.epoch or 0]}+{c.record.name}": c
+            f"{by_epoch[c.entry.epoch]}+{c.record.name}": c
             for c in usable
             if not is_promoted(volume, c)
         }
@@ -264,9 +260,9 @@ class ExportServer:
             contexts=contexts, epoch=clone.entry.epoch, view=None, clone=opened
         )
 
-    def _clones_of(self, volume: OpenVolume) -> list[tuple[str, _Offered]]:
-        found = ((name, self._offered[name]) for name in self._names_of(volume))
-        return [(name, offered) for name, offered in found if offered.clone is not None]
+    def _clones_of(self, volume: OpenVolume) -> list[tuple[str, native.Clone]]:
+        found = ((name, self._offered[name].clone) for name in self._names_of(volume))
+        return [(name, clone) for name, clone in found if clone is not None]
 
     def _is_read_only_export(self, offered: _Offered) -> bool:
         if offered.clone is not None:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -118,7 +118,8 @@ def rehearse(
         finally:
             if not is_kept:
                 session.delete_clone(clone.snapshot, clone.id, force=True)
-    verdict = verdict if not is_kept else _keeping(verdict, clone)
+    if is_kept:
+        verdict = replace(verdict, kept=clone.reference)
     with Catalog(config.catalog_path) as catalog:
         catalog.record(
             volume,
@@ -130,18 +131,6 @@ def rehearse(
             written_bytes=verdict.written_bytes,
         )
     return verdict
-
-
-def _keeping(verdict: Verdict, clone: CloneInfo) -> Verdict:
-    return Verdict(
-        volume=verdict.volume,
-        snapshot=verdict.snapshot,
-        command=verdict.command,
-        exit_code=verdict.exit_code,
-        duration_ms=verdict.duration_ms,
-        written_bytes=verdict.written_bytes,
-        kept=clone.reference,
-    )
 
 
 def _run(session: Session, clone: CloneInfo, command: Sequence[str], *, has_image: bool) -> Verdict:

@@ -5,6 +5,8 @@ import uuid
 import zlib
 from dataclasses import dataclass, field
 
+from stillblock.errors import OriginIOError
+
 MIB = 1 << 20
 LINUX = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 SWAP = "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f"
@@ -27,6 +29,25 @@ class BytesDisk:
         assert offset + length <= self.size, "the protocol allows reads inside the disk only"
         self.reads.append((offset, length))
         return bytes(self.content[offset : offset + length])
+
+
+class FailingDisk:
+    """A disk that fails, as told, where a read touches the bytes that are bad."""
+
+    def __init__(
+        self, disk: BytesDisk, bad: tuple[int, int], error: Exception | None = None
+    ) -> None:
+        self._disk, self._bad = disk, bad
+        self._error = error or OriginIOError("bad sector")
+
+    @property
+    def size(self) -> int:
+        return self._disk.size
+
+    def pread(self, *, offset: int, length: int) -> bytes:
+        if offset < self._bad[1] and self._bad[0] < offset + length:
+            raise self._error
+        return self._disk.pread(offset=offset, length=length)
 
 
 def blank(size: int) -> BytesDisk:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillblock.errors import OriginIOError
 from stillblock.selection import places as selection_places
 from stillblock.selection.disk import MappedDisk, to_disk
 from stillblock.selection.filesystems import Content
@@ -28,6 +27,7 @@ from unit.selection.lvm_images import (
 from unit.selection.partition_images import (
     MIB,
     BytesDisk,
+    FailingDisk,
     GptPart,
     blank,
     gpt_disk,
@@ -454,18 +454,9 @@ def test_ten_stale_bytes_are_no_swap() -> None:
     assert "header" in of(places, "part:1").opaque_reason
 
 
-class Failing(BytesDisk):
-    """Has a bad sector in its first partition."""
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        if offset <= MIB + 512 < offset + length:
-            raise OriginIOError("bad sector")
-        return super().pread(offset=offset, length=length)
-
-
 def test_a_place_whose_beginning_cannot_be_read_is_opaque() -> None:
     sound = gpt_disk({1: GptPart(2048, 4095), 2: GptPart(4096, 6143)}, size=4 * MIB)
     put_ext(sound.content, 2 * MIB)
-    places = read_places(Failing(sound.content))
+    places = read_places(FailingDisk(sound, (MIB + 512, MIB + 513)))
     assert "bad sector" in of(places, "part:1").opaque_reason
     assert of(places, "part:2").content is Content.EXT

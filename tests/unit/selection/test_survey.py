@@ -31,7 +31,14 @@ from unit.selection.fake_filesystems import (
     swap_head,
 )
 from unit.selection.lvm_images import group_text, physical_volume, segment, volume
-from unit.selection.partition_images import MIB, BytesDisk, GptPart, blank, gpt_disk
+from unit.selection.partition_images import (
+    MIB,
+    BytesDisk,
+    FailingDisk,
+    GptPart,
+    blank,
+    gpt_disk,
+)
 
 KIB = 1024
 AT = MIB
@@ -427,28 +434,12 @@ def test_a_file_that_is_said_to_lie_outside_is_kept() -> None:
     assert "outside the filesystem" in final.unresolved[0].reason
 
 
-class Failing:
-    """A view that fails, as told, where a test says so."""
-
-    def __init__(self, disk: BytesDisk, bad: tuple[int, int], error: Exception) -> None:
-        self._disk, self._bad, self._error = disk, bad, error
-
-    @property
-    def size(self) -> int:
-        return self._disk.size
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        if offset < self._bad[1] and self._bad[0] < offset + length:
-            raise self._error
-        return self._disk.pread(offset=offset, length=length)
-
-
 @pytest.mark.parametrize("error", [OriginIOError("bad sector"), ExcludedError("left out")])
 def test_zeros_that_cannot_be_read_are_kept(error: Exception) -> None:
     disk = blank(4 * MIB)
     instant = resolve(rules_of("-zero"), disk, block_size=4096, readers=FakeReaders([]))
     assert instant.pending
-    final = resolve_frozen(instant.pending, Failing(disk, (MIB, MIB + 1), error))
+    final = resolve_frozen(instant.pending, FailingDisk(disk, (MIB, MIB + 1), error))
     assert final.extents == ((MIB, 2 * MIB),)
     assert error.message in final.unresolved[0].reason  # type: ignore[attr-defined]
 
@@ -491,7 +482,7 @@ def test_a_volume_that_is_closed_meanwhile_ends_the_work() -> None:
     instant = resolve(rules_of("-zero"), disk, block_size=4096, readers=FakeReaders([]))
     assert instant.pending
     with pytest.raises(ClosedError):
-        resolve_frozen(instant.pending, Failing(disk, (0, MIB), ClosedError("closed")))
+        resolve_frozen(instant.pending, FailingDisk(disk, (0, MIB), ClosedError("closed")))
 
 
 def test_the_frozen_view_need_not_hold_the_partition_table() -> None:
@@ -499,7 +490,7 @@ def test_the_frozen_view_need_not_hold_the_partition_table() -> None:
     disk, readers = partitioned(filesystem)
     instant = resolve(rules_of("+part:1", "-path:/a"), disk, block_size=4096, readers=readers)
     assert instant.pending
-    view = Failing(disk, (0, MIB), ExcludedError("not selected"))
+    view = FailingDisk(disk, (0, MIB), ExcludedError("not selected"))
     final = resolve_frozen(instant.pending, view, readers=readers)
     assert final.extents == ((MIB, MIB + 100 * KIB), (MIB + 200 * KIB, 2 * MIB))
 

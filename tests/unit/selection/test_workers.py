@@ -33,7 +33,8 @@ from stillblock.selection.wire import (
 from stillblock.selection.workers import Worker, WorkerReaders, _section, _survey
 from unit.selection.fake_filesystems import FakeFilesystem, partitioned, swap_head
 from unit.selection.lvm_images import group_text, physical_volume, segment, volume
-from unit.selection.partition_images import MIB, BytesDisk, blank
+from unit.selection.partition_images import MIB, BytesDisk, FailingDisk, blank
+from unit.selection.worker_readers import STEPS, counting
 
 REQUEST = SurveyRequest(
     place_name="disk",
@@ -172,51 +173,31 @@ def test_reads_end_at_the_end_of_the_disk() -> None:
     assert label_of("reading_past_the_end") == "4 0"
 
 
-class Failing(BytesDisk):
-    """Fails below byte 4096, with what it is told."""
-
-    error: Exception = OriginIOError("bad sector")
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        if offset < 4096:
-            raise self.error
-        return super().pread(offset=offset, length=length)
+def failing_at_the_start(error: Exception) -> FailingDisk:
+    return FailingDisk(BytesDisk(bytearray(b"good" * 4096)), (0, 4096), error)
 
 
 @pytest.mark.parametrize("error", [OriginIOError("bad sector"), ExcludedError("bad sector")])
 def test_a_failed_read_reaches_the_reader_and_costs_only_itself(error: Exception) -> None:
-    disk = Failing(bytearray(b"good" * 4096))
-    disk.error = error
+    disk = failing_at_the_start(error)
     assert label_of("reading_badly", disk) == "bad sector, good"
-
-
-class BadSector(BytesDisk):
-    """Fails whatever touches one sector."""
-
-    at = 1_500_000 // 512 * 512
-
-    def pread(self, *, offset: int, length: int) -> bytes:
-        if offset < self.at + 512 and offset + length > self.at:
-            raise OriginIOError("bad sector")
-        return super().pread(offset=offset, length=length)
 
 
 def test_reads_of_every_size_bring_what_is_there_and_fail_only_where_they_must() -> None:
     size = 2 * MIB + 1000
-    content = b"".join(number.to_bytes(4, "little") for number in range(size // 4))
-    disk = BadSector(bytearray(content))
+    bad = 1_500_000 // 512 * 512
+    disk = FailingDisk(BytesDisk(bytearray(counting(size))), (bad, bad + 512))
     failing = sorted(
         (offset, step)
-        for step in (4096, 10_000, 300_000, MIB, 5 * MIB)
+        for step in STEPS
         for offset in range(0, size, step)
-        if offset < disk.at + 512 and offset + step > disk.at
+        if offset < bad + 512 and offset + step > bad
     )
     assert label_of("reading_in_steps", disk) == f"0 {failing}"
 
 
 def test_a_volume_that_is_closed_meanwhile_ends_the_request() -> None:
-    disk = Failing(bytearray(b"good" * 4096))
-    disk.error = ClosedError("the volume was closed")
+    disk = failing_at_the_start(ClosedError("the volume was closed"))
     with worker_of("reading_badly", disk) as worker, pytest.raises(ClosedError):
         worker.identify()
     assert worker.is_ended

@@ -94,7 +94,8 @@ impl Header {
         }
     }
 
-    fn block_count(&self) -> u64 {
+    /// Blocks of the disk.
+    pub fn block_count(&self) -> u64 {
         self.size_bytes.div_ceil(u64::from(self.block_size))
     }
 
@@ -352,7 +353,7 @@ fn read_twice(
         _ => match second_copy(file, at, length, sequence) {
             Some(found) => Some(found),
             // In neither place, and not for want of a record: what it says is not known (P2).
-            None => first?.filter(|_| false),
+            None => first?.and(None),
         },
     };
     let Some(found) = found else { return Ok(None) };

@@ -271,6 +271,12 @@ impl Volume {
         self.clones.known.lock().get(&number).cloned().ok_or_else(|| unknown(number))
     }
 
+    fn open_overlay(&self, number: u32) -> Result<Overlay> {
+        let boot_id = self.host().boot_id()?;
+        let overlay = Overlay::open(self.clones_directory(), number, boot_id);
+        overlay.map_err(|error| damaged(number, error))
+    }
+
     /// Open a clone; one that is open already is the same one.
     pub fn open_clone(
         self: &Arc<Self>,
@@ -291,11 +297,9 @@ impl Volume {
                 known.damage
             )));
         }
-        let boot_id = self.host().boot_id()?;
-        let overlay = Overlay::open(self.clones_directory(), number, boot_id);
-        let overlay = overlay.map_err(|error| damaged(number, error))?;
+        let overlay = self.open_overlay(number)?;
         let view = View::open(self, overlay.header().epoch, excluded)?;
-        let clone = Arc::new(CloneView::new(view, excluded, overlay));
+        let clone = Arc::new(CloneView::new(view, overlay));
         if let Some(known) = self.clones.known.lock().get_mut(&number) {
             known.opened = Some(Arc::clone(&clone));
         }
@@ -437,9 +441,7 @@ impl Volume {
         if let Some(clone) = known.opened() {
             clone.overlay().set_meta(meta.clone())?;
         } else {
-            let boot_id = self.host().boot_id()?;
-            let overlay = Overlay::open(self.clones_directory(), number, boot_id);
-            overlay.map_err(|error| damaged(number, error))?.set_meta(meta.clone())?;
+            self.open_overlay(number)?.set_meta(meta.clone())?;
         }
         if let Some(known) = self.clones.known.lock().get_mut(&number) {
             known.meta = meta;

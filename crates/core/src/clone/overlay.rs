@@ -10,7 +10,6 @@ use super::map::{Header, Known, Map, MapError, Recent};
 use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
-use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
 use crate::sync::{AtomicBool, Condvar, Mutex, RwLock};
@@ -106,7 +105,7 @@ impl Overlay {
             Some(recent) => recent,
             None => directory.create(&header.recent_name())?,
         };
-        let blocks = header.size_bytes.div_ceil(u64::from(header.block_size));
+        let blocks = header.block_count();
         let recent = Recent::open(recent, boot_id, known.through, blocks)?;
         let mut own = Bitmap::from_set(blocks, &known.written);
         for &(_, extent) in &recent.waiting {
@@ -360,20 +359,4 @@ pub(super) fn closed_bytes(directory: &dyn Directory, header: &Header) -> io::Re
         }
     }
     Ok(sum)
-}
-
-/// Bytes of whole blocks, for the room they take.
-pub(super) fn block_bytes(header: &Header, blocks: Extent) -> u64 {
-    blocks.len() * u64::from(header.block_size)
-}
-
-/// The bytes of `blocks` that lie in a range: from and to, in the range.
-pub(super) fn bytes_within(
-    blocks: Extent,
-    block_size: u64,
-    offset: u64,
-    length: usize,
-) -> (u64, u64) {
-    let (start, bytes) = blocks.to_bytes(block_size);
-    (start.max(offset), (start + bytes).min(offset + to_u64(length)))
 }

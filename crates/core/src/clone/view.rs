@@ -1,6 +1,6 @@
 //! A clone as a disk: its own blocks from its overlay, all others from the snapshot it began as.
 
-use super::overlay::{Claim, Overlay, block_bytes, bytes_within};
+use super::overlay::Overlay;
 use crate::error::{Error, Result};
 use crate::export::{STATE_HOLE, STATE_ZERO, StatusExtent};
 use crate::extent::{Extent, ExtentSet, round_in, round_out};
@@ -10,7 +10,6 @@ use crate::sync::Mutex;
 use crate::view::{ExcludedReads, View};
 use crate::volume::{Volume, push_status};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Writes run in pieces of at most this, so that few others wait for the blocks of a long one.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -26,17 +25,14 @@ const ROOM_STEP_BYTES: u64 = 16 << 20;
 /// to the origin, to the log or to another clone.
 pub struct CloneView {
     view: View,
-    excluded: ExcludedReads,
     overlay: Overlay,
     /// Bytes that the store granted and that are not taken yet.
     granted: Mutex<u64>,
-    is_closed: AtomicBool,
 }
 
 impl CloneView {
-    pub(super) fn new(view: View, excluded: ExcludedReads, overlay: Overlay) -> Self {
-        let granted = Mutex::new(0);
-        Self { view, excluded, overlay, granted, is_closed: AtomicBool::new(false) }
+    pub(super) fn new(view: View, overlay: Overlay) -> Self {
+        Self { view, overlay, granted: Mutex::new(0) }
     }
 
     /// The clone's number in its store.
@@ -59,13 +55,8 @@ impl CloneView {
         self.view.volume()
     }
 
-    /// The snapshot it began as, as a disk.
-    pub fn snapshot(&self) -> &View {
-        &self.view
-    }
-
     pub(super) fn excluded(&self) -> ExcludedReads {
-        self.excluded
+        self.view.excluded()
     }
 
     pub(super) fn overlay(&self) -> &Overlay {
@@ -94,12 +85,11 @@ impl CloneView {
 
     /// Let the snapshot go; what was acknowledged outlives the process, as after a kill.
     pub(super) fn leave(&self) {
-        self.is_closed.store(true, Ordering::Release);
         self.view.close();
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        self.is_closed.load(Ordering::Acquire)
+        self.view.is_closed()
     }
 
     fn check(&self, offset: u64, length: u64) -> Result<()> {
@@ -129,9 +119,9 @@ impl CloneView {
         if !self.overlay.has_any(blocks) {
             return self.view.read(offset, buffer);
         }
-        let length = buffer.len();
+        let length = to_u64(buffer.len());
         for (run, is_own) in self.overlay.runs(blocks) {
-            let (from, to) = bytes_within(run, block_size, offset, length);
+            let (from, to) = run.bytes_within(block_size, offset, length);
             let part = &mut buffer[to_usize(from - offset)..to_usize(to - offset)];
             if is_own {
                 self.overlay.read(from, part)?;
@@ -177,14 +167,10 @@ impl CloneView {
             self.take_room(blocks)?;
             let start = offset - to_u64(before.len());
             self.overlay.write(start, &[&before, data, &after])?;
-            self.take(&claim)?;
+            self.overlay.take(&claim)?;
         }
         self.overlay.note_dirty();
         Ok(())
-    }
-
-    fn take(&self, claim: &Claim<'_>) -> Result<()> {
-        self.overlay.take(claim)
     }
 
     /// The rest of the first and the last block, as they are now.
@@ -208,7 +194,7 @@ impl CloneView {
     /// Have room in the store for those of the blocks that are not the clone's own.
     fn take_room(&self, blocks: Extent) -> Result<()> {
         let runs = self.overlay.runs(blocks).into_iter().filter(|(_, is_own)| !is_own);
-        let wanted: u64 = runs.map(|(run, _)| block_bytes(self.overlay.header(), run)).sum();
+        let wanted: u64 = runs.map(|(run, _)| run.len() * self.block_size()).sum();
         let mut granted = self.granted.lock();
         if *granted < wanted {
             let more = wanted - *granted;
@@ -271,7 +257,7 @@ impl CloneView {
         }
         self.overlay.zero(start, length, may_punch)?;
         if let Some(claim) = &claim {
-            self.take(claim)?;
+            self.overlay.take(claim)?;
         }
         self.overlay.note_dirty();
         Ok(())
@@ -317,7 +303,7 @@ impl CloneView {
             if found.len() > extents_max {
                 break;
             }
-            let (from, to) = bytes_within(run, block_size, offset, to_usize(length));
+            let (from, to) = run.bytes_within(block_size, offset, length);
             if is_own {
                 let mut at = from;
                 while at < to && found.len() <= extents_max {
@@ -357,7 +343,7 @@ impl CloneView {
         let block_size = self.block_size();
         let mut found = Vec::new();
         for (run, is_own) in self.overlay.runs(round_out(offset, length, block_size)) {
-            let (from, to) = bytes_within(run, block_size, offset, to_usize(length));
+            let (from, to) = run.bytes_within(block_size, offset, length);
             if is_own {
                 push_status(&mut found, from, to, 1);
                 continue;
@@ -368,11 +354,5 @@ impl CloneView {
         }
         found.truncate(extents_max);
         Ok(found)
-    }
-}
-
-impl Drop for CloneView {
-    fn drop(&mut self) {
-        self.leave();
     }
 }

@@ -468,8 +468,12 @@ impl LogWriter {
     /// begun another segment.
     pub fn append(&mut self, batch: &mut BatchBuilder) -> io::Result<(u32, u32)> {
         let pages = batch.total_bytes() / PAGE;
-        let has_only_regions = batch.preserved().is_empty()
-            && batch.descriptors().iter().any(|d| d.kind == Kind::Region);
+        let has_only_regions = || {
+            batch.preserved().is_empty()
+                && batch.descriptors().iter().any(|d| d.kind == Kind::Region)
+        };
+        let is_unsynced =
+            is_broken(Rule::LogSync) || (is_broken(Rule::RegionFirst) && has_only_regions());
         let sequence = self.next_sequence;
         let Some(current) = &mut self.current else {
             return Err(io::Error::other("the log has no open epoch"));
@@ -479,8 +483,6 @@ impl LogWriter {
         }
         let bytes = batch.finish(sequence);
         let offset = current.page * PAGE;
-        let is_unsynced =
-            is_broken(Rule::LogSync) || (is_broken(Rule::RegionFirst) && has_only_regions);
         let synced = || if is_unsynced { Ok(()) } else { current.file.sync() };
         let written = current.file.write_at(offset, bytes).and_then(|()| synced());
         if let Err(error) = written {

@@ -386,7 +386,7 @@ fn ask(host: &dyn Host, group: &Group, peers: &[PathBuf]) -> Verdict {
     let was = path_of(&group.members[0].store);
     let mut verdict = Verdict::Unknown("it is not there".into());
     for store in std::iter::once(&was).chain(peers.iter().filter(|peer| **peer != was)) {
-        let Ok((journal, decided)) = super::open::read_decisions(&*host.directory(store), store)
+        let Ok((journal, decided)) = super::open::read_decisions(host.directory(store), store)
         else {
             continue;
         };
@@ -426,7 +426,7 @@ fn begun_at(group: &Group, entries: &[Entry]) -> Option<usize> {
 fn conclude(host: &dyn Host, store: &Path, group: &Group) -> Verdict {
     let concluded = || -> Result<Verdict> {
         // Once more: somebody may have had it open until now.
-        let (mut journal, decided) = super::open::read_decisions(&*host.directory(store), store)?;
+        let (mut journal, decided) = super::open::read_decisions(host.directory(store), store)?;
         if let Some((_, is_committed)) = said_of(group, &decided.entries) {
             journal.rewrite_last()?;
             return Ok(if is_committed { Verdict::Committed } else { Verdict::Aborted });

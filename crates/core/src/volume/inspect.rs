@@ -89,7 +89,7 @@ pub struct Inspection {
 /// Look at a store that nobody has open, and at its origin: `origin`, or where it was last.
 pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
     let _lock = lock_existing(&System::default(), store)?;
-    let (_, decided) = read_decisions(&FileDirectory::new(store), store)?;
+    let (_, decided) = read_decisions(Arc::new(FileDirectory::new(store)), store)?;
     let log = FileDirectory::new(&store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(Arc::new(log)));
     let scan = decided.scan(&segments)?;
@@ -149,7 +149,7 @@ fn left_as(decided: &Decided) -> Result<LeftAs> {
 }
 
 fn is_restoring(decided: &Decided, scan: &Scan) -> bool {
-    let blocks = decided.size_bytes.div_ceil(decided.block_size);
+    let blocks = decided.block_count();
     let restoring = super::decided::restoring_of(scan, decided, blocks);
     restoring.is_some_and(|restoring| restoring.remaining_blocks > 0)
 }

@@ -148,7 +148,7 @@ fn spill(
         .iter()
         .flat_map(|(epoch, _)| by_epoch[epoch].iter().map(move |&segment| (*epoch, segment)));
     let covers: Vec<(u32, u32)> = covers.collect();
-    let end = decided.size_bytes.div_ceil(decided.block_size);
+    let end = decided.block_count();
     let memories = unfiled.into_iter().map(|(_, memory)| memory).collect();
     let parts = crate::index::Parts::of_memories(memories);
     let number = loaded.next_run;

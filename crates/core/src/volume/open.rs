@@ -145,7 +145,7 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
         identity,
         meta: request.meta.clone(),
     };
-    let mut journal = Journal::create(&*directory, &first)?;
+    let mut journal = Journal::create(directory, &first)?;
     if request.policy != StorePolicy::default() {
         journal.append(&Entry::Policy(request.policy))?;
     }
@@ -157,7 +157,7 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
 
 /// What a store says of itself; it may be in use.
 pub fn peek(store: &Path) -> Result<StoreInfo> {
-    let (_, decided) = read_decisions(&FileDirectory::new(store), store)?;
+    let (_, decided) = read_decisions(Arc::new(FileDirectory::new(store)), store)?;
     Ok(StoreInfo {
         uuid: decided.uuid,
         origin: path_of(&decided.origin),
@@ -168,7 +168,7 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
 
 /// The journal in the directory of a store, and what its records come to.
 pub(super) fn read_decisions(
-    directory: &dyn Directory,
+    directory: Arc<dyn Directory>,
     store: &Path,
 ) -> Result<(Journal, Decided)> {
     let (journal, entries) = match Journal::open(directory).map_err(Error::from) {
@@ -178,7 +178,7 @@ pub(super) fn read_decisions(
         }
         other => other?,
     };
-    let decided = Decided::from(entries);
+    let decided = Decided::from(entries, journal.first_sequence());
     let empty = || Error::Damaged(format!("{} has no first record", store.display()));
     Ok((journal, decided.ok_or_else(empty)?))
 }
@@ -218,7 +218,7 @@ pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
 /// As [`open`], on any machine.
 pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>> {
     let store_lock = lock_existing(&*host, &request.store)?;
-    let (journal, mut decided) = read_decisions(&*host.directory(&request.store), &request.store)?;
+    let (journal, mut decided) = read_decisions(host.directory(&request.store), &request.store)?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
@@ -396,8 +396,7 @@ impl Parts {
         let Self { request, decided, journal, scan, loaded, host, origin, .. } = self;
         let Self { origin_share, origin_path, segments, store_lock, .. } = self;
         let epochs = decided.epochs(&scan);
-        let block_count = decided.size_bytes.div_ceil(decided.block_size);
-        let restoring = restoring_of(&scan, &decided, block_count);
+        let restoring = restoring_of(&scan, &decided, decided.block_count());
         let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
         let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
@@ -490,7 +489,7 @@ fn private_arena(block_size: u64, regions: u32) -> Result<Arc<Arena>> {
 /// What requests meet until the past is settled.
 fn first_state(decided: &Decided, epoch: u32, restoring: Option<Restoring>) -> Result<State> {
     let size_bytes = decided.size_bytes;
-    let block_count = size_bytes.div_ceil(decided.block_size);
+    let block_count = decided.block_count();
     // Slots until the past is settled; nobody can be acknowledged by them.
     // And no regions: what is recorded before they can be marked is recorded block by block.
     let arena = private_arena(decided.block_size, 0)?;
@@ -609,7 +608,7 @@ impl Volume {
     fn note_closed(&self, committer: &mut Committer) -> Result<()> {
         // A full store may refuse both; then the next opening takes open regions for changed, and
         // verifies the last batch, as after a power cut.
-        let _ = self.close_regions(committer);
+        self.close_regions(committer);
         let _ = self.seal(committer);
         committer.log.release_ahead();
         let identity = self.origin_device.identify().map_err(Error::origin("identifying it"))?;
@@ -637,6 +636,8 @@ impl Volume {
             // It never panics while nobody else does; there is nothing to learn from it here.
             let _ = handle.join();
         }
+        // Whoever else does upkeep notices soon; files it writes are those of the next process.
+        drop(self.upkeep.lock());
         // Before the lock is given back: a view looks at it after it has read.
         self.is_released.store(true, Ordering::Release);
         self.abandon_clones();

@@ -106,23 +106,33 @@ impl Volume {
 
     /// Record what was written in every region, and open them no more. What the log does not take
     /// stays open there: all of it counts as changed at the next opening.
-    pub(super) fn close_regions(&self, committer: &mut Committer) -> Result<()> {
+    pub(super) fn close_regions(&self, committer: &mut Committer) {
         let numbers = {
             let state = self.state.lock();
             if state.is_store_short() { Vec::new() } else { state.regions.numbers() }
         };
-        let mut rest = &numbers[..];
-        while !rest.is_empty() {
-            match self.close_batch(committer, rest, false)? {
-                0 => break,
-                closed => rest = &rest[closed..],
-            }
-        }
-        Ok(())
+        self.close_each(committer, &numbers, false);
     }
 
-    /// The same while others get the role between batches, until what is open takes no more than
-    /// so many descriptors.
+    /// Close these, batch by batch; tells those that the log takes nothing of.
+    fn close_each<'a>(
+        &self,
+        committer: &mut Committer,
+        numbers: &'a [u64],
+        has_ended: bool,
+    ) -> &'a [u64] {
+        let mut rest = numbers;
+        while !rest.is_empty() {
+            match self.close_batch(committer, rest, has_ended) {
+                Ok(closed) if closed > 0 => rest = &rest[closed..],
+                Ok(_) | Err(_) => break,
+            }
+        }
+        rest
+    }
+
+    /// As [`Self::close_regions`], while others get the role between batches, until what is open
+    /// takes no more than so many descriptors.
     pub(super) fn close_regions_in_turns(
         &self,
         committer: &mut MutexGuard<'_, Committer>,
@@ -166,14 +176,7 @@ impl Volume {
     /// takes nothing.
     pub(super) fn record_ended(&self, committer: &mut Committer) -> Vec<u64> {
         let numbers = self.state.lock().regions.ended_numbers();
-        let mut rest = &numbers[..];
-        while !rest.is_empty() {
-            match self.close_batch(committer, rest, true) {
-                Ok(closed) if closed > 0 => rest = &rest[closed..],
-                Ok(_) | Err(_) => break,
-            }
-        }
-        rest.to_vec()
+        self.close_each(committer, &numbers, true).to_vec()
     }
 
     /// The epoch ended for good, and its log took nothing of these regions: the index has what was

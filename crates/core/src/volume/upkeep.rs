@@ -111,12 +111,15 @@ impl Volume {
         }
         self.free_space()?;
         let mut upkeep = self.upkeep.lock();
+        // Neither waits for the other's success.
+        let compacted = self.compact_journal(&mut upkeep, effort);
         self.read_damaged_anew(&mut upkeep, Patience::Wait)?;
         self.mending(&mut upkeep, |upkeep| {
             self.merge_epochs(upkeep, effort)?;
             self.file_closed(upkeep, effort)?;
             self.merge_layers(upkeep, effort)
-        })
+        })?;
+        compacted
     }
 
     /// Wake the thread that does it.

@@ -273,10 +273,8 @@ fn verify(
     ensure!(new.len() <= 1, "P10: epochs nobody asked for: {new:?}");
     match (new.first(), model.restoring.take(), model.taken()) {
         (None, ..) => {}
-        (Some(&epoch), Some(restore), _) => model.restored(&restore, epoch),
-        (Some(&epoch), None, Some(snapshot)) => {
-            model.snapshots.insert(epoch, snapshot);
-        }
+        (Some(&epoch), Some(restore), _) => model.restored(&restore, epoch)?,
+        (Some(&epoch), None, Some(snapshot)) => model.add(epoch, snapshot)?,
         (Some(&epoch), None, None) => return Err(format!("P10: epoch {epoch} out of nowhere")),
     }
     let epochs: Vec<u32> = model.snapshots.keys().copied().collect();
@@ -328,6 +326,13 @@ fn verify(
             }
         }
         let bookmark = info.and_then(|i| i.state.bookmark.as_ref());
+        if let (Some(bookmark), Some(baseline)) = (bookmark, &snapshot.bookmark) {
+            ensure!(
+                *bookmark.baseline == *baseline,
+                "P5: bookmark {epoch} tracks {:?}, was told {baseline:?}",
+                bookmark.baseline
+            );
+        }
         snapshot.bookmark = bookmark.map(|b| (*b.baseline).clone());
         snapshot.is_deleted = !has_snapshot;
         (snapshot.is_deleting, snapshot.is_bookmarking) = (false, false);
@@ -431,6 +436,8 @@ fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(),
     // What goes on behind everything else is done, or files go while they are counted.
     let is_kept_up = volume.maintain(Effort::Due);
     ensure!(is_kept_up.is_ok() || may_fail, "P10: upkeep: {is_kept_up:?}");
+    let names = machine.world().list(Path::new(STORE));
+    ensure!(names == [JOURNAL_NAME] || may_fail, "P10: {names:?} in the store");
     let mut seen = (0, 0);
     for _ in 0..TRIES {
         let on_disk = allocated(machine);
@@ -512,7 +519,7 @@ fn go_on(
     match taken {
         Ok(taken) => {
             let snapshot = machine.model().taken().expect("begun");
-            machine.model().snapshots.insert(taken.epoch, snapshot);
+            machine.model().add(taken.epoch, snapshot)?;
         }
         Err(_) if may_fail => machine.model().creating = None,
         Err(error) => return Err(format!("after a stop, a snapshot fails: {error}")),
@@ -563,7 +570,7 @@ pub fn describe(machine: &Arc<Machine>) -> String {
     let host = SimHost(Arc::clone(machine));
     let mut text = String::new();
     if let Ok((_, entries)) =
-        stillblock_core::journal::Journal::open(&*host.directory(Path::new(crate::machine::STORE)))
+        stillblock_core::journal::Journal::open(host.directory(Path::new(crate::machine::STORE)))
     {
         for entry in entries {
             let _ = writeln!(text, "  journal {entry:?}");

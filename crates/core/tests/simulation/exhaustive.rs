@@ -113,8 +113,7 @@ impl Run {
         let taken = self.volume.snapshot(request).map_err(told("a snapshot"))?;
         let mut model = self.machine.model();
         let snapshot = model.taken().ok_or("begun")?;
-        model.snapshots.insert(taken.epoch, snapshot);
-        Ok(())
+        model.add(taken.epoch, snapshot)
     }
 
     fn first(&self) -> Option<u32> {
@@ -166,8 +165,7 @@ impl Run {
         drop(content);
         let mut model = self.machine.model();
         let restore = model.restoring.take().ok_or("begun")?;
-        model.restored(&restore, status.safety_epoch);
-        Ok(())
+        model.restored(&restore, status.safety_epoch)
     }
 
     fn reopen(&mut self) -> Result<(), String> {

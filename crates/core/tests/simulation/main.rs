@@ -97,12 +97,12 @@ fn run_seeds(seeds: impl Iterator<Item = u64>, faults: Faults) -> Tally {
 
 #[test]
 fn without_faults_every_promise_holds_after_a_stop_at_every_step() {
-    run_seeds(seeds(60), Faults::None);
+    run_seeds(seeds(40), Faults::None);
 }
 
 #[test]
 fn with_faults_nothing_is_wrong_that_does_not_say_so() {
-    run_seeds(seeds(60), Faults::Any);
+    run_seeds(seeds(40), Faults::Any);
 }
 
 #[test]

@@ -286,7 +286,7 @@ fn take_snapshot(
     };
     let mut model = session.machine.model();
     let snapshot = model.taken().ok_or("taken twice")?;
-    model.snapshots.insert(taken.epoch, snapshot);
+    model.add(taken.epoch, snapshot)?;
     Ok(Some(taken.epoch))
 }
 
@@ -300,7 +300,7 @@ pub fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// Index files are written and epochs merged long before they are due.
+/// Index files are written, epochs merged and the journal compacted long before they are due.
 fn keep_up(session: &Session) -> Result<(), String> {
     session.must("upkeep", session.volume.maintain(Effort::All)).map(|_| ())
 }
@@ -460,7 +460,7 @@ fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let mut model = session.machine.model();
     let restore = model.restoring.take().ok_or("begun")?;
     if let Some(status) = done {
-        model.restored(&restore, status.safety_epoch);
+        model.restored(&restore, status.safety_epoch)?;
     }
     drop(model);
     drop(alone);
@@ -510,6 +510,13 @@ impl Program {
             let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
             threads.push(shuttle::thread::spawn(move || {
                 session.note(client(&session, &mut dice, client_steps));
+            }));
+        }
+        if self.dice.chance(40) {
+            // Beside what is decided meanwhile.
+            let session = Arc::clone(&session);
+            threads.push(shuttle::thread::spawn(move || {
+                session.note(keep_up(&session));
             }));
         }
         for _ in 0..[0, 0, 1, 2][self.dice.below(4)] {

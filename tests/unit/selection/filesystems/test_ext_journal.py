@@ -187,10 +187,15 @@ def journalled(tmp_path: Path, *commands: str, version: int = 3, options=("-b", 
     return image
 
 
+def journal_place(image: Path) -> int:
+    """Where the journal's superblock lies, with blocks of 1 KiB."""
+    return min(blocks_by_debugfs(image, "<8>")) * 1024
+
+
 def rewind(image: Path, *, has_checksums: bool) -> None:
     """Let the journal start with its first transaction: debugfs leaves only the last to replay."""
     disk = FileDisk(image)
-    place = min(blocks_by_debugfs(image, "<8>")) * 1024
+    place = journal_place(image)
     first = disk.pread(offset=place + 1024, length=12)
     assert first[:4] == MAGIC
     change_superblock(image, 0x18, first[8:] + (1).to_bytes(4, "big"), has_checksums=has_checksums)
@@ -198,7 +203,7 @@ def rewind(image: Path, *, has_checksums: bool) -> None:
 
 def change_superblock(image: Path, at: int, new: bytes, *, has_checksums: bool = True) -> None:
     """Write to the journal's superblock as its owner would."""
-    place = min(blocks_by_debugfs(image, "<8>")) * 1024
+    place = journal_place(image)
     with image.open("r+b") as file:
         file.seek(place)
         raw = bytearray(file.read(1024))
@@ -243,7 +248,7 @@ def test_a_journal_made_by_hand_is_replayed_as_e2fsck_does(
 def test_revocations_count_before_the_journal_says_that_it_has_any(tmp_path):
     """JBD2 sets the flag in memory with the first of them; the disk hears of it some time later."""
     image = journalled(tmp_path, "journal_write -b B,B1 one", "journal_write -r B")
-    place = min(blocks_by_debugfs(image, "<8>")) * 1024
+    place = journal_place(image)
     features = int.from_bytes(FileDisk(image).pread(offset=place + 0x28, length=4), "big")
     assert features & 1
     change_superblock(image, 0x28, (features & ~1).to_bytes(4, "big"))
@@ -284,7 +289,7 @@ def test_damage_anywhere_in_the_log_is_refused(tmp_path):
     blocks = dict(log_blocks(image))
     assert set(blocks) >= {1, 2, 5}
     descriptor, commit, revocation = blocks[1], blocks[2], blocks[5]
-    superblock = min(blocks_by_debugfs(image, "<8>")) * 1024
+    superblock = journal_place(image)
     for place, words in (
         (descriptor + 14, "descriptor"),
         (descriptor + 1024 + 100, "copy"),
@@ -309,7 +314,7 @@ def test_a_transaction_without_its_commit_is_not_replayed(tmp_path):
 
 def test_a_journal_that_stopped_with_an_error_is_refused(tmp_path):
     image = journalled(tmp_path, "journal_write -b B one", options=UNCHECKED, version=1)
-    superblock = min(blocks_by_debugfs(image, "<8>")) * 1024
+    superblock = journal_place(image)
     flip(image, superblock + 0x23)
     assert "stopped by an error" in refusal(image)
 

@@ -29,7 +29,8 @@ def plain_file(
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
-    "excluded", "recovery_needed", "undecided", "restore_running", "not_quiet", "closed", "internal".
+    "excluded", "recovery_needed", "undecided", "restore_running", "not_quiet", "quiesce",
+    "closed", "internal".
     """
 
 @final
@@ -185,6 +186,13 @@ class Volume:
     @staticmethod
     def check_unused(*, store: str) -> None:
         """Fail if somebody has the store open, whatever is in it."""
+    @staticmethod
+    def waits_for(*, store: str) -> list[str]:
+        """Volumes, by uuid, whose stores decide groups that this one does not know the end of; even while it is served."""
+    def settle_groups(self, *, places: Sequence[str]) -> int:
+        """Ask again how groups ended, in these stores too; how many snapshots are left that may not exist."""
+    def keep_undecided(self, *, epoch: int, meta: bytes) -> None:
+        """Keep a snapshot of which nobody can tell whether it exists, with these opaque bytes."""
     def accept_origin(self, note: str) -> int:
         """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""
     def check_structure(self) -> list[tuple[bool, str]]:
@@ -246,10 +254,12 @@ class Volume:
             ]
         ],
         passed: Callable[[], object] | None = None,
+        objects: Callable[[], str | None] | None = None,
     ) -> list[Instant]:
         """Take one snapshot of each volume, all at one instant, or none.
 
-        `group_id` has 32 hexadecimal digits. A member is a volume, its `selection`, `low`, `meta`, `pause_limit_ms`,
+        `group_id` has 32 hexadecimal digits and is used once. `objects` is asked once, when all is durable but the
+        decision: why there are to be no snapshots, or None. A member is a volume, its `selection`, `low`, `meta`, `pause_limit_ms`,
         `quiet_ms` and `holds`, as in `snapshot`. The instants come back in the order of the members.
         """
     def watch_writes(self, *, ranges: Sequence[tuple[int, int]] | None = None) -> None:

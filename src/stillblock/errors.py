@@ -357,6 +357,7 @@ _NATIVE_KINDS: Final[dict[str, type[StillblockError]]] = {
     "recovery_needed": RecoveryNeededError,
     "restore_running": RestoreRunningError,
     "not_quiet": NotQuietError,
+    "quiesce": QuiesceError,
     "closed": ClosedError,
     "internal": InternalError,
 }

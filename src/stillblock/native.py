@@ -80,6 +80,15 @@ def peek(store: Path) -> tuple[str, str, int, bytes]:
         return _native.Volume.peek(store=str(store))
 
 
+def waits_for(store: Path) -> tuple[str, ...]:
+    """Return the uuids of volumes whose stores decide groups that this one has no end of.
+
+    Even while it is served.
+    """
+    with _translated():
+        return tuple(_native.Volume.waits_for(store=str(store)))
+
+
 def inspect(store: Path, *, origin: Path | None = None) -> Inspection:
     """Look at a store that nobody has open, and at its origin; change nothing."""
     with _translated():
@@ -108,12 +117,18 @@ class GroupMember:
 
 
 def snapshot_group(
-    group_id: str, members: Sequence[GroupMember], *, passed: Callable[[], object] | None = None
+    group_id: str,
+    members: Sequence[GroupMember],
+    *,
+    passed: Callable[[], object] | None = None,
+    objects: Callable[[], str | None] | None = None,
 ) -> list[Instant]:
     """Take one snapshot of each volume, all at one instant, or none; in the order of the members.
 
-    From 2 to 64 volumes, each once. `group_id` has 32 hexadecimal digits. Raise what
-    `Volume.snapshot` raises.
+    From 2 to 64 volumes, each once. `group_id` has 32 hexadecimal digits and is never used again,
+    nor for a second try. `objects` is asked once everything is durable but the decision, while
+    first changes of all members wait: why there are to be no snapshots, or None. Raise
+    `QuiesceError` with that, or what `Volume.snapshot` raises.
     """
     with _translated():
         return _native.Volume.snapshot_group(
@@ -123,6 +138,7 @@ def snapshot_group(
                 for m in members
             ],
             passed=passed,
+            objects=objects,
         )
 
 
@@ -201,6 +217,23 @@ class Volume(_WritableDisk):
                     peers=[str(peer) for peer in peers],
                 )
             )
+
+    def settle_groups(self, places: Sequence[Path]) -> int:
+        """Ask again about snapshots of which it is not known whether they exist, and write it down.
+
+        `places` are stores to look in, beside where the deciding one was. Return how many are left.
+        """
+        with _translated():
+            return self.inner.settle_groups(places=[str(place) for place in places])
+
+    def keep_undecided(self, *, epoch: int, meta: bytes) -> None:
+        """Keep a snapshot of which nobody can tell any more whether it exists; `meta` replaces its.
+
+        Raise `UndecidedError` if its group is known to have failed, `NotFoundError` if it is not
+        undecided.
+        """
+        with _translated():
+            self.inner.keep_undecided(epoch=epoch, meta=meta)
 
     def accept_origin(self, note: str) -> int:
         """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""

@@ -56,6 +56,9 @@ pub enum Error {
     /// Writes came while quiet was asked for; the snapshot was not taken.
     #[error("{0}")]
     NotQuiet(String),
+    /// What was asked for was not held until the instant; no snapshot was taken.
+    #[error("{0}")]
+    NotHeld(String),
     /// A snapshot's content that could not be kept.
     #[error("{message}")]
     Lost {
@@ -100,6 +103,7 @@ impl Error {
             Self::InUse(_) => "in_use",
             Self::PauseTimeout(_) => "pause_timeout",
             Self::NotQuiet(_) => "not_quiet",
+            Self::NotHeld(_) => "quiesce",
             Self::Lost { .. } => "snapshot_lost",
             Self::Excluded(_) => "excluded",
             Self::RecoveryNeeded(_) => "recovery_needed",

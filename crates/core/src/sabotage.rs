@@ -110,6 +110,10 @@ pub enum Rule {
     GroupHeadersFirst,
     /// A header of a group is believed before anybody knows how the group ended.
     GroupAsks,
+    /// A group is decided before those who may object are asked.
+    GroupObjectionsFirst,
+    /// A journal that is written anew does not say how groups ended.
+    GroupEndsKept,
 }
 
 impl Rule {
@@ -167,6 +171,8 @@ impl Rule {
         Self::GroupGatesTogether,
         Self::GroupHeadersFirst,
         Self::GroupAsks,
+        Self::GroupObjectionsFirst,
+        Self::GroupEndsKept,
     ];
 }
 

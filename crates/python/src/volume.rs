@@ -148,6 +148,23 @@ impl Volume {
         detached(py, || core::inspect::check_unused(&store))
     }
 
+    #[staticmethod]
+    #[pyo3(signature = (*, store))]
+    fn waits_for(py: Python<'_>, store: PathBuf) -> PyResult<Vec<String>> {
+        let info = detached(py, || open::peek(&store))?;
+        Ok(info.waits_for.into_iter().map(hex).collect())
+    }
+
+    #[pyo3(signature = (*, places))]
+    fn settle_groups(&self, py: Python<'_>, places: Vec<PathBuf>) -> PyResult<usize> {
+        detached(py, || self.0.settle_groups(&places))
+    }
+
+    #[pyo3(signature = (*, epoch, meta))]
+    fn keep_undecided(&self, py: Python<'_>, epoch: u32, meta: Vec<u8>) -> PyResult<()> {
+        detached(py, || self.0.keep_undecided(epoch, meta))
+    }
+
     fn accept_origin(&self, py: Python<'_>, note: &str) -> PyResult<usize> {
         detached(py, || self.0.accept_origin(note))
     }
@@ -277,12 +294,13 @@ impl Volume {
     }
 
     #[staticmethod]
-    #[pyo3(signature = (*, group_id, members, passed=None))]
+    #[pyo3(signature = (*, group_id, members, passed=None, objects=None))]
     fn snapshot_group(
         py: Python<'_>,
         group_id: &str,
         members: Vec<GroupMember>,
         passed: Option<Py<PyAny>>,
+        objects: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Instant>> {
         let id = u128::from_str_radix(group_id, 16).ok().filter(|_| group_id.len() == 32);
         let id = id.ok_or_else(|| raise("usage", format!("{group_id:?} is no group id")))?;
@@ -300,8 +318,9 @@ impl Volume {
             Ok(core::Member { volume: Arc::clone(&volume.0), request, quiet, holds })
         };
         let members = members.into_iter().map(member).collect::<PyResult<Vec<_>>>()?;
-        let passed = passed.map(told);
-        let taken = detached(py, || core::snapshot_group(id.to_be_bytes(), members, passed))?;
+        let moment =
+            core::GroupMoment { passed: passed.map(told), objects: objects.map(objection) };
+        let taken = detached(py, || core::snapshot_group(id.to_be_bytes(), members, moment))?;
         Ok(taken.into_iter().map(Instant::from).collect())
     }
 
@@ -584,6 +603,16 @@ impl View {
 
 fn told(call: Py<PyAny>) -> core::Told<'static> {
     Box::new(move || tell(&call))
+}
+
+/// Whether somebody in Python objects, and why. Whoever cannot say so does.
+fn objection(call: Py<PyAny>) -> core::Objects<'static> {
+    Box::new(move || {
+        Python::attach(|py| {
+            let said = call.call0(py).and_then(|said| said.extract::<Option<String>>(py));
+            said.unwrap_or_else(|error| Some(error.to_string()))
+        })
+    })
 }
 
 /// Call back into Python from a thread of the engine; what it raises is nobody's to catch there.

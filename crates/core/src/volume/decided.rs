@@ -31,6 +31,8 @@ pub(super) struct Decided {
     restores_ended: BTreeSet<u32>,
     /// Of a compacted journal: the highest epoch it speaks of, and the restore that was not done.
     compacted: Option<(u32, u32)>,
+    /// Of a compacted journal: instants at which nothing begins any more.
+    gone: ExtentSet,
     pub(super) lost: Vec<(u32, ExtentSet)>,
     /// Copies that were given up, by epoch.
     pub(super) given_up: Vec<(u32, ExtentSet)>,
@@ -86,9 +88,6 @@ impl Decided {
             Entry::Narrowed { epoch, .. }
             | Entry::Deleted { epoch }
             | Entry::BookmarkDeleted { epoch } => {
-                if matches!(entry, Entry::Deleted { .. }) {
-                    self.groups.remove(epoch);
-                }
                 self.owes_space = true;
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
@@ -105,7 +104,6 @@ impl Decided {
             Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
             Entry::Aborted { epoch } => {
                 self.aborted.insert(*epoch);
-                self.groups.remove(epoch);
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
             Entry::Lost { epoch, blocks } => self.lost.push((*epoch, blocks.clone())),
@@ -131,6 +129,7 @@ impl Decided {
     fn take_compacted(&mut self, compacted: &Compacted) {
         self.epoch_max = self.epoch_max.max(compacted.epoch_max);
         self.compacted = Some((compacted.epoch_max, compacted.restoring));
+        self.gone.clone_from(&compacted.gone);
         self.aborted.extend(numbers_of(&compacted.aborted));
     }
 
@@ -187,7 +186,10 @@ impl Decided {
         let headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
         let known: BTreeSet<u32> = headers.map(|header| header.epoch).collect();
         let live = snapshots.union(&bookmarks).copied();
-        live.filter(|epoch| !known.contains(epoch) && !self.aborted.contains(epoch)).collect()
+        // How a group ended is kept for others when nothing begins here any more.
+        let is_gone =
+            |epoch: &u32| self.aborted.contains(epoch) || self.gone.contains(u64::from(*epoch));
+        live.filter(|epoch| !known.contains(epoch) && !is_gone(epoch)).collect()
     }
 
     fn without_header(&self) -> Epoch {

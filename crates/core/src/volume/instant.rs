@@ -239,7 +239,7 @@ impl Volume {
         let drained = closing.and_then(|count| self.wait_drained(prepared, closed).map(|()| count));
         match drained {
             Ok(in_flight) => {
-                let mut flip = self.switch(prepared, next, in_flight);
+                let mut flip = self.switch(prepared, next, in_flight, unix_ns());
                 flip.pause = self.open_gate(closed);
                 Ok(flip)
             }
@@ -281,7 +281,13 @@ impl Volume {
     }
 
     /// From here on everything belongs to the new epoch. The gate is closed and nothing in flight.
-    pub(super) fn switch(&self, prepared: &Prepared, next: NextBits, in_flight: u64) -> Flip {
+    pub(super) fn switch(
+        &self,
+        prepared: &Prepared,
+        next: NextBits,
+        in_flight: u64,
+        created_unix_ns: u64,
+    ) -> Flip {
         let mut state = self.state.lock();
         let count = state.in_flight.count(&prepared.guarded);
         let is_drained = count == 0 || is_broken(Rule::DrainBeforeInstant);
@@ -307,7 +313,7 @@ impl Volume {
         drop(state);
         drop((old_unsettled, old_pending));
         let pause = Duration::ZERO;
-        Flip { frozen, upto, size_bytes, created_unix_ns: unix_ns(), pause, in_flight }
+        Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight }
     }
 
     /// Wait for straight writes in flight to guarded blocks; they hold no slot and must reach the
@@ -450,6 +456,8 @@ impl Volume {
     pub(super) fn undo_instant(&self, committer: &mut Committer) -> Result<()> {
         let Some(epoch) = committer.to_undo else { return Ok(()) };
         let is_removed = committer.log.discard_epoch().is_ok();
+        // Other members may ask how it ended for as long as there are any.
+        committer.note_group_or_owe(epoch, false);
         match committer.journal.append(&Entry::Aborted { epoch }) {
             Err(error) if !is_removed => return Err(error.into()),
             Ok(()) | Err(_) => committer.log.forget_prepared(),

@@ -52,7 +52,7 @@ mod watch;
 mod write;
 
 pub use gate::Quiet;
-pub use group::{Member, snapshot_group};
+pub use group::{GroupMoment, Member, Objects, snapshot_group};
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
 pub(crate) use past::Patience;
 pub(crate) use read::push_status;
@@ -178,6 +178,8 @@ pub(crate) struct Committer {
     resting_regions: Vec<u64>,
     /// An epoch in which regions that a process before left open could not be closed.
     barred_regions: Option<u32>,
+    /// Groups begun here whose end the journal does not say, by epoch.
+    groups: BTreeMap<u32, group::OpenGroup>,
 }
 
 /// What only whoever does upkeep touches.
@@ -290,6 +292,8 @@ pub struct Volume {
     background: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the volume is open: the store belongs to this process.
     store_lock: Mutex<Option<Held>>,
+    /// Stores to look in for how a group ended.
+    peers: Mutex<BTreeSet<PathBuf>>,
     /// The origin belongs to others from now on: nothing may be read through this volume any more
     /// (P2).
     is_released: AtomicBool,
@@ -371,6 +375,19 @@ impl Volume {
     /// Take the role, unless the volume is closed.
     pub(crate) fn role(&self) -> Result<MutexGuard<'_, Committer>> {
         let committer = self.committer.lock();
+        if self.state.lock().is_closed { Err(Error::Closed) } else { Ok(committer) }
+    }
+
+    /// The same, unless somebody else keeps it for longer.
+    fn role_until(&self, deadline: Clock) -> Result<MutexGuard<'_, Committer>> {
+        let left = deadline.saturating_duration_since(Clock::now());
+        let Some(committer) = self.committer.try_lock_for(left) else {
+            return Err(Error::PauseTimeout(format!(
+                "the volume with the store {} has been busy for too long; no snapshot was taken; \
+                 try again when its disks have less to do",
+                self.store_path.display()
+            )));
+        };
         if self.state.lock().is_closed { Err(Error::Closed) } else { Ok(committer) }
     }
 

@@ -2,6 +2,7 @@
 //! written before it is decided what there is.
 
 use super::decided::{Decided, epochs_with_losses, restoring_of};
+use super::group::OpenGroup;
 use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
 use super::load::{Loaded, load_index};
 use super::recover::{Leftovers, Past};
@@ -100,6 +101,8 @@ pub struct StoreInfo {
     pub block_size: u64,
     /// Opaque bytes.
     pub meta: Vec<u8>,
+    /// Volumes whose stores decide groups that this one has begun and does not know the end of.
+    pub waits_for: Vec<[u8; 16]>,
 }
 
 /// Make a store for an origin; tells the volume's identity.
@@ -162,6 +165,7 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
         uuid: decided.uuid,
         origin: path_of(&decided.origin),
         block_size: decided.block_size,
+        waits_for: decided.groups.values().map(|group| group.members[0].uuid).collect(),
         meta: decided.meta,
     })
 }
@@ -434,6 +438,7 @@ impl Parts {
             regions_looked: Clock::now(),
             resting_regions: Vec::new(),
             barred_regions: None,
+            groups: decided.groups.iter().map(|(&e, g)| (e, OpenGroup::new(g.clone()))).collect(),
         };
         let state = first_state(&decided, epoch, restoring)?;
         let volume = Volume {
@@ -472,6 +477,7 @@ impl Parts {
             has_background: request.has_background,
             background: Mutex::default(),
             store_lock: Mutex::new(Some(store_lock)),
+            peers: Mutex::new(request.peers.into_iter().collect()),
             is_released: AtomicBool::new(false),
             counters: Counters::default(),
         };

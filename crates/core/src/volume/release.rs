@@ -48,7 +48,8 @@ fn unknown(epoch: u32, what: &str) -> Error {
 pub(super) fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
     if !epoch.undecided.is_empty() {
         return Err(Error::Undecided(format!(
-            "snapshot {number}: {}; open the volume where that store is, or delete the snapshot",
+            "snapshot {number}: {}; open the volume where that store is, or delete the snapshot; \
+             if nobody can tell any more, volume recover --keep-undecided keeps it",
             epoch.undecided
         )));
     }
@@ -118,6 +119,7 @@ impl Volume {
     pub fn set_epoch_meta(&self, epoch: u32, meta: Vec<u8>) -> Result<()> {
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
+        self.check_decided(epoch)?;
         committer.journal.append(&Entry::EpochMeta { epoch, meta: meta.clone() })?;
         if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
             found.meta = meta;
@@ -222,7 +224,8 @@ impl Volume {
                  --force"
             )));
         }
-        if !is_broken(Rule::RecordBeforeFree) {
+        let is_gone = committer.end_group_before_deletion(epoch)?;
+        if !is_gone && !is_broken(Rule::RecordBeforeFree) {
             committer.journal.append(&Entry::Deleted { epoch })?;
         }
         {

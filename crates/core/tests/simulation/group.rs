@@ -21,7 +21,7 @@ use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::host::{Held, Host, OriginDevice};
 use stillblock_core::volume::open::{CreateRequest, OpenRequest, Recover, create_on, open_on};
 use stillblock_core::volume::{
-    Member, Quiet, SnapshotRequest, StorePolicy, Volume, snapshot_group,
+    Effort, GroupMoment, Member, Quiet, SnapshotRequest, StorePolicy, Volume, snapshot_group,
 };
 
 const STORES: [&str; 2] = [STORE, "/other"];
@@ -190,8 +190,10 @@ fn snapshot_both(
     volumes: &[Arc<Volume>; 2],
     id: u8,
     holds: Quiet,
+    objects: bool,
 ) -> Result<(), String> {
-    {
+    // What somebody objects to never was, at any step.
+    if !objects {
         let mut pair = machine.pair();
         let low = pair.values(|turn| turn.acked);
         let high = [[u32::MAX; 2]; CLIENTS];
@@ -209,8 +211,19 @@ fn snapshot_both(
         quiet: None,
         holds,
     };
-    let taken = snapshot_group([id; 16], volumes.iter().map(member).collect(), None);
+    let moment = GroupMoment {
+        passed: None,
+        objects: Some(Box::new(move || objects.then(|| "it was thawed too early".to_owned()))),
+    };
+    let taken = snapshot_group([id; 16], volumes.iter().map(member).collect(), moment);
     machine.tell(|| format!("group {id}: {taken:?}"));
+    if objects {
+        return match taken {
+            Err(Error::NotHeld(_)) => Ok(()),
+            Err(_) if machine.has_met_faults() => Ok(()),
+            other => Err(format!("somebody objected: {other:?}")),
+        };
+    }
     let mut pair = machine.pair();
     let high = pair.values(|turn| turn.issued);
     let mut group = pair.creating.take().ok_or("begun")?;
@@ -244,6 +257,14 @@ fn delete(machine: &Machine, volumes: &[Arc<Volume>; 2], dice: &mut Dice) -> Res
     }
 }
 
+/// The journal is written anew, among others.
+fn keep_up(machine: &Machine, volumes: &[Arc<Volume>; 2], dice: &mut Dice) -> Result<(), String> {
+    match volumes[dice.below(2)].maintain(Effort::All) {
+        Err(error) if !machine.has_met_faults() => Err(format!("upkeep fails: {error}")),
+        _ => Ok(()),
+    }
+}
+
 /// Clients and a keeper, until all are done.
 fn session(
     machine: &Arc<Machine>,
@@ -273,7 +294,11 @@ fn session(
     for step in 0..4 {
         let pending = machine.pair().creating.is_some();
         let done = match dice.below(100) {
-            0..70 if !pending => snapshot_both(machine, volumes, first_id + step, pick_quiet(dice)),
+            0..60 if !pending => {
+                let objects = dice.chance(20);
+                snapshot_both(machine, volumes, first_id + step, pick_quiet(dice), objects)
+            }
+            60..75 => keep_up(machine, volumes, dice),
             _ => delete(machine, volumes, dice),
         };
         if let Err(why) = done {
@@ -392,7 +417,7 @@ fn check_values(
 
 /// One volume is opened where the other's store is not: it is served, and what it does not know it
 /// says. What is written there meanwhile is no part of any snapshot.
-fn open_alone(machine: &Arc<Machine>, at: usize, way: Way) -> Result<(), String> {
+fn open_alone(machine: &Arc<Machine>, at: usize, way: Way, is_kept_up: bool) -> Result<(), String> {
     let host = Arc::new(Without(SimHost(Arc::clone(machine)), STORES[1 - at]));
     let volume = open_one(host, at, way).map_err(|e| format!("opening {at} alone fails: {e}"))?;
     for (epoch, (_, why)) in listed(&volume)? {
@@ -406,6 +431,9 @@ fn open_alone(machine: &Arc<Machine>, at: usize, way: Way) -> Result<(), String>
         let other = 0xEEEE_EEEE_u32.to_le_bytes().repeat(BLOCK / 4);
         let written = volume.write((client * BLOCK) as u64, &other, false);
         written.map_err(|e| format!("a write to {at} alone fails: {e}"))?;
+    }
+    if is_kept_up {
+        volume.maintain(Effort::All).map_err(|e| format!("upkeep of {at} alone fails: {e}"))?;
     }
     volume.close().map_err(|e| format!("closing {at} alone fails: {e}"))
 }
@@ -428,7 +456,7 @@ fn check(
         machine.watch();
     }
     if dice.chance(30) {
-        open_alone(&machine, dice.below(2), way)?;
+        open_alone(&machine, dice.below(2), way, dice.chance(50))?;
     }
     let volumes = open(&machine, way, dice.chance(50))?;
     let stops = machine.take_stops();
@@ -455,6 +483,9 @@ pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String>
     let model = Model::new(content.len() as u64);
     let machine = Machine::new(&content, [5, 12, 40][dice.below(3)], model, dice.fork());
     machine.add_disk("other.img", &content);
+    for store in STORES {
+        machine.world().put_on_a_disk(Path::new(store));
+    }
     for at in 0..2 {
         let made = create_on(
             &SimHost(Arc::clone(&machine)),

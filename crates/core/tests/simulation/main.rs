@@ -114,7 +114,7 @@ fn a_group_is_whole_or_not_there_and_of_one_moment_after_a_stop_at_every_step() 
 
 #[test]
 fn with_faults_a_group_is_whole_or_not_there() {
-    run_all(seeds(60), |seed| scheduled(seed, move || group::run(seed, Faults::Any, 120)));
+    run_all(seeds(40), |seed| scheduled(seed, move || group::run(seed, Faults::Any, 120)));
 }
 
 /// All short programs that begin with one of these; at least `stops_min` stops.
@@ -180,9 +180,11 @@ fn notice(rules: impl Iterator<Item = Rule>) {
         break_rule(Some(rule));
         let caught = (1..=limit).find_map(|seed| {
             let ran = scheduled(seed, move || match rule {
-                Rule::GroupGatesTogether | Rule::GroupHeadersFirst | Rule::GroupAsks => {
-                    group::run(seed, faults_for(rule), 40)
-                }
+                Rule::GroupGatesTogether
+                | Rule::GroupHeadersFirst
+                | Rule::GroupAsks
+                | Rule::GroupObjectionsFirst
+                | Rule::GroupEndsKept => group::run(seed, faults_for(rule), 40),
                 _ => program::run(seed, faults_for(rule), 40),
             });
             ran.err().map(|why| (seed, why))

@@ -503,6 +503,8 @@ class SnapshotGroup:
     """32 hexadecimal digits."""
     members: tuple[str, ...]
     """What they were called at the instant, `VOL@SNAP`, in the order they were asked for."""
+    kept: str = ""
+    """On whose word this one is kept, though nobody could tell whether the group exists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,16 @@ import pytest
 
 from stillblock import codec
 from stillblock.config import Config
-from stillblock.errors import NameTakenError, NotQuietError, QuiesceError, UsageError
+from stillblock.errors import (
+    InUseError,
+    NameTakenError,
+    NotQuietError,
+    QuiesceError,
+    UndecidedError,
+    UsageError,
+)
 from stillblock.model import Consistency, Quiet, RuleTerm, SnapshotState
-from stillblock.operations import volumes
+from stillblock.operations import recovery, volumes
 from stillblock.operations.consistency import ConsistencyRequest
 from stillblock.operations.groups import GroupRequest, MemberRequest
 from stillblock.operations.snapshots import SnapshotRequest
@@ -132,6 +139,135 @@ def test_if_one_volume_cannot_be_quiesced_none_has_a_snapshot(
         taken = group.create()
     assert [bool(r.snapshot.shortfall) for r in taken.receipts] == [False, True]
     assert reachable
+
+
+def hooks_of(config: Config, name: str, folder: Path, script: str, *, limit_ms: int) -> None:
+    """Have snapshots of a volume prepared by a hook."""
+    folder.mkdir()
+    hook = folder / "hook"
+    hook.write_text(f"#!/bin/sh\n{script}\n")
+    hook.chmod(0o700)
+    with open_session(config, name) as session:
+        session.set_consistency(
+            ConsistencyRequest(
+                level=Consistency.APPLICATION, hooks=str(folder), hook_limit_ms=limit_ms
+            )
+        )
+
+
+def test_if_one_did_not_hold_still_until_the_instant_none_has_a_snapshot(
+    config: Config, reachable: str, tmp_path: Path
+):
+    """The hooks of `data` end by themselves, and only then do those of `wal` come to their end."""
+    ended = tmp_path / "ended"
+    after = f'[ "$1" = before ] || : > {ended}'
+    until = f'[ "$1" = after ] || while [ ! -e {ended} ]; do sleep 0.02; done'
+    hooks_of(config, "data", tmp_path / "data", after, limit_ms=300)
+    hooks_of(config, "wal", tmp_path / "wal", until, limit_ms=20_000)
+    group = GroupSession(config, asked("data@now", "wal@now"))
+    with group, pytest.raises(QuiesceError, match=r"data: application was not held .*hooks ended"):
+        group.create()
+    assert (listed(config, "data"), listed(config, "wal")) == ([], [])
+    ended.unlink()
+    with GroupSession(config, asked("data@now", "wal@now", or_barrier=True)) as group:
+        taken = group.create()
+    assert [bool(r.snapshot.shortfall) for r in taken.receipts] == [True, False]
+    assert reachable
+
+
+def test_a_hook_that_fails_after_the_instant_is_told_and_all_have_their_snapshots(
+    config: Config, reachable: str, tmp_path: Path
+):
+    hooks_of(config, "wal", tmp_path / "wal", '[ "$1" = before ]', limit_ms=20_000)
+    group = GroupSession(config, asked("data@now", "wal@now"))
+    with group, pytest.raises(QuiesceError, match="data@now, wal@now were taken"):
+        group.create()
+    assert (listed(config, "data"), listed(config, "wal")) == (["now"], ["now"])
+    with open_session(config, "wal") as session:
+        assert "hooks failed after the instant" in session.show_snapshot("now").shortfall
+    assert reachable
+
+
+def test_nobody_is_held_still_while_another_waits_for_a_quiet_moment(
+    config: Config, reachable: str, tmp_path: Path
+):
+    called = tmp_path / "called"
+    hooks_of(config, "wal", tmp_path / "wal", f": > {called}", limit_ms=20_000)
+    with open_session(config, "data") as session:
+        session.set_consistency(ConsistencyRequest(level=Consistency.IDLE))
+    for ask in (GroupSession.plan, GroupSession.create):
+        group = GroupSession(config, asked("data@now", "wal@now"))
+        with group, pytest.raises(UsageError, match="waits for a quiet moment") as refused:
+            ask(group)
+        assert "--consistency" in str(refused.value)
+    assert not called.exists()
+    assert (listed(config, "data"), listed(config, "wal")) == ([], [])
+    assert reachable
+
+
+@pytest.fixture
+def apart(config: Config, three: tuple[str, ...]) -> tuple[str, str, Path]:
+    """A group of which one member does not know the end; both, and the store that does."""
+    assert three
+    with GroupSession(config, asked("data@now", "wal@now")) as group:
+        group.create()
+    with volumes.open_catalog(config) as catalog:
+        entries = sorted((catalog.volume(v) for v in ("data", "wal")), key=lambda e: e.uuid)
+    knows, asks = entries
+    journal = Path(asks.store) / "journal"
+    content = journal.read_bytes()
+    kinds = {
+        at: content[at + 16] for at in range(0, len(content), 512) if content[at:][:4] == b"SBJR"
+    }
+    journal.write_bytes(content[: next(at for at, kind in kinds.items() if kind == 27)])
+    plan = recovery.plan_recover(config, asks.name, how="discard")
+    away = Path(knows.store).rename(Path(knows.store).with_name("away"))
+    recovery.recover_volume(config, plan, how="discard")
+    return knows.name, asks.name, away
+
+
+def test_a_member_is_served_undecided_and_asks_again_when_somebody_looks(
+    config: Config, apart: tuple[str, str, Path]
+):
+    knows, asks, away = apart
+    for _ in serving(config, (asks,)):
+        with open_session(config, asks) as session:
+            shown = session.show_snapshot("now")
+            assert shown.state is SnapshotState.UNDECIDED
+            with pytest.raises(UndecidedError):
+                session.rename_snapshot("now", name="then")
+            away.rename(away.with_name(knows))
+            (again,) = session.list_snapshots().snapshots
+            assert (again.state, again.undecided) == (SnapshotState.OK, "")
+
+
+def test_the_store_that_others_have_to_ask_is_not_removed(
+    config: Config, apart: tuple[str, str, Path]
+):
+    knows, asks, away = apart
+    away.rename(away.with_name(knows))
+    with pytest.raises(InUseError, match=f"snapshots of {asks} exist"):
+        volumes.plan_remove(config, knows)
+    assert listed(config, asks) == ["now"]
+    volumes.remove_volume(config, volumes.plan_remove(config, knows))
+    with open_session(config, asks) as session:
+        assert session.show_snapshot("now").state is SnapshotState.OK
+
+
+def test_a_snapshot_of_which_nobody_can_tell_is_kept_with_a_note(
+    config: Config, apart: tuple[str, str, Path]
+):
+    _, asks, _ = apart
+    for _ in serving(config, (asks,)):
+        with open_session(config, asks) as session:
+            kept = session.keep_undecided(note="the other disk burned")
+            assert kept.snapshots == ("now",)
+            shown = session.show_snapshot("now")
+            assert shown.state is SnapshotState.OK
+            assert shown.group is not None
+            assert shown.group.kept.endswith(": the other disk burned")
+            assert session.keep_undecided().snapshots == ()
+            assert session.receipt("now").is_intact
 
 
 def test_a_group_waits_until_all_that_ask_for_it_are_quiet(config: Config, reachable: str):

@@ -603,7 +603,8 @@ def _others(info: SnapshotInfo) -> str:
         return ""
     prefix = f"{info.volume}@"
     others = [member for member in info.group.members if not member.startswith(prefix)]
-    return f"{', '.join(others)} (group {info.group.id})"
+    kept = f"; this one {info.group.kept}" if info.group.kept else ""
+    return f"{', '.join(others)} (group {info.group.id}{kept})"
 
 
 def _pause(found: Receipt) -> str:

@@ -3,17 +3,17 @@
 `quiesced` is the way in, and `quiesced_together` for a group of volumes. Freezes come before the
 gate closes, so that what they write passes through the volume like any write; thaws begin as soon
 as the gate is open again, while the snapshot is still being made durable. Whatever happens in
-between, everybody is let go.
+between, everybody is let go (`release`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from stillblock.consistency import leftover
 from stillblock.consistency.applications import Applications
@@ -21,6 +21,7 @@ from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.guest import GuestFreeze
 from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
+from stillblock.consistency.release import JUDGE_S, Release
 from stillblock.errors import ClosedError, NotQuietError, QuiesceError, RefusedError, UsageError
 from stillblock.model import (
     Consistency,
@@ -35,8 +36,6 @@ from stillblock.model import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-T = TypeVar("T")
-
 LIMIT_MS_MIN: Final = 10
 LIMIT_MS_MAX: Final = 600_000
 """Ten minutes: nobody should hold an application still for longer by accident."""
@@ -46,8 +45,6 @@ _DETAIL_CHARS_MAX: Final = 16 * 1024
 """Of what all steps say so much is kept, or for each step"""
 _DETAIL_CHARS_MIN: Final = 200
 """so much: a record is kept in the journal, whose entries have a limit."""
-_LOOK_S: Final = 0.05
-"""How often it is looked whether one of several volumes closes."""
 _UNDECIDED: Final = "the server ended before it could be said"
 
 
@@ -113,9 +110,9 @@ def check_settings(settings: ConsistencySettings) -> None:
 
 
 class Moment:
-    """An instant that is being prepared; `take` takes it, `outcome` tells how it went."""
+    """An instant that is being prepared; `quiet` takes it, `outcome` tells how it went."""
 
-    def __init__(self, occasion: Occasion, volume: WatchedVolume) -> None:
+    def __init__(self, occasion: Occasion, volume: WatchedVolume, letting_go: Release) -> None:
         self._occasion = occasion
         self._settings = occasion.settings
         self._volume = volume
@@ -124,11 +121,13 @@ class Moment:
         self._applications: Applications | None = None
         self._steps: list[QuiesceStep] = []
         self._shortfalls: list[str] = []
+        self._failures: list[str] = []
+        """Of hooks after the instant: what it holds is as right as it can be told."""
         self._watched: Extents | None = None
         self._is_watching = False
         self._passed_ns: int | None = None
-        self._releasing: threading.Thread | None = None
-        self._release_lock = threading.Lock()
+        self.letting_go = letting_go
+        """Shared by all moments of one instant."""
 
     # Before
 
@@ -141,21 +140,31 @@ class Moment:
 
     def prepare_freeze(self) -> None:
         """Do what may have to wait for others, before anything is frozen."""
-        if self._is_freeze_wanted:
+        if self.is_freeze_wanted:
             with self._or_barrier():
                 self._occasion.before_freeze()
+        else:
+            self._occasion.before_freeze()
+
+    def look_at_mounts(self) -> None:
+        """Open what is to be frozen: looking takes time, and reads. As `freeze`."""
+        if self.is_freeze_wanted:
+            with self._or_barrier():
+                self._look_at_mounts()
 
     def freeze(self) -> None:
         """Bring filesystems to hold still. What fails is a shortfall, or ends it."""
-        if self._is_freeze_wanted:
+        if self.is_freeze_wanted:
             with self._or_barrier():
                 self._freeze()
         if self._shortfalls:
-            # Half of it held still for nothing.
-            self.release()
+            # Half of it held still for nothing. Applications go on later: what they write then may
+            # lie on a filesystem of another volume, which is frozen by now.
+            self.thaw()
 
     @property
-    def _is_freeze_wanted(self) -> bool:
+    def is_freeze_wanted(self) -> bool:
+        """Whether filesystems are to be frozen, or a guest."""
         levels = {Consistency.FILESYSTEM, Consistency.APPLICATION}
         return self._settings.level in levels and not self._shortfalls
 
@@ -175,18 +184,19 @@ class Moment:
         finally:
             self._take_steps(self._applications)
 
-    def _freeze(self) -> None:
-        limit_ms = self._settings.freeze_limit_ms
-        # All are looked at before the first is frozen: looking takes time, and reads.
+    def _look_at_mounts(self) -> None:
         for path in self._settings.mounts:
             mount = open_checked(
                 Path(path),
                 self._volume,
                 volume_name=self._occasion.volume,
                 own_places=self._occasion.own_places,
-                timeout_s=limit_ms / 1000,
+                timeout_s=self._settings.freeze_limit_ms / 1000,
             )
             self._mounts.append(mount)
+
+    def _freeze(self) -> None:
+        limit_ms = self._settings.freeze_limit_ms
         freezes: list[MountFreeze | GuestFreeze] = [
             MountFreeze(mount, limit_ms=limit_ms) for mount in self._mounts
         ]
@@ -229,13 +239,6 @@ class Moment:
             self._shortfalls.append(str(error))
 
     # The instant
-
-    def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
-        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never.
-
-        Raise `ClosedError` if that was waited for until the volume closes.
-        """
-        return take_together((self,), lambda quiet_ms, passed: snapshot(quiet_ms[0], passed))
 
     @property
     def is_idle(self) -> bool:
@@ -322,36 +325,45 @@ class Moment:
         )
 
     def passed(self) -> None:
-        """Let everybody go on while the snapshot is being made durable. Called by the engine."""
+        """Note that the instant is over."""
         self._passed_ns = time.monotonic_ns()
-        if self._freezes or self._applications is not None:
-            self._releasing = threading.Thread(target=self.release, name="release", daemon=True)
-            self._releasing.start()
 
     # After
 
-    def release(self) -> None:
-        """Thaw, then run the hooks' `after`; once, whoever calls first."""
-        with self._release_lock:
-            freezes, self._freezes = self._freezes, []
-            for freeze in reversed(freezes):
-                step = freeze.end()
-                if step is not None:
-                    self._steps.append(step)
-                self._judge(freeze.thawed_ns, freeze.shortfall)
-            mounts, self._mounts = self._mounts, []
-            for mount in mounts:
-                mount.close()
-            # A freeze that failed is not in the list: its guard may still wait for it.
-            if self._occasion.note is not None and not self._has_failed_freeze():
-                leftover.forget(self._occasion.note)
-            applications, self._applications = self._applications, None
-            if applications is not None:
-                applications.end()
-                self._take_steps(applications)
-                self._judge(applications.released_ns, applications.shortfall)
-                if applications.failure:
-                    self._shortfalls.append(applications.failure)
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody holds still."""
+        return bool(self._freezes) or self._applications is not None
+
+    def thaw(self) -> None:
+        """Thaw everything, and judge whether it was frozen until the instant."""
+        freezes, self._freezes = self._freezes, []
+        for freeze in reversed(freezes):
+            step = freeze.end()
+            if step is not None:
+                self._steps.append(step)
+            self._judge(freeze.thawed_ns, freeze.shortfall)
+        mounts, self._mounts = self._mounts, []
+        for mount in mounts:
+            mount.close()
+        # A freeze that failed is not in the list: its guard may still wait for it.
+        if self._occasion.note is not None and not self._has_failed_freeze():
+            leftover.forget(self._occasion.note)
+
+    def let_applications_go(self) -> None:
+        """Have applications go on, and judge whether they held still until the instant."""
+        if self._applications is not None:
+            self._applications.let_go()
+            self._judge(self._applications.released_ns, self._applications.shortfall)
+
+    def end_applications(self) -> None:
+        """Wait until they do."""
+        applications, self._applications = self._applications, None
+        if applications is not None:
+            applications.end()
+            self._take_steps(applications)
+            if applications.failure:
+                self._failures.append(applications.failure)
 
     def _has_failed_freeze(self) -> bool:
         kinds = {StepKind.FREEZE, StepKind.THAW}
@@ -367,11 +379,16 @@ class Moment:
         if shortfall and not is_late:
             self._shortfalls.append(shortfall)
 
-    def wait_released(self) -> None:
-        """Return once everybody was let go."""
-        if self._releasing is not None:
-            self._releasing.join()
-        self.release()
+    def objection(self) -> str:
+        """Return why less was held until the instant than may be; empty if all was.
+
+        Waits until that is known, which it is long before everybody goes on.
+        """
+        if self._settings.or_barrier or not self.letting_go.has_begun:
+            return ""
+        if not self.letting_go.wait_judged():
+            return f"it is not known after {JUDGE_S:.0f} s whether everybody held still"
+        return "; ".join(self._shortfalls)
 
     @property
     def undecided(self) -> Quiescing:
@@ -387,12 +404,12 @@ class Moment:
 
     def outcome(self) -> Quiescing:
         """Return how it went, everybody being let go."""
-        self.wait_released()
+        self.letting_go.finish()
         asked = self._settings.level
         return Quiescing(
             asked=asked,
-            reached=Consistency.BARRIER if self._shortfalls else asked,
-            shortfall="; ".join(self._shortfalls),
+            reached=Consistency.BARRIER if self._shortfalls or self._failures else asked,
+            shortfall="; ".join(self._shortfalls + self._failures),
             steps=_within_budget(self._steps),
             is_quiet_selected=self._settings.quiet is Quiet.SELECTED,
         )
@@ -405,59 +422,6 @@ def _within_budget(steps: list[QuiesceStep]) -> tuple[QuiesceStep, ...]:
         step if len(step.detail) <= share else replace(step, detail="..." + step.detail[-share:])
         for step in steps
     )
-
-
-def take_together(
-    moments: Sequence[Moment],
-    snapshot: Callable[[tuple[int | None, ...], Callable[[], None]], T],
-) -> T:
-    """Call `snapshot(quiet_ms of each, passed)` when it is time for all of them.
-
-    Raise `NotQuietError` if that time never comes, `ClosedError` if a volume closes before.
-    """
-
-    def passed() -> None:
-        for moment in moments:
-            moment.passed()
-
-    idle = [moment for moment in moments if moment.is_idle]
-    if not idle:
-        return snapshot((None,) * len(moments), passed)
-    begun_ns = time.monotonic_ns()
-    limit_ns = begun_ns + min(moment.idle_limit_ns for moment in idle)
-    quiet_ms = tuple(moment.quiet_ms if moment.is_idle else None for moment in moments)
-    try:
-        for moment in idle:
-            moment.watch()
-        while _wait_quiet(moments, idle, limit_ns):
-            try:
-                taken = snapshot(quiet_ms, passed)
-            except NotQuietError:
-                continue
-            for moment in idle:
-                moment.note_quiet(begun_ns)
-            return taken
-    finally:
-        for moment in idle:
-            moment.unwatch()
-    for moment in idle:
-        moment.note_never_quiet(begun_ns)
-    return snapshot((None,) * len(moments), passed)
-
-
-def _wait_quiet(moments: Sequence[Moment], idle: Sequence[Moment], limit_ns: int) -> bool:
-    """Wait until all have been quiet for long enough; false if the limit comes first."""
-    while True:
-        for moment in moments:
-            moment.check_open()
-        left_ns = max(moment.not_quiet_for_ns() for moment in idle)
-        if left_ns <= 0:
-            return time.monotonic_ns() < limit_ns
-        if time.monotonic_ns() + left_ns >= limit_ns:
-            return False
-        # One of several may be closed meanwhile, and nothing waits for all their events.
-        step_s = left_ns / 1e9 if len(moments) == 1 else min(left_ns / 1e9, _LOOK_S)
-        moments[0].is_closing.wait(step_s)
 
 
 @contextmanager
@@ -477,22 +441,38 @@ def quiesced_together(
 ) -> Iterator[tuple[Moment, ...]]:
     """Prepare one instant of several volumes, and let everybody go in the end.
 
-    Applications of all volumes hold still before any filesystem is frozen: what they write
-    meanwhile may lie on another volume of the group. No gate is closed yet, so no freeze waits for
-    one of ours. Raises what `quiesced` raises.
+    Each step is done for all volumes before the next one: applications hold still, since what they
+    write meanwhile may lie on another volume of the group; then everything that takes long is done;
+    then filesystems are frozen. No gate is closed yet, so no freeze waits for one of ours. Raises
+    what `quiesced` raises.
     """
     for occasion, _ in parts:
         check_settings(occasion.settings)
-    moments = tuple(Moment(occasion, volume) for occasion, volume in parts)
+    check_mix([occasion.settings.level for occasion, _ in parts])
+    letting_go = Release()
+    moments = tuple(Moment(occasion, volume, letting_go) for occasion, volume in parts)
+    letting_go.of(moments)
     try:
         for moment in moments:
             moment.prepare_applications()
-        for moment in moments:
-            moment.prepare_freeze()
-        for moment in moments:
-            moment.freeze()
+        if any(moment.is_freeze_wanted for moment in moments):
+            for moment in moments:
+                moment.prepare_freeze()
+            for moment in moments:
+                moment.look_at_mounts()
+            for moment in moments:
+                moment.freeze()
         yield moments
     finally:
-        with ExitStack() as letting_go:
-            for moment in moments:
-                letting_go.callback(moment.wait_released)
+        letting_go.finish()
+
+
+def check_mix(levels: Sequence[Consistency]) -> None:
+    """Raise `UsageError` for levels that cannot be held at one instant."""
+    held = {Consistency.FILESYSTEM, Consistency.APPLICATION} & set(levels)
+    if Consistency.IDLE in levels and held:
+        raise UsageError(
+            "one volume of a group waits for a quiet moment, which may take minutes, while "
+            f"another would be held still ({', '.join(sorted(held))})",
+            hint="ask for one level for all of them with --consistency",
+        )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from stillblock import native
-from stillblock.consistency.quiesce import quiesced_together, take_together
-from stillblock.errors import UsageError
+from stillblock.consistency.quiesce import check_mix, quiesced_together
+from stillblock.consistency.quiet import take_together
+from stillblock.errors import QuiesceError, StillblockError, UsageError
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
     Consistency,
@@ -107,12 +108,12 @@ def plan_group(volumes: Sequence[OpenVolume], request: GroupRequest) -> GroupPla
     """Resolve the rules of each on the live disks and check the names; change nothing."""
     check_members(request)
     common = _common_name(volumes)
-    return GroupPlan(
-        plans=tuple(
-            plan_snapshot(volume, request.of(member.name or common))
-            for volume, member in zip(volumes, request.members, strict=True)
-        )
+    plans = tuple(
+        plan_snapshot(volume, request.of(member.name or common))
+        for volume, member in zip(volumes, request.members, strict=True)
     )
+    check_mix([plan.consistency.level for plan in plans])
+    return GroupPlan(plans=plans)
 
 
 def create_group(volumes: Sequence[OpenVolume], request: GroupRequest) -> GroupReceipt:
@@ -127,24 +128,16 @@ def create_group(volumes: Sequence[OpenVolume], request: GroupRequest) -> GroupR
         for volume in sorted(volumes, key=lambda volume: volume.engine.uuid):
             held.enter_context(volume.instants.turn())
         parts = _parts(volumes, request, held)
-        group = SnapshotGroup(
-            id=uuid.uuid4().hex,
-            members=tuple(f"{part.volume.name}@{part.taking.plan.name}" for part in parts),
-        )
         around = [(part.taking.occasion(), part.volume.engine) for part in parts]
         with quiesced_together(around) as moments:
-            taken = take_together(
-                moments,
-                lambda quiet_ms, passed: _take(group, parts, moments, quiet_ms, passed),
+            group, taken = take_together(
+                moments, lambda quiet_ms, passed: _take(parts, moments, quiet_ms, passed)
             )
             outcomes = tuple(moment.outcome() for moment in moments)
-        _check_held(parts, taken, outcomes)
-        receipts = tuple(
-            keep_snapshot(part.volume, record, instant, outcome)
-            for part, (record, instant), outcome in zip(parts, taken, outcomes, strict=True)
-        )
+        receipts = _keep_all(parts, taken, outcomes)
     for volume, receipt in zip(volumes, receipts, strict=True):
         note_created(volume, receipt)
+    _check_ended_well(parts, group, outcomes)
     return GroupReceipt(group=group, receipts=receipts)
 
 
@@ -175,13 +168,28 @@ def _parts(
 
 
 def _take(
-    group: SnapshotGroup,
     parts: Sequence[_Part],
     moments: Sequence[Moment],
     quiet_ms: Sequence[int | None],
     passed: Callable[[], None],
-) -> tuple[tuple[SnapshotRecord, native.Instant], ...]:
-    """Take all. Raise `NotQuietError` where it was not quiet, or other ranges have to be."""
+) -> tuple[SnapshotGroup, tuple[tuple[SnapshotRecord, native.Instant], ...]]:
+    """Take all. Raise `NotQuietError` where it was not quiet, or other ranges have to be;
+    `QuiesceError`, with nothing taken, if somebody did not hold still until the instant.
+    """
+    # Of this try: what is said of another one must never be taken for it.
+    group = SnapshotGroup(
+        id=uuid.uuid4().hex,
+        members=tuple(f"{part.volume.name}@{part.taking.plan.name}" for part in parts),
+    )
+    objections: list[QuiesceError] = []
+
+    def objects() -> str | None:
+        for part, moment in zip(parts, moments, strict=True):
+            if why := moment.objection():
+                asked = part.taking.plan.consistency.level
+                objections.append(not_held(part.volume, asked, why))
+        return objections[0].message if objections else None
+
     with ExitStack() as locks:
         for part in parts:
             locks.enter_context(part.volume.lock)
@@ -201,27 +209,43 @@ def _take(
             )
             for part, record, moment, quiet in zip(parts, records, moments, quiet_ms, strict=True)
         ]
-        instants = native.snapshot_group(group.id, members, passed=passed)
+        try:
+            instants = native.snapshot_group(group.id, members, passed=passed, objects=objects)
+        except QuiesceError as error:
+            raise (objections[0] if objections else error) from error
         for part in parts:
             part.taking.hold()
-        return tuple(zip(records, instants, strict=True))
+        return group, tuple(zip(records, instants, strict=True))
 
 
-def _check_held(
+def _keep_all(
     parts: Sequence[_Part],
     taken: Sequence[tuple[SnapshotRecord, native.Instant]],
     outcomes: Sequence[Quiescing],
+) -> tuple[Receipt, ...]:
+    """Write down how each came about; raise the first error once all were tried."""
+    receipts, failures = [], []
+    for part, (record, instant), outcome in zip(parts, taken, outcomes, strict=True):
+        try:
+            receipts.append(keep_snapshot(part.volume, record, instant, outcome))
+        except StillblockError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return tuple(receipts)
+
+
+def _check_ended_well(
+    parts: Sequence[_Part], group: SnapshotGroup, outcomes: Sequence[Quiescing]
 ) -> None:
-    """Delete all, and raise `QuiesceError`, if one is right but not what was asked for."""
-    short = [
-        (part.volume, outcome)
-        for part, outcome in zip(parts, outcomes, strict=True)
-        if falls_short(part.taking.plan, outcome)
-    ]
-    if short:
-        for part, (_, instant) in zip(parts, taken, strict=True):
-            part.volume.engine.delete_snapshot(epoch=instant.epoch)
-        raise not_held(*short[0])
+    """Raise `QuiesceError` if a hook failed after the instant: the snapshots are there by then."""
+    for part, outcome in zip(parts, outcomes, strict=True):
+        if falls_short(part.taking.plan, outcome):
+            raise QuiesceError(
+                f"{part.volume.name}: {outcome.shortfall}; {', '.join(group.members)} were taken "
+                "before, and their receipts say it",
+                hint="look whether the application goes on; delete them if they are of no use",
+            )
 
 
 def _common_name(volumes: Sequence[OpenVolume]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stillblock import selection
+from stillblock.consistency import quiet
 from stillblock.consistency.quiesce import Moment, quiesced
 from stillblock.errors import ProtectedError, QuiesceError, StillblockError, UsageError
 from stillblock.extents import total_bytes
@@ -40,6 +41,7 @@ from stillblock.operations.receipts import (
 )
 from stillblock.operations.records import encode_snapshot, new_id
 from stillblock.operations.rules import RulesRequest, effective_rules, explain_terms
+from stillblock.operations.undecided import ask_again
 from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
@@ -236,14 +238,15 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
             plan = _planned(volume, request, settings)
             taking = Taking(volume, request, plan, held, waits=has_to_wait(plan))
         with quiesced(taking.occasion(), volume.engine) as moment:
-            instant, record = moment.take(
-                lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed)
+            instant, record = quiet.take(
+                moment,
+                lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed),
             )
             quiescing = moment.outcome()
         if falls_short(taking.plan, quiescing):
             # Right, but not what was asked for.
             volume.engine.delete_snapshot(epoch=instant.epoch)
-            raise not_held(volume, quiescing)
+            raise not_held(volume, quiescing.asked, quiescing.shortfall)
         receipt = keep_snapshot(volume, record, instant, quiescing)
     note_created(volume, receipt)
     return receipt
@@ -259,11 +262,10 @@ def falls_short(plan: SnapshotPlan, quiescing: Quiescing) -> bool:
     return bool(quiescing.shortfall) and not plan.consistency.or_barrier
 
 
-def not_held(volume: OpenVolume, quiescing: Quiescing) -> QuiesceError:
+def not_held(volume: OpenVolume, asked: Consistency, shortfall: str) -> QuiesceError:
     """Return the error for a level that was not held until the instant."""
     return QuiesceError(
-        f"{volume.name}: {quiescing.asked} was not held until the instant: "
-        f"{quiescing.shortfall}; nothing was taken",
+        f"{volume.name}: {asked} was not held until the instant: {shortfall}; nothing was taken",
         hint="raise the limit, or add --or-barrier to keep such a snapshot",
     )
 
@@ -425,6 +427,7 @@ def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRec
 
 def list_snapshots(volume: OpenVolume) -> SnapshotList:
     """Return every snapshot, oldest first."""
+    ask_again(volume)
     counts = clone_counts(volume)
     return SnapshotList(
         volume=volume.name,
@@ -437,6 +440,7 @@ def list_snapshots(volume: OpenVolume) -> SnapshotList:
 
 def show_snapshot(volume: OpenVolume, target: SnapshotTarget) -> SnapshotInfo:
     """Return one snapshot."""
+    ask_again(volume)
     snapshot = volume.snapshot(target.snapshot)
     count = clone_counts(volume).get(snapshot.epoch.epoch, 0)
     return replace(snapshot_info(volume, snapshot), clone_count=count)

@@ -287,6 +287,10 @@ class OpenVolume:
                 places[f"store of {entry.name}"] = Path(entry.store)
         return places
 
+    def other_stores(self) -> tuple[Path, ...]:
+        """Return the stores of all other volumes on the list."""
+        return _other_stores(self._config, self.name)
+
     # What the store remembers
 
     def settings(self) -> VolumeConfig:

@@ -33,6 +33,7 @@ from stillblock.operations import (
     rules,
     snapshots,
     statistics,
+    undecided,
     usage,
     verification,
     volumes,
@@ -161,6 +162,15 @@ ACCEPT_ORIGIN: Final = Verb(
     request=recovery.AcceptRequest,
     result=recovery.Accepted,
     run=recovery.accept_origin,
+)
+KEEP_UNDECIDED: Final = Verb(
+    name="keep_undecided",
+    method="POST",
+    path="/keep-undecided",
+    summary="Keep snapshots of which nobody can tell whether their groups exist.",
+    request=undecided.KeepRequest,
+    result=undecided.Kept,
+    run=undecided.keep_undecided,
 )
 CHECK_STRUCTURE: Final = Verb(
     name="check_structure",

@@ -5,6 +5,8 @@
 //! the same thing otherwise, or nothing begins any more at the instant it is about. Everything else
 //! is copied as it is, in its order.
 
+mod losses;
+
 use super::{Committer, Effort, Upkeep, Volume};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -14,6 +16,7 @@ use crate::journal::{
 use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
 use crate::sync::MutexGuard;
+use losses::Merge;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A smaller journal is left alone: it is read in a few milliseconds.
@@ -94,44 +97,6 @@ type IsOver<'a> = &'a dyn Fn() -> bool;
 
 fn go_on(is_over: IsOver<'_>) -> Result<()> {
     if is_over() { Err(Error::Closed) } else { Ok(()) }
-}
-
-/// Losses of one epoch, of which few are made. One that is the whole disk says more than its blocks:
-/// that records of the epoch are gone. So whatever may be that, now or when the disk has another
-/// size, stays as it is, and is never made of others.
-#[derive(Default)]
-struct Merge {
-    /// Ends of those that are all blocks before one.
-    whole: BTreeSet<u64>,
-    /// Of all others. Put in order once: how long it takes must not grow with records times extents.
-    extents: Vec<Extent>,
-}
-
-impl Merge {
-    fn add(&mut self, blocks: &ExtentSet) {
-        match blocks.as_slice() {
-            [all] if all.start == 0 => drop(self.whole.insert(all.end)),
-            others => self.extents.extend(others),
-        }
-    }
-
-    /// Sets of at most so many extents, two or more, that have all blocks together.
-    fn finish(self, extents_max: usize) -> Vec<ExtentSet> {
-        let before = |end: u64| ExtentSet::from_extent(Extent::new(0, end));
-        let covered = before(self.whole.last().copied().unwrap_or(0));
-        let mut sets: Vec<ExtentSet> = self.whole.into_iter().map(before).collect();
-        let others = ExtentSet::from_unsorted(self.extents).difference(&covered);
-        match others.as_slice() {
-            [all] if all.start == 0 => {
-                sets.extend([before(1), ExtentSet::from_extent(Extent::new(1, all.end))]);
-            }
-            others => {
-                let some = |extents: &[Extent]| extents.iter().copied().collect();
-                sets.extend(others.chunks(extents_max).map(some));
-            }
-        }
-        sets
-    }
 }
 
 /// Of one live instant, the last record that says each thing.

@@ -27,7 +27,7 @@ pub(super) struct Decided {
     pub(super) generation: u64,
     pub(super) opened: Option<([u8; 16], Vec<u8>)>,
     pub(super) closed: Option<(OriginIdentity, u64)>,
-    pub(super) aborted: BTreeSet<u32>,
+    pub(super) aborted: ExtentSet,
     restores_ended: BTreeSet<u32>,
     /// Of a compacted journal: the highest epoch it speaks of, and the restore that was not done.
     compacted: Option<(u32, u32)>,
@@ -103,7 +103,8 @@ impl Decided {
             Entry::Freed => self.owes_space = false,
             Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
             Entry::Aborted { epoch } => {
-                self.aborted.insert(*epoch);
+                let number = ExtentSet::from_extent(Extent::single(u64::from(*epoch)));
+                self.aborted = self.aborted.union(&number);
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
             Entry::Lost { epoch, blocks } => self.lost.push((*epoch, blocks.clone())),
@@ -130,7 +131,7 @@ impl Decided {
         self.epoch_max = self.epoch_max.max(compacted.epoch_max);
         self.compacted = Some((compacted.epoch_max, compacted.restoring));
         self.gone.clone_from(&compacted.gone);
-        self.aborted.extend(numbers_of(&compacted.aborted));
+        self.aborted = self.aborted.union(&compacted.aborted);
     }
 
     /// True if the restore that began with this instant is done, or never was.
@@ -139,7 +140,7 @@ impl Decided {
             safety <= epoch_max && safety != restoring && !is_broken(Rule::EndedRestoresKept)
         };
         self.restores_ended.contains(&safety)
-            || self.aborted.contains(&safety)
+            || self.aborted.contains(safety.into())
             || self.compacted.as_ref().is_some_and(was_done)
     }
 
@@ -187,9 +188,11 @@ impl Decided {
         let known: BTreeSet<u32> = headers.map(|header| header.epoch).collect();
         let live = snapshots.union(&bookmarks).copied();
         // How a group ended is kept for others when nothing begins here any more.
-        let is_gone =
-            |epoch: &u32| self.aborted.contains(epoch) || self.gone.contains(u64::from(*epoch));
-        live.filter(|epoch| !known.contains(epoch) && !is_gone(epoch)).collect()
+        let is_gone = |epoch: u32| {
+            let number = u64::from(epoch);
+            self.aborted.contains(number) || self.gone.contains(number)
+        };
+        live.filter(|epoch| !known.contains(epoch) && !is_gone(*epoch)).collect()
     }
 
     fn without_header(&self) -> Epoch {
@@ -257,7 +260,7 @@ impl Decided {
                 meta: header.meta.clone(),
                 ..Epoch::default()
             };
-            if !self.aborted.contains(&header.epoch) {
+            if !self.aborted.contains(header.epoch.into()) {
                 epochs.0.insert(header.epoch, epoch);
             }
         }
@@ -301,11 +304,6 @@ impl Decided {
 pub(super) fn epochs_with_losses(scan: &Scan, epochs: &Epochs) -> BTreeSet<u32> {
     let Some(first) = epochs.first() else { return BTreeSet::new() };
     scan.losses().flat_map(|loss| loss.first.max(first)..=loss.last).collect()
-}
-
-/// Epoch numbers of a record.
-fn numbers_of(set: &ExtentSet) -> impl Iterator<Item = u32> + '_ {
-    set.iter().flat_map(|e| e.start..e.end).filter_map(|number| u32::try_from(number).ok())
 }
 
 pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {

@@ -403,7 +403,7 @@ impl Parts {
         let restoring = restoring_of(&scan, &decided, decided.block_count());
         let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
-        let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
+        let live = in_segments.values().filter(|e| !decided.aborted.contains(u64::from(**e)));
         // Not those without a header: there is no segment to go on with.
         let known = epochs.0.iter().filter(|(_, e)| e.damage.is_empty()).map(|(&epoch, _)| epoch);
         let epoch = live.copied().max().unwrap_or(0).max(known.max().unwrap_or(0));

@@ -177,7 +177,11 @@ impl Volume {
     }
 
     /// Bring closed epochs to an index file.
-    fn file_closed(&self, upkeep: &mut MutexGuard<'_, Upkeep>, effort: Effort) -> Result<()> {
+    pub(super) fn file_closed(
+        &self,
+        upkeep: &mut MutexGuard<'_, Upkeep>,
+        effort: Effort,
+    ) -> Result<()> {
         let (unfiled, weight) = {
             let index = self.index.read();
             (index.unfiled(), index.unfiled_weight().0)
@@ -236,7 +240,7 @@ impl Volume {
     ) -> Result<()> {
         let layers = Arc::clone(self.index.read().layers());
         for layer in layers.iter().filter(|layer| layer.run.is_damaged()) {
-            let mut scan = scan_headers(&self.segments, self.uuid, &BTreeSet::new())?;
+            let mut scan = scan_headers(&self.segments, self.uuid, &ExtentSet::default())?;
             let by_epoch = scan.epochs();
             let (mut held, mut covers, mut weight) = (Vec::new(), Vec::new(), 0);
             for epoch in layer.epochs.iter() {

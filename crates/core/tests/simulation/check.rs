@@ -71,6 +71,27 @@ impl Tally {
     }
 }
 
+/// What is left to look at after a program, and how its volumes are opened.
+pub struct Stops {
+    pub way: Way,
+    pub all: Vec<Stop>,
+    /// For whoever looks at them.
+    pub dice: Dice,
+    /// Of those that were looked at on the way.
+    pub tally: Tally,
+}
+
+/// Look at some of the stops of a program.
+pub fn check_all(stops: &[Stop], way: Way, mut dice: Dice) -> Result<Tally, String> {
+    let mut tally = Tally::default();
+    for stop in stops {
+        if let Some((_, volume)) = check(stop, way, &mut dice, 0, &mut tally)? {
+            volume.abandon();
+        }
+    }
+    Ok(tally)
+}
+
 pub fn request(way: Way, recover: Recover) -> OpenRequest {
     OpenRequest {
         store: crate::machine::STORE.into(),
@@ -109,7 +130,7 @@ pub fn read_live(volume: &Volume) -> Result<Vec<u32>, String> {
 pub fn cells(bytes: &[u8]) -> Result<Vec<u32>, String> {
     let value = |(index, cell): (usize, &[u8])| {
         let first = u32::from_le_bytes(cell[..4].try_into().expect("four bytes"));
-        let is_whole = cell.chunks(4).all(|c| c == &first.to_le_bytes()[..c.len()]);
+        let is_whole = cell[4..] == cell[..cell.len() - 4];
         if is_whole { Ok(first) } else { Err(format!("cell {index} is mixed: {cell:02x?}")) }
     };
     bytes.chunks(CELL).enumerate().map(value).collect()
@@ -217,7 +238,7 @@ pub fn check(
 fn is_superseded(stop: &Stop, volume: &Volume, name: &str) -> bool {
     let machine = stop.killed(Dice::new(0));
     let segments = Segments::new(SimHost(machine).directory(Path::new(LOG)));
-    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &ExtentSet::new());
     found.is_ok_and(|found| segment_number(name).is_some_and(|n| found.superseded.contains(&n)))
 }
 
@@ -454,7 +475,7 @@ fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(),
 /// P3: of no block and epoch are there two copies.
 pub fn check_kept_once(machine: &Arc<Machine>, volume: &Volume) -> Result<(), String> {
     let segments = Segments::new(SimHost(Arc::clone(machine)).directory(Path::new(LOG)));
-    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &ExtentSet::new());
     let found = found.map_err(|e| format!("reading the log: {e}"))?;
     let mut seen = BTreeSet::new();
     for batch in &found.batches {
@@ -473,7 +494,7 @@ pub fn check_kept_once(machine: &Arc<Machine>, volume: &Volume) -> Result<(), St
 /// no index, and nobody would remove it when it is let go of.
 fn check_tails(machine: &Arc<Machine>, volume: &Volume) -> Result<(), String> {
     let segments = Segments::new(SimHost(Arc::clone(machine)).directory(Path::new(LOG)));
-    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &ExtentSet::new());
     let found = found.map_err(|e| format!("reading the log: {e}"))?;
     for segment in found.segments.values() {
         let number = segment.header.segment;
@@ -589,7 +610,7 @@ pub fn describe(machine: &Arc<Machine>) -> String {
                 writeln!(text, "  {name} page {page}/{length} {:?}", String::from_utf8_lossy(&b));
         }
     }
-    match scan(&segments, UUID, 4096, &BTreeSet::new()) {
+    match scan(&segments, UUID, 4096, &ExtentSet::new()) {
         Ok(found) => {
             for (number, s) in &found.segments {
                 let _ = writeln!(text, "  segment {number} {:?}", s.header);

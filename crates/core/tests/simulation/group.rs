@@ -3,7 +3,7 @@
 //! Each client writes to one volume, waits until that is acknowledged, then writes to the other, and
 //! so on, with growing values. So at any one moment the two differ by one.
 
-use crate::check::{Tally, Way, request};
+use crate::check::{Stops, Tally, Way, request};
 use crate::dice::Dice;
 use crate::machine::{FaultPlan, Machine, ORIGIN, STORE, SimHost, Stop, Target};
 use crate::model::Model;
@@ -472,7 +472,7 @@ fn check(
 }
 
 /// Run the program of a seed.
-pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String> {
+pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Stops, String> {
     let mut dice = Dice::new(seed);
     let way = Way {
         is_write_through: dice.chance(15),
@@ -500,7 +500,6 @@ pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String>
         made.map_err(|e| format!("making a volume fails: {e}"))?;
     }
     machine.listen();
-    let mut tally = Tally::default();
     let volumes = open(&machine, way, false)?;
     machine.watch();
     if way.has_faults {
@@ -514,12 +513,19 @@ pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String>
         volume.abandon();
     }
     if machine.is_origin_failed.load(std::sync::atomic::Ordering::Relaxed) {
-        return Ok(tally);
+        stops.clear();
     }
-    for (index, stop) in stops.iter().enumerate() {
-        if dice.below(stops.len() - index) < stops_max {
-            check(stop, way, &mut dice, 0, &mut tally)?;
-        }
+    while stops.len() > stops_max {
+        stops.swap_remove(dice.below(stops.len()));
+    }
+    Ok(Stops { way, all: stops, dice, tally: Tally::default() })
+}
+
+/// Look at some of the stops of a program.
+pub fn check_all(stops: &[Stop], way: Way, mut dice: Dice) -> Result<Tally, String> {
+    let mut tally = Tally::default();
+    for stop in stops {
+        check(stop, way, &mut dice, 0, &mut tally)?;
     }
     Ok(tally)
 }

@@ -18,6 +18,7 @@ from bench import (
     report,
     rounds,
     scale,
+    stalls,
     words,
 )
 from bench.errors import BenchError, UsageError
@@ -38,10 +39,10 @@ from bench.units import GIB, MIB, parse_size
 from bench.workloads import ROW_NAMES, VIEW_ROWS, Mode
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
-RUN_KINDS = ("io", "sync", "direct", "stall", "mem", "snap", "incr")
+RUN_KINDS = ("io", "sync", "direct", "stall", "stalls", "mem", "snap", "incr")
 ALL_KINDS = ("io", "sync", "direct", "stall", "mem", "incr")
 ON_DISK = frozenset({"sync", "direct"})
-SPARSE_DISK = frozenset({"stall", "mem", "snap"})
+SPARSE_DISK = frozenset({"stall", "stalls", "mem", "snap"})
 SIZE_MULTIPLE_BYTES = 16 * MIB
 FULL_SIZE_BYTES = 4 * GIB
 QUICK_SIZE_BYTES = GIB
@@ -235,6 +236,14 @@ def _sessions(kind: str, asked: Request, place: Place) -> Iterator[Session]:
             snapshot_count=asked.snapshot_count,
             round_count=round_count,
         )
+    if kind == "stalls":
+        return stalls.measure_stalls(
+            names,
+            place=place,
+            size_bytes=asked.sparse_bytes,
+            snapshot_count=asked.snapshot_count,
+            round_count=round_count,
+        )
     if kind == "mem":
         return instants.measure_memory(
             names,
@@ -363,6 +372,7 @@ _SUMMARIES = {
     "sync": "first writes with a flush each and every 32, on a disk (--disk)",
     "direct": "random reads past the page cache, on a disk (--disk)",
     "stall": "the longest gap a writer sees while snapshots are taken",
+    "stalls": "the longest write of four connections around each snapshot",
     "mem": "memory per further snapshot",
     "snap": "time to take a snapshot of sparse disks",
     "incr": "copying only what changed, after one percent did",
@@ -384,7 +394,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--qemu-aio", choices=["threads", "io_uring", "native"], help="QEMU's I/O engine")
     add("--no-verify", action="store_true", help="do not prove the snapshot's content afterwards")
     add("--burst", default="16M", help="bytes in a burst that a write buffer may absorb")
-    add("--snapshots", type=int, default=20, help="how many `stall` takes (default: 20)")
+    add("--snapshots", type=int, default=20, help="how many stall and stalls take (default: 20)")
     add("--sparse-size", default="256G", help="of the disk of stall and mem (default: 256G)")
     add("--mem-snapshots", default="10:32,100000:8", metavar="EXTENTS:SNAPSHOTS,...")
     add("--full", action="store_true", help="print every table, not one a run")

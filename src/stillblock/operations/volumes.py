@@ -44,6 +44,7 @@ from stillblock.operations.registry import (
     registering,
 )
 from stillblock.operations.rules import default_rules, expanded, explain_on
+from stillblock.operations.undecided import check_nobody_asks
 from stillblock.operations.usage import check_limit
 from stillblock.operations.volume import EngineOptions, OpenVolume
 
@@ -193,6 +194,7 @@ def plan_remove(config: Config, name: str, *, keep_store: bool = False) -> Remov
         entry = catalog.volume(name)
     snapshots: tuple[str, ...] = ()
     if not keep_store and Path(entry.store).exists():
+        check_nobody_asks(config, name)
         with OpenVolume.open(config, name) as volume:
             snapshots = tuple(s.record.name for s in volume.snapshots())
     return RemovePlan(
@@ -209,6 +211,7 @@ def remove_volume(config: Config, plan: RemovePlan) -> RemovePlan:
     store = Path(plan.store)
     with registering(config), open_catalog(config) as catalog:
         if plan.deletes_store and store.exists():
+            check_nobody_asks(config, plan.name)
             # Opening proves that nobody serves it; closing completes the origin.
             with OpenVolume.open(config, plan.name):
                 pass

@@ -276,9 +276,9 @@ class ExportServer:
             self._trees.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
-        # Of a snapshot without its header nothing can be read; one that is narrowed selects more
-        # than it will.
-        there = (s for s in volume.snapshots() if s.record.is_final and not s.epoch.damage)
+        # Of a snapshot without its header nothing can be read, nor of one that may not exist; one
+        # that is narrowed selects more than it will.
+        there = (s for s in volume.snapshots() if s.is_readable)
         snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
         by_epoch: dict[int | None, str] = {s.epoch.epoch: name for name, s in snapshots.items()}

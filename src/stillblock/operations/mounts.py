@@ -168,7 +168,9 @@ def _ensure_private(volume: OpenVolume) -> str:
     """Return the directory of the tree that mounts lie on."""
     directory = str(volume.images_dir)
     with volume.lock:
-        if not volume.hooks.shows_images(volume, directory):
+        top = {mount.path: mount.source for mount in kernel.mount_points(kernel.System())}
+        is_there = top.get(directory) == kernel.tree_source(volume.name)
+        if not is_there or not volume.hooks.shows_images(volume, directory):
             volume.images_dir.mkdir(mode=0o700, exist_ok=True)
             _show(volume, directory, is_private=True)
     return directory

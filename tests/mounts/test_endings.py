@@ -87,6 +87,7 @@ def test_a_server_that_was_killed_cleans_up_when_it_starts_again(disk, place):
 
 
 def test_a_stop_unmounts_and_what_was_written_to_a_clone_is_kept(disk, place):
+    before = disk.read(), disk.read("monday")
     points = everything(disk, place)
     refused = disk.try_cli("volume", "release", "web")
     assert refused.code == 1
@@ -98,6 +99,7 @@ def test_a_stop_unmounts_and_what_was_written_to_a_clone_is_kept(disk, place):
     assert clones(disk) == ["x"]
     disk.here("mount", "web@monday+x", str(points["x"]))
     assert (points["x"] / "kept").read_text() == "kept"
+    assert (disk.read(), disk.read("monday")) == before
     held = os.open(points["x"], os.O_RDONLY)
     try:
         busy = disk.try_cli("unmount", str(points["x"]))

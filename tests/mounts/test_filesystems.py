@@ -18,6 +18,7 @@ import pytest
 from mounted import as_file, clear
 from processes import wait_until
 from serving import MIB, Served, run, try_run, volume_of
+from stillblock.service import mounting
 
 pytestmark = [
     pytest.mark.slow,
@@ -293,6 +294,24 @@ def test_a_throw_away_clone_goes_with_its_mount_whoever_unmounts_it(live):
     assert live.served.here("clone", "list", "web", "--json").json["clones"] == []
     assert live.served.here("mount", "--json").json["mounts"] == []
     assert digests(live.served, "monday") == before
+
+
+@pytest.mark.needs("btrfstune", "blkid")
+def test_an_old_kernel_gets_a_btrfs_with_an_fsid_of_its_own_or_none(live, monkeypatch):
+    """It would take the copy for another path to the live filesystem, and write there."""
+    monkeypatch.setattr(mounting.platform, "release", lambda: "6.1.0-13-amd64")
+    words = ("mount", "web@monday", str(live.target("old")), "--partition", "3")
+    with pytest.raises(AssertionError, match=r"before 6\.7 .* --writable"):
+        live.served.here(*words)
+    assert live.served.here("mount", "--json").json["mounts"] == []
+    live.served.here(*words, "--writable")
+    assert tree(live.target("old")) == live.monday["btrfs"]
+    uuids = {
+        run("findmnt", "--noheadings", "--output", "UUID", str(point)).out.strip()
+        for point in (live.target("old"), live.points["btrfs"])
+    }
+    assert len(uuids) == 2
+    live.served.here("unmount", str(live.target("old")))
 
 
 def test_a_mount_that_fails_leaves_nothing(live):

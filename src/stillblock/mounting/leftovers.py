@@ -127,7 +127,10 @@ def undo(
     if found.mount is not None:
         _unmount(found, force=force)
     if found.loop is not None:
-        kernel.detach_loop(found.loop.device)
+        # Gone with its mount, as a rule, and given to somebody else perhaps: looked at once more.
+        still = [one for one in kernel.loops(kernel.System()) if one == found.loop]
+        for one in still:
+            kernel.detach_loop(one.device)
     if found.nbd is not None:
         kernel.command("nbd-client", "-d", found.nbd, what=f"detaching {found.nbd}")
     if record.clone:

@@ -122,6 +122,8 @@ def mount_filesystem(
         if has_new_fsid:
             kernel.command("btrfstune", "-f", "-m", device, what=f"a new fsid for {device}")
         kernel.mount(device, making.record.directory, kind=how.kind, options=how.options)
+        # In use from now on, it goes with the mount, whoever unmounts it.
+        kernel.detach_loop(device)
         return making.made(source)
 
 

@@ -63,7 +63,7 @@ def check_clean(served: Served, place: Path) -> None:
     assert ours(place) == ([], [])
     assert ours(served.folder) == ([], [])
     assert not list((served.folder / "s" / "mounts").glob("*.json"))
-    assert not (served.folder / "s" / "run" / "web.images").exists()
+    assert not (served.folder / "s" / "run" / "images" / "web").exists()
 
 
 def test_a_server_that_was_killed_cleans_up_when_it_starts_again(disk, place):
@@ -74,6 +74,10 @@ def test_a_server_that_was_killed_cleans_up_when_it_starts_again(disk, place):
         listed = disk.try_cli("mount", "--json")
         assert listed.code == 3
         assert not any(one["is_whole"] for one in listed.json["mounts"])
+        doctor = disk.try_cli("doctor", "--json")
+        assert doctor.out, doctor.err
+        checks = {check["name"]: check for check in doctor.json["checks"]}
+        assert f"web@monday at {points['ro']}" in checks["mounts"]["finding"]
         disk.start()
         assert clones(disk) == ["x"]
         assert disk.here("mount", "--json").json["mounts"] == []

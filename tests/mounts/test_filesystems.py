@@ -329,6 +329,11 @@ def test_a_mount_that_fails_leaves_nothing(live):
     assert broken.code == 1, broken.out
     hidden = served.try_cli("mount", "web@monday", str(served.folder), "--partition", "1")
     assert "would hide" in hidden.err
+    images = live.target("still")
+    served.here("mount", "--images", "web", str(images))
+    among = served.try_cli("mount", "--images", "web", str(images / "@monday.parts"))
+    assert "lies among images" in among.err
+    served.here("unmount", str(images))
     served.here("clone", "delete", "web@monday+broken", "--yes")
     assert served.here("mount", "--json").json["mounts"] == []
     assert set(Path("/sys/block").glob("loop*/loop/backing_file")) == before

@@ -113,6 +113,9 @@ def test_what_cannot_be_written_refuses_and_a_disk_keeps_its_size(served, place)
         with pytest.raises(OSError, match=r"implemented|permitted|denied"):
             change()
     assert names(images) == ["@monday+x.raw", "@monday.raw", "disk.raw"]
+    nested = served.try_cli("volume", "add", "nested", "--origin", str(clone))
+    assert nested.code == 1
+    assert "an image that a server shows" in nested.err
 
 
 def test_holes_are_told_so_that_a_copy_is_sparse_and_the_same(served, place, tmp_path):

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     )
     from stillblock.operations.consistency import ConsistencyRequest, StandingConsistency
     from stillblock.operations.forecast import Forecast
+    from stillblock.operations.held import Readable
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
     from stillblock.operations.usage import PolicyRequest
@@ -99,6 +100,10 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def is_remote(self) -> bool:
         """Whether another process serves the volume."""
+
+    @abc.abstractmethod
+    def open_disk(self, snapshot: SnapshotInfo, clone: CloneInfo | None = None) -> Readable:
+        """Open a snapshot that is final, or a clone of it, for reading; it is held until closed."""
 
     # Volume
 
@@ -364,6 +369,12 @@ class LocalSession(Session):
     def close(self) -> None:
         """Stop the volume cleanly."""
         self._opened.close()
+
+    def open_disk(self, snapshot: SnapshotInfo, clone: CloneInfo | None = None) -> Readable:
+        """Open a view of it in this process."""
+        if clone is not None:
+            return self._opened.engine.open_clone(number=clone.number)
+        return self._opened.engine.view(epoch=snapshot.epoch)
 
     @property
     def is_remote(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench import (
     clones,
+    images,
     increments,
     instants,
     machine,
@@ -163,6 +164,13 @@ def _clones(given: argparse.Namespace) -> int:
     if min(plan.clone_count, plan.round_count) < 1:
         raise UsageError("--count and --rounds must be at least 1")
     return EXIT_OK if clones.measure(plan, parent=given.dir) else EXIT_FAILED
+
+
+def _images(given: argparse.Namespace) -> int:
+    plan = images.Plan(round_count=given.rounds, seconds=given.seconds)
+    if plan.round_count < 1 or plan.seconds <= 0:
+        raise UsageError("--rounds must be at least 1, --seconds more than 0")
+    return EXIT_OK if images.measure(plan, parent=given.dir) else EXIT_FAILED
 
 
 def _words(given: argparse.Namespace) -> int:
@@ -363,6 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scale_command(commands)
     _add_words_command(commands)
     _add_clones_command(commands)
+    _add_images_command(commands)
     return parser
 
 
@@ -433,6 +442,16 @@ def _add_clones_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     add("--rounds", type=int, default=15, help="passes of reads, the best counts (default: 15)")
     add("--dir", type=Path, help="scratch; needs 1 GiB")
     command.set_defaults(handle=_clones)
+
+
+def _add_images_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "snapshots and clones as files: the server's tree beside nbdfuse; needs FUSE"
+    command = commands.add_parser("images", help=summary, description=summary)
+    add = command.add_argument
+    add("--rounds", type=int, default=5, help="passes through each (default: 5)")
+    add("--seconds", type=float, default=2.0, help="how long a pass takes (default: 2)")
+    add("--dir", type=Path, help="directory for the scratch files (default: memory)")
+    command.set_defaults(handle=_images)
 
 
 def _add_words_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

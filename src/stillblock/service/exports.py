@@ -15,7 +15,7 @@ from stillblock.errors import InUseError, NotFoundError, StillblockError
 from stillblock.model import ExportInfo, format_instant, format_size
 from stillblock.operations.clones import Clone, clones_of, is_promoted
 from stillblock.operations.disks import SnapshotDisk
-from stillblock.service.images import ImageTree
+from stillblock.service.image_tree import ImageTree
 
 if TYPE_CHECKING:
     from stillblock.model import Extents

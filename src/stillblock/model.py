@@ -237,6 +237,15 @@ class Consistency(StrEnum):
     """And applications prepared for it by hooks, and filesystems, if any are named, held still."""
 
 
+class Quiet(StrEnum):
+    """Which writers wait for an instant."""
+
+    DEVICE = "device"
+    """All of them."""
+    SELECTED = "selected"
+    """Those of blocks that the snapshot selects when it is taken."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsistencySettings:
     """A volume's standing wishes about its instants; times in milliseconds."""
@@ -244,6 +253,8 @@ class ConsistencySettings:
     level: Consistency = Consistency.BARRIER
     or_barrier: bool = False
     """Fall back to `barrier` where the level cannot be reached, instead of taking nothing."""
+    quiet: Quiet = Quiet.DEVICE
+    """Which writers wait."""
     quiet_ms: int = 200
     """`idle`: for how long nothing may have been written."""
     idle_limit_ms: int = 30_000
@@ -294,6 +305,8 @@ class Quiescing:
     shortfall: str = ""
     """Why the level was not reached; empty if it was."""
     steps: tuple[QuiesceStep, ...] = ()
+    is_quiet_selected: bool = False
+    """Only writers of selected blocks waited, and only those in flight are told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -423,6 +436,8 @@ class SnapshotState(StrEnum):
     OK = "ok"
     SUSPECT = "suspect"
     """Something happened that could not be seen: the origin was written by others."""
+    UNDECIDED = "undecided"
+    """One of a group, and whether that exists cannot be told here; kept, and not readable."""
     NARROWING = "narrowing"
     """Taken, and held; what its rules say of files and free space is still being worked out."""
     PARTIAL = "partial"
@@ -528,6 +543,18 @@ class SnapshotVerification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotGroup:
+    """Snapshots of several volumes with one instant."""
+
+    id: str
+    """32 hexadecimal digits."""
+    members: tuple[str, ...]
+    """What they were called at the instant, `VOL@SNAP`, in the order they were asked for."""
+    kept: str = ""
+    """On whose word this one is kept, though nobody could tell whether the group exists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotRecord:
     """What we write beside an instant in the store; the engine keeps it as opaque bytes."""
 
@@ -562,6 +589,8 @@ class SnapshotRecord:
     """Of what resolved its rules."""
     digest: str = ""
     """SHA-256 of what the receipt says and must go on saying."""
+    group: SnapshotGroup | None = None
+    """With which others it has its instant in common; None: with nobody."""
     verification: SnapshotVerification | None = None
     """What its filesystems came to on a clone; None: nobody looked."""
 
@@ -675,6 +704,10 @@ class SnapshotInfo:
     """Why that is less than was asked for; empty if it is not."""
     is_final: bool = True
     """False: it is being narrowed, and cannot be read, cloned or restored yet."""
+    group: SnapshotGroup | None = None
+    """With which others it has its instant in common; None: with nobody."""
+    undecided: str = ""
+    """Why it is not known whether it exists; empty if it is. Nothing of it can be read then."""
     verified: CheckOutcome | None = None
     """What `snapshot verify` last found; None: nobody looked."""
     clone_count: int = 0

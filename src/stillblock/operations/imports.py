@@ -78,6 +78,7 @@ def plan_import(
     with open_catalog(config) as catalog:
         others = tuple(e for e in catalog.volumes() if e.uuid != found.uuid)
     origins.refuse_taken(origin, others, system or origins.System())
+    origins.refuse_image(origin, system or origins.System())
     return ImportPlan(
         name=name,
         uuid=found.uuid,

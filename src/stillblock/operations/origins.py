@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Key = tuple[str, int, int]
 """`("block", major, minor)` or `("file", device, inode)`."""
 
+_TREE_SOURCE: Final = "stillblock:"
+"""What trees of images have as their source in the kernel's table."""
 _VHD_FOOTER_BYTES: Final = 512
 _VHD_COOKIE: Final = b"conectix"
 _VHD_VERSION: Final = b"\x00\x01\x00\x00"
@@ -183,6 +185,20 @@ def refuse_mounted(origin: Path, system: System) -> None:
         if key_of(swap) in reach:
             raise OriginMountedError(
                 f"{origin} is in use as swap ({swap})", hint=f"first run: swapoff {swap}"
+            )
+
+
+def refuse_image(origin: Path, system: System) -> None:
+    """Raise `RefusedError` if the disk is an image that a server shows, or a device on one.
+
+    A server that waits for its own answer can neither go on nor be killed.
+    """
+    trees = {device for device, source, _ in _mounts(system) if source.startswith(_TREE_SOURCE)}
+    for kind, device, _ in footprint(origin, system).reach:
+        if kind == "file" and ("block", os.major(device), os.minor(device)) in trees:
+            raise RefusedError(
+                f"{origin} is an image that a server shows of a volume",
+                hint="make a disk of its own of it: `stillblock clone promote`, or copy it",
             )
 
 

@@ -40,6 +40,7 @@ from stillblock.operations.snapshots import (
     SnapshotRequest,
     SnapshotTarget,
 )
+from stillblock.operations.undecided import KeepRequest, Kept
 from stillblock.operations.verification import (
     CheckReport,
     VerifyProgress,
@@ -150,6 +151,10 @@ class Session(abc.ABC):
     def accept_origin(self, *, note: str = "") -> Accepted:
         """Take an origin that others wrote to as it is."""
         return self.call(verbs.ACCEPT_ORIGIN, AcceptRequest(note=note))
+
+    def keep_undecided(self, *, note: str = "") -> Kept:
+        """Keep snapshots of which nobody can tell whether their groups exist."""
+        return self.call(verbs.KEEP_UNDECIDED, KeepRequest(note=note))
 
     def check_structure(self) -> CheckReport:
         """Return what is wrong with the store, short of reading all content."""
@@ -388,6 +393,11 @@ class LocalSession(Session):
         if clone is not None:
             return self._opened.engine.open_clone(number=clone.number)
         return self._opened.engine.view(epoch=snapshot.epoch)
+
+    @property
+    def opened(self) -> OpenVolume:
+        """The volume itself."""
+        return self._opened
 
     @property
     def is_remote(self) -> bool:

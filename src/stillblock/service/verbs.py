@@ -35,6 +35,7 @@ from stillblock.operations import (
     rules,
     snapshots,
     statistics,
+    undecided,
     usage,
     verification,
     volumes,
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+
+GROUPS_PATH: Final = "/v1/groups"
+"""POST takes snapshots of several volumes, all served here, at one instant."""
+PLAN_GROUP_PATH: Final = "/v1/plans/group"
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -159,6 +164,15 @@ ACCEPT_ORIGIN: Final = Verb(
     request=recovery.AcceptRequest,
     result=recovery.Accepted,
     run=recovery.accept_origin,
+)
+KEEP_UNDECIDED: Final = Verb(
+    name="keep_undecided",
+    method="POST",
+    path="/keep-undecided",
+    summary="Keep snapshots of which nobody can tell whether their groups exist.",
+    request=undecided.KeepRequest,
+    result=undecided.Kept,
+    run=undecided.keep_undecided,
 )
 CHECK_STRUCTURE: Final = Verb(
     name="check_structure",

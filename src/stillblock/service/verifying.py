@@ -188,9 +188,9 @@ def _check(
             )
         outcome = outcome_of(step, ended.returncode)
         if outcome is not CheckOutcome.SOUND:
-            return outcome, f"{' '.join(step.command)}: {_readable(ended.stdout)}"
+            return outcome, f"{' '.join(step.command)}: {_readable(ended.stdout, image)}"
         if ended.returncode:
-            said = f"put in order first: {_readable(ended.stdout)}"
+            said = f"put in order first: {_readable(ended.stdout, image)}"
     return CheckOutcome.SOUND, said
 
 
@@ -201,7 +201,8 @@ def _replay(config: Config, clone: Reference, place: FilesystemPlace) -> None:
         unmount(config, folder, kinds=(MountKind.FILESYSTEM,))
 
 
-def _readable(output: bytes) -> str:
-    """Return a checker's words in one line, without what a terminal would obey."""
-    words = " ".join(output.decode(errors="replace").split())
+def _readable(output: bytes, image: Path) -> str:
+    """Return a checker's words in one line, without our path and what a terminal would obey."""
+    text = output.decode(errors="replace").replace(f"{image}: ", "").replace(str(image), "it")
+    words = " ".join(text.split())
     return "".join(char if char.isprintable() else "?" for char in words)

@@ -261,6 +261,12 @@ def test_a_clone_is_changed_and_checked_while_the_live_disk_is_under_load(live):
     assert not list(live.points["xfs"].glob("a/file-*"))
     refused = served.try_cli("clone", "delete", "web@monday+x", "--yes")
     assert refused.code == 1, refused.out
+    nested = live.place / "nested.img"
+    nested.write_bytes(b"x" * MIB)
+    for kind in SIZES:
+        store = str(live.place / f"x-{kind}" / "store")
+        looped = served.try_cli("volume", "add", "n", "--origin", str(nested), "--store", store)
+        assert "that a server shows" in looped.err, kind
     served.here("unmount", "web@monday+x")
     images = live.target("still")
     served.here("mount", "--images", "web", str(images))

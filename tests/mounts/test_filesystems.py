@@ -55,8 +55,8 @@ class Live:
     def snapshot(self, name: str, *, is_frozen: bool = True) -> None:
         """Take one of everything; frozen: of filesystems without anything left to replay."""
         frozen: list[str] = []
-        if is_frozen:
-            run("sync")
+        for point in self.points.values() if is_frozen else ():
+            run("sync", "--file-system", str(point))
         try:
             for kind in FREEZABLE if is_frozen else ():
                 run("fsfreeze", "--freeze", str(self.points[kind]))
@@ -138,7 +138,11 @@ def live() -> Iterator[Live]:
             file.truncate((at + 1) * MIB)
         lines = "".join(f"start={starts[k] * 2048}, size={SIZES[k] * 2048}\n" for k in SIZES)
         subprocess.run(
-            ["sfdisk", "-q", str(origin)], input=f"label: gpt\n{lines}", text=True, check=True
+            # It would sync every filesystem of the machine.
+            ["sfdisk", "-q", "--no-tell-kernel", str(origin)],
+            input=f"label: gpt\n{lines}",
+            text=True,
+            check=True,
         )
         for kind, size in SIZES.items():
             made = home / kind
@@ -261,6 +265,12 @@ def test_a_clone_is_changed_and_checked_while_the_live_disk_is_under_load(live):
     assert not list(live.points["xfs"].glob("a/file-*"))
     refused = served.try_cli("clone", "delete", "web@monday+x", "--yes")
     assert refused.code == 1, refused.out
+    nested = live.place / "nested.img"
+    nested.write_bytes(b"x" * MIB)
+    for kind in SIZES:
+        store = str(live.place / f"x-{kind}" / "store")
+        looped = served.try_cli("volume", "add", "n", "--origin", str(nested), "--store", store)
+        assert "that a server shows" in looped.err, kind
     served.here("unmount", "web@monday+x")
     images = live.target("still")
     served.here("mount", "--images", "web", str(images))

@@ -220,6 +220,16 @@ def test_an_image_that_a_server_shows_is_refused_and_a_device_on_it(machine, ima
             origins.refuse_image(disk, machine.system)
 
 
+def test_a_store_on_a_mounted_image_is_refused(machine, image, tmp_path):
+    loop = machine.loop(0, image)
+    device = image.stat().st_dev
+    machine.mount("0:45", str(loop), str(tmp_path.resolve()))
+    origins.refuse_on_image(tmp_path / "a" / "store", machine.system, what="store")
+    machine.mount(f"{os.major(device)}:{os.minor(device)}", "stillblock:web", "/home/you/still")
+    with pytest.raises(StoreOnVolumeError, match="that a server shows"):
+        origins.refuse_on_image(tmp_path / "a" / "store", machine.system, what="store")
+
+
 def test_swap_is_refused(machine, image):
     machine.swap(image)
     with pytest.raises(OriginMountedError, match="swapoff"):

@@ -79,6 +79,7 @@ def plan_import(
         others = tuple(e for e in catalog.volumes() if e.uuid != found.uuid)
     origins.refuse_taken(origin, others, system or origins.System())
     origins.refuse_image(origin, system or origins.System())
+    origins.refuse_on_image(store, system or origins.System(), what="store")
     return ImportPlan(
         name=name,
         uuid=found.uuid,

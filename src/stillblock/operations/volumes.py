@@ -136,6 +136,7 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
     origins.refuse_on_volume(config.state_dir, origin, system, what="state directory")
     origins.refuse_mounted(origin, system)
     origins.refuse_image(origin, system)
+    origins.refuse_on_image(store, system, what="store")
     _check_store_new(store)
     rules = expanded(request.rules, selection.Presets(config.presets_dir))
     with open_raw(origin) as disk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from stillblock.model import Reference
 from stillblock.operations.clones import CloneRequest
 from stillblock.operations.copying import Copied, copy_out
 from stillblock.operations.trees import SnapshotFiles, Tree
+from stillblock.selection.filesystems.filesystem import Layout
 from stillblock.service.reading import open_reference
 
 pytestmark = [pytest.mark.needs(*TOOLS), pytest.mark.slow]
@@ -203,3 +205,34 @@ def test_a_volume_that_nobody_serves_gives_the_same_files_and_so_does_its_clone(
     assert there == alone
     assert len(set(there)) == 1
     assert there[0]
+
+
+def test_a_file_with_lost_blocks_is_refused_and_the_others_are_whole(tmp_path: Path) -> None:
+    """The store had no room for all of it; what is left of it would be another file."""
+    root = tmp_path / "root"
+    root.mkdir()
+    small, big = os.urandom(50_000), os.urandom(8 * MIB)
+    (root / "small").write_bytes(small)
+    (root / "big").write_bytes(big)
+    image = tmp_path / "disk.img"
+    run("mkfs.ext4", "-q", "-b", "4096", "-d", str(root), str(image), "24M")
+    limit = ("--store-limit", "6M")
+    with tempfile.TemporaryDirectory(prefix="sb-") as short, volume_of(image, short, *limit) as web:
+        web.start()
+        web.snapshot("monday", "--include", "all")
+        with opened(web, "web@monday:/") as tree:
+            layout = tree.layout(tree.find("/big").node)
+            assert isinstance(layout, Layout)
+            places = [(run.start, run.length) for run in layout.runs]
+        with web.client() as client:
+            for start, length in places:
+                client.pwrite(b"\xee" * length, offset=start or 0)
+            client.flush()
+        done = web.try_cli("cp", "-r", "web@monday:/", str(tmp_path / "out"), "--json")
+        assert done.code == 3
+        assert [(r["path"], r["why"]) for r in done.json["refused"]] == [("/big", "lost")]
+        assert (tmp_path / "out/small").read_bytes() == small
+        assert not (tmp_path / "out/big").exists()
+        refused = web.try_cli("cat", "web@monday:/big")
+        assert (refused.code, refused.out) == (13, "")
+        assert "of it are lost" in refused.err

@@ -62,6 +62,11 @@ class Output:
         """Print one line of a result."""
         self._out.print(Text(text))
 
+    def lines(self, texts: Sequence[str]) -> None:
+        """Print many lines of a result at once."""
+        if texts:
+            print("\n".join(texts), flush=True)
+
     def pairs(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print names and values, aligned; rows without a value are left out."""
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

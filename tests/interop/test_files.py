@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from filesystems import KINDS, SECRET, TOOLS, Kind, loop_mounted, make_disk, start_of
+from filesystems import KINDS, SECRET, TOOLS, Kind, loop_mounted, start_of
 from serving import MIB, Served, run, volume_of
 from stillblock.config import Config
 from stillblock.errors import ExcludedError
@@ -29,13 +29,15 @@ CACHE = {f"/var/cache/c{number}" for number in range(4)}
 
 
 @pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Path]]:
+def disk(
+    tmp_path_factory: pytest.TempPathFactory, many_filesystems: Callable[[Path], Path]
+) -> Iterator[tuple[Served, Path]]:
     """A served disk, whose live side was overwritten since the snapshot, and a copy of that."""
     folder = tmp_path_factory.mktemp("files")
-    make_disk(folder / "disk.img")
+    image = many_filesystems(folder / "disk.img")
     with (
         tempfile.TemporaryDirectory(prefix="sb-") as short,
-        volume_of(folder / "disk.img", short) as served,
+        volume_of(image, short) as served,
     ):
         served.start()
         served.snapshot("monday", *RULES)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, counted
+from stillblock.cli.output import Output, counted, warn_if_suspect
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.model import Reference, format_instant, format_size
 from stillblock.operations.copying import copy_out
@@ -77,6 +77,7 @@ def ls(
     output = Output(common)
     reference = Reference.parse(ref)
     with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
         files = SnapshotFiles(held)
         if reference.path is None:
             _list_filesystems(output, held.reference, files)
@@ -105,7 +106,7 @@ def cat(
     if not refs:
         raise UsageError("say which file: stillblock cat VOL@SNAP:/path")
     for ref in refs:
-        with _opened(common, ref) as (reference, tree):
+        with _opened(common, output, ref) as (reference, tree):
             found = tree.find(reference.path or "/", follows=True)
             _require_file(tree, found)
             content = tree.content(found.name, found.node)
@@ -145,7 +146,10 @@ def cp(
         A directory with all that is in it; links are copied as links.
     """
     output = Output(common)
-    with _opened(common, ref) as (reference, tree), output.working(f"copying {ref}") as tell:
+    with (
+        _opened(common, output, ref) as (reference, tree),
+        output.working(f"copying {ref}") as tell,
+    ):
         next_s = 0.0
 
         def told(path: str, copied_bytes: int) -> None:
@@ -166,16 +170,15 @@ def cp(
 
 
 @contextmanager
-def _opened(common: Common, ref: str) -> Iterator[tuple[Reference, Tree]]:
+def _opened(common: Common, output: Output, ref: str) -> Iterator[tuple[Reference, Tree]]:
 
     reference = Reference.parse(ref)
     if reference.path is None:
         raise UsageError(f"{ref!r} names no file; write {ref}:/path")
-    with (
-        open_reference(common.config(), reference) as held,
-        SnapshotFiles(held).tree(reference.place) as tree,
-    ):
-        yield reference, tree
+    with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
+        with SnapshotFiles(held).tree(reference.place) as tree:
+            yield reference, tree
 
 
 def _require_file(tree: Tree, found: Entry) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
-from stillblock.errors import NotFoundError, StillblockError, UsageError
+from stillblock.errors import NotFoundError, SnapshotLostError, StillblockError, UsageError
 from stillblock.extents import normalise, subtract
 from stillblock.model import Unresolved
 from stillblock.operations.held import Refusal, Why
@@ -325,4 +325,6 @@ def kind_of(node: Node) -> str:
 
 def why_of(error: StillblockError) -> Why:
     """Return what kind of refusal an error is."""
+    if isinstance(error, SnapshotLostError):
+        return Why.LOST
     return Why.UNRESOLVED if isinstance(error, UnresolvedError) else Why.UNREADABLE

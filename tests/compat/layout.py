@@ -128,6 +128,24 @@ class Reader:
     def blob(self) -> bytes:
         return self.raw(self.u64())
 
+    def varint(self) -> int:
+        value, shift = 0, 0
+        while True:
+            (byte,) = self.raw(1)
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                return value
+
+    def packed_extents(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        end = 0
+        for _ in range(self.u64()):
+            start = end + self.varint()
+            end = start + self.varint()
+            found.append((start, end))
+        return found
+
     @property
     def is_done(self) -> bool:
         return self.at == len(self.data)
@@ -154,7 +172,10 @@ def journal_records(data: bytes) -> list[JournalRecord]:
         payload = data[start : start + int(header["payload_bytes"])]
         covered = data[at : at + layout.offset("crc")] + payload
         assert header["magic"] == b"SBJR"
-        assert header["sequence"] == len(found) + 1
+        if found:
+            assert header["sequence"] == int(found[-1].header["sequence"]) + 1
+        elif names[int(header["kind"])] != "Compacted":
+            assert header["sequence"] == 1
         assert header["crc"] == crc32c(covered)
         found.append(
             JournalRecord(at=at, header=header, name=names[int(header["kind"])], payload=payload)

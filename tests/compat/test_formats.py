@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -163,7 +164,7 @@ def test_every_journal_record_is_decoded_to_its_end(golden):
 
 def test_the_kinds_of_records_have_their_numbers():
     for page, heading, kinds in (
-        ("journal.md", "Kinds", [*range(1, 23), 24]),
+        ("journal.md", "Kinds", [*range(1, 23), 24, 25]),
         ("log.md", "Descriptor", [*range(1, 8)]),
     ):
         assert list(numbered_names(page, heading)) == kinds
@@ -205,6 +206,50 @@ def test_a_new_segment_is_as_the_page_says(killed):
     told = [(d.kind, d.first_block, d.payload) for b in found.batches for d in b.descriptors]
     assert told == [("PRESERVE", 3, b"o" * BLOCK), ("PRESERVE", 9, b"o" * BLOCK)]
     journal_records((store / "journal").read_bytes())
+
+
+def test_a_compacted_journal_is_as_the_page_says(tmp_path):
+    """It says which numbers were given out, and nothing else of what is gone."""
+    origin, store, memory = tmp_path / "disk.img", tmp_path / "store", tmp_path / "memory"
+    origin.write_bytes(b"o" * 262144)
+    memory.mkdir()
+    native.create_volume(store=store, origin=origin, block_size=BLOCK, meta=b"first")
+    volume = native.Volume.open(store, buffer_dir=memory)
+
+    def snapshot() -> int:
+        return volume.snapshot(selection=((0, 262144),), meta=b"", pause_limit_ms=2000).epoch
+
+    assert [snapshot() for _ in range(4)] == [1, 2, 3, 4]
+    for epoch in (1, 2, 4):
+        volume.delete_snapshot(epoch=epoch)
+    for size in range(12):
+        volume.set_meta(bytes([size]) * 512 * 1024)
+    deadline = time.monotonic() + 60
+    while (store / "journal").stat().st_size > 4 << 20:
+        assert time.monotonic() < deadline, "it is never compacted"
+        volume.delete_snapshot(epoch=snapshot())  # an instant lets upkeep look
+    volume.set_meta(b"last")
+    volume.close()
+    records = journal_records((store / "journal").read_bytes())
+    names = [record.name for record in records]
+    assert names[:2] == ["Compacted", "Created"]
+    assert names[-1] == "Closed"
+    assert "Freed" in names
+    versions = {record.name: record.header["version"] for record in records}
+    assert (versions["Compacted"], versions["Created"], versions["VolumeMeta"]) == (3, 1, 1)
+    first = Reader(records[0].payload)
+    epoch_max, restoring = first.u32(), first.u32()
+    gone, aborted = first.packed_extents(), first.packed_extents()
+    assert first.is_done
+    assert (restoring, aborted) == (0, [])
+    assert gone[0] == (1, 3)
+    assert 4 <= gone[1][0] < gone[-1][1] <= epoch_max + 1
+    assert records[-1].header["sequence"] > 4 + 3 + 12, "numbers go on"
+    volume = native.Volume.open(store, buffer_dir=memory)
+    assert volume.meta() == b"last"
+    assert [info.epoch for info in volume.epochs()] == [3]
+    assert snapshot() > epoch_max
+    volume.close()
 
 
 def test_a_buffer_file_is_its_tables(killed):

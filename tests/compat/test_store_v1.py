@@ -118,12 +118,12 @@ def test_a_newer_journal_record_is_refused(golden):
     data = bytearray(golden.journal.read_bytes())
     last = journal_records(bytes(data))[-1]
     at = last.at + layout.offset("version")
-    data[at : at + 4] = (3).to_bytes(4, "little")
+    data[at : at + 4] = (4).to_bytes(4, "little")
     record = data[last.at :]
     seal_journal_record(record)
     data[last.at :] = record
     golden.journal.write_bytes(data)
-    with pytest.raises(UnsupportedVersionError, match="journal version 3 is newer"):
+    with pytest.raises(UnsupportedVersionError, match="journal version 4 is newer"):
         golden.open()
 
 

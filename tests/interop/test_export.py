@@ -178,11 +178,11 @@ def test_killed_qemu_images_leave_no_process_and_no_name(
     image = tmp_path / "x.qcow2"
     script = f"""
 import os, signal
-from stillblock.service import images
+from stillblock.service import qemu_images
 def stopping(self, data, *, offset):
     print(self._process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-images.QemuImage.write = stopping
+qemu_images.QemuImage.write = stopping
 from stillblock.cli import main
 main(["export", "web@monday", {str(image)!r}])
 """

@@ -150,7 +150,12 @@ impl From<JournalError> for Error {
             JournalError::Broken(source) => Self::store(
                 "an earlier write of the volume journal failed and cannot be undone yet",
             )(source),
-            JournalError::Damaged { .. } => Self::Damaged(error.to_string()),
+            JournalError::Unsettled(source) => Self::store(
+                "the volume journal was compacted and its name is not known to be durable yet",
+            )(source),
+            JournalError::Damaged { .. } | JournalError::Replaced => {
+                Self::Damaged(error.to_string())
+            }
         }
     }
 }

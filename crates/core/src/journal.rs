@@ -5,8 +5,12 @@
 //! intact ends the journal if nothing valid follows it; with something valid after it the journal
 //! is damaged, and the store is refused rather than guessed at.
 
+mod compaction;
+
+pub(crate) use self::compaction::{Outline, Replacement, Seen};
+
 use crate::codec::{Malformed, Reader, Writer};
-use crate::extent::ExtentSet;
+use crate::extent::{Extent, ExtentSet};
 use crate::number::{to_u64, to_usize};
 use crate::sabotage::{Rule, is_broken};
 use crate::storage::{Directory, Storage};
@@ -15,13 +19,17 @@ use std::sync::Arc;
 
 /// The journal's file name in the store.
 pub const JOURNAL_NAME: &str = "journal";
+/// The name under which a compacted journal is written. Nothing is ever read from there.
+pub const JOURNAL_NEW_NAME: &str = "journal.new";
 const UNIT: u64 = 512;
+/// What the shortest record takes in the file.
+pub(crate) const RECORD_UNIT: u64 = UNIT;
 const MAGIC: [u8; 4] = *b"SBJR";
 const HEADER_BYTES: usize = 28;
 /// The highest version this code reads; it writes the lowest that has a record's kind.
-pub const JOURNAL_VERSION: u32 = 2;
+pub const JOURNAL_VERSION: u32 = 3;
 /// Space kept allocated beyond the end, so that marks can be written when the store is full.
-const RESERVE_BYTES: u64 = 1 << 20;
+pub(crate) const RESERVE_BYTES: u64 = 1 << 20;
 /// No record of ours is longer: a selection of 16 million extents.
 const RECORD_BYTES_MAX: u32 = 256 << 20;
 
@@ -190,6 +198,23 @@ pub enum Entry {
         /// Which blocks.
         blocks: ExtentSet,
     },
+    /// The first record of a compacted journal: what it says of everything that has no record of its
+    /// own there any more.
+    Compacted(Compacted),
+}
+
+/// What was decided of instants that need no record of their own any more. Epoch numbers are in
+/// sets, as blocks are elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Compacted {
+    /// The highest epoch number that had been given out. All here is about those up to it.
+    pub epoch_max: u32,
+    /// The safety snapshot of the restore that was not done, 0 if there was none: every other one is.
+    pub restoring: u32,
+    /// Instants at which nothing begins any more, whatever the log has of them.
+    pub gone: ExtentSet,
+    /// Instants that failed after their headers may have become durable; they never were.
+    pub aborted: ExtentSet,
 }
 
 /// What is known of a snapshot once its selection is final.
@@ -206,11 +231,11 @@ pub struct Settled {
 pub enum OnFull {
     /// The write goes on and the snapshot loses the block.
     #[default]
-    Degrade,
+    Degrade = 0,
     /// The write waits until there is room.
-    Hold,
+    Hold = 1,
     /// The write fails.
-    Fail,
+    Fail = 2,
 }
 
 /// What happens when the store is full, and how much it may take.
@@ -222,8 +247,37 @@ pub struct StorePolicy {
     pub limit_bytes: u64,
 }
 
-/// Kinds above this one came with version 2: a program that does not know them says so.
-const VERSION_1_KIND_MAX: u8 = 17;
+/// The number of each kind of record. The payload of one that is about an epoch begins with it.
+pub(crate) mod kind {
+    pub(crate) const CREATED: u8 = 1;
+    pub(crate) const OPENED: u8 = 2;
+    pub(crate) const CLOSED: u8 = 3;
+    pub(crate) const VOLUME_META: u8 = 4;
+    pub(crate) const EPOCH_META: u8 = 5;
+    pub(crate) const NARROWED: u8 = 6;
+    pub(crate) const DELETED: u8 = 7;
+    pub(crate) const FREED: u8 = 8;
+    pub(crate) const BOOKMARKED: u8 = 9;
+    pub(crate) const BOOKMARK_DELETED: u8 = 10;
+    pub(crate) const RESIZED: u8 = 11;
+    pub(crate) const ABORTED: u8 = 12;
+    pub(crate) const LOST: u8 = 13;
+    pub(crate) const SUSPECT: u8 = 14;
+    pub(crate) const RESTORE_ENDED: u8 = 15;
+    pub(crate) const ORIGIN_FAILED: u8 = 16;
+    pub(crate) const RECOVERED: u8 = 17;
+    pub(crate) const ACCEPTED: u8 = 18;
+    pub(crate) const POLICY: u8 = 19;
+    pub(crate) const GIVEN_UP: u8 = 20;
+    pub(crate) const RESTORED: u8 = 21;
+    pub(crate) const NARROWED_AS: u8 = 22;
+    pub(crate) const FREEING: u8 = 24;
+    pub(crate) const COMPACTED: u8 = 25;
+}
+
+/// The last kinds of versions 1 and 2: a program that does not know later ones says so.
+const VERSION_1_KIND_MAX: u8 = kind::RECOVERED;
+const VERSION_2_KIND_MAX: u8 = kind::FREEING;
 
 impl Entry {
     fn encode(&self) -> (u8, Vec<u8>) {
@@ -233,152 +287,172 @@ impl Entry {
                 out.raw(uuid).u32(*block_size).bytes(origin);
                 put_identity(&mut out, identity);
                 out.bytes(meta);
-                1
+                kind::CREATED
             }
             Self::Opened { boot_id, generation, origin, buffer } => {
                 out.raw(boot_id).u64(*generation).bytes(origin).bytes(buffer);
-                2
+                kind::OPENED
             }
             Self::Closed { identity, next_batch } => {
                 put_identity(&mut out, identity);
                 out.u64(*next_batch);
-                3
+                kind::CLOSED
             }
             Self::VolumeMeta(meta) => {
                 out.bytes(meta);
-                4
+                kind::VOLUME_META
             }
             Self::EpochMeta { epoch, meta } => {
                 out.u32(*epoch).bytes(meta);
-                5
+                kind::EPOCH_META
             }
             Self::Narrowed { epoch, selection, settled: None } => {
                 out.u32(*epoch).extents(selection);
-                6
+                kind::NARROWED
             }
             Self::Narrowed { epoch, selection, settled: Some(settled) } => {
                 out.u32(*epoch).bytes(&settled.meta);
                 out.packed_extents(selection).packed_extents(&settled.low);
-                22
+                kind::NARROWED_AS
             }
             Self::Deleted { epoch } => {
                 out.u32(*epoch);
-                7
+                kind::DELETED
             }
-            Self::Freed => 8,
+            Self::Freed => kind::FREED,
             Self::Bookmarked { epoch, meta } => {
                 out.u32(*epoch).bytes(meta);
-                9
+                kind::BOOKMARKED
             }
             Self::BookmarkDeleted { epoch } => {
                 out.u32(*epoch);
-                10
+                kind::BOOKMARK_DELETED
             }
             Self::Resized { epoch, bytes } => {
                 out.u32(*epoch).u64(*bytes);
-                11
+                kind::RESIZED
             }
             Self::Aborted { epoch } => {
                 out.u32(*epoch);
-                12
+                kind::ABORTED
             }
             Self::Lost { epoch, blocks } => {
                 out.u32(*epoch).extents(blocks);
-                13
+                kind::LOST
             }
             Self::Suspect { epoch, reason } => {
                 out.u32(*epoch).bytes(reason);
-                14
+                kind::SUSPECT
             }
             Self::RestoreEnded { epoch } => {
                 out.u32(*epoch);
-                15
+                kind::RESTORE_ENDED
             }
             Self::OriginFailed { reason } => {
                 out.bytes(reason);
-                16
+                kind::ORIGIN_FAILED
             }
-            Self::Recovered => 17,
+            Self::Recovered => kind::RECOVERED,
             Self::Accepted { epoch, note } => {
                 out.u32(*epoch).bytes(note);
-                18
+                kind::ACCEPTED
             }
             Self::Freeing { sequence, block } => {
                 out.u64(*sequence).u64(*block);
-                24
+                kind::FREEING
             }
             Self::Policy(policy) => {
-                let on_full = match policy.on_full {
-                    OnFull::Degrade => 0,
-                    OnFull::Hold => 1,
-                    OnFull::Fail => 2,
-                };
-                out.u32(on_full).u64(policy.limit_bytes);
-                19
+                out.u32(policy.on_full as u32).u64(policy.limit_bytes);
+                kind::POLICY
             }
             Self::GivenUp { epoch, blocks } => {
                 out.u32(*epoch).extents(blocks);
-                20
+                kind::GIVEN_UP
             }
             Self::Restored { epoch, blocks } => {
                 out.u32(*epoch).extents(blocks);
-                21
+                kind::RESTORED
+            }
+            Self::Compacted(compacted) => {
+                out.u32(compacted.epoch_max).u32(compacted.restoring);
+                out.packed_extents(&compacted.gone).packed_extents(&compacted.aborted);
+                kind::COMPACTED
             }
         };
         (kind, out.0)
     }
 
+    /// Bytes that its record takes in the file.
+    pub(crate) fn record_bytes(&self) -> u64 {
+        to_u64(HEADER_BYTES + self.encode().1.len()).next_multiple_of(UNIT)
+    }
+
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, Malformed> {
         let mut input = Reader::new(payload);
         Ok(match kind {
-            1 => Self::Created {
+            kind::CREATED => Self::Created {
                 uuid: input.array()?,
                 block_size: input.u32()?,
                 origin: input.bytes()?.to_vec(),
                 identity: take_identity(&mut input)?,
                 meta: input.bytes()?.to_vec(),
             },
-            2 => Self::Opened {
+            kind::OPENED => Self::Opened {
                 boot_id: input.array()?,
                 generation: input.u64()?,
                 origin: input.bytes()?.to_vec(),
                 buffer: input.bytes()?.to_vec(),
             },
-            3 => Self::Closed { identity: take_identity(&mut input)?, next_batch: input.u64()? },
-            4 => Self::VolumeMeta(input.bytes()?.to_vec()),
-            5 => Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
-            6 => {
+            kind::CLOSED => {
+                Self::Closed { identity: take_identity(&mut input)?, next_batch: input.u64()? }
+            }
+            kind::VOLUME_META => Self::VolumeMeta(input.bytes()?.to_vec()),
+            kind::EPOCH_META => {
+                Self::EpochMeta { epoch: input.u32()?, meta: input.bytes()?.to_vec() }
+            }
+            kind::NARROWED => {
                 let (epoch, selection) = (input.u32()?, input.extents()?);
                 Self::Narrowed { epoch, selection, settled: None }
             }
-            7 => Self::Deleted { epoch: input.u32()? },
-            8 => Self::Freed,
-            9 => Self::Bookmarked { epoch: input.u32()?, meta: input.bytes()?.to_vec() },
-            10 => Self::BookmarkDeleted { epoch: input.u32()? },
-            11 => Self::Resized { epoch: input.u32()?, bytes: input.u64()? },
-            12 => Self::Aborted { epoch: input.u32()? },
-            13 => Self::Lost { epoch: input.u32()?, blocks: input.extents()? },
-            14 => Self::Suspect { epoch: input.u32()?, reason: input.bytes()?.to_vec() },
-            15 => Self::RestoreEnded { epoch: input.u32()? },
-            16 => Self::OriginFailed { reason: input.bytes()?.to_vec() },
-            17 => Self::Recovered,
-            18 => Self::Accepted { epoch: input.u32()?, note: input.bytes()?.to_vec() },
-            24 => Self::Freeing { sequence: input.u64()?, block: input.u64()? },
-            19 => {
-                let on_full = match input.u32()? {
-                    0 => OnFull::Degrade,
-                    1 => OnFull::Hold,
-                    2 => OnFull::Fail,
-                    _ => return Err(Malformed { at: 0 }),
-                };
+            kind::DELETED => Self::Deleted { epoch: input.u32()? },
+            kind::FREED => Self::Freed,
+            kind::BOOKMARKED => {
+                Self::Bookmarked { epoch: input.u32()?, meta: input.bytes()?.to_vec() }
+            }
+            kind::BOOKMARK_DELETED => Self::BookmarkDeleted { epoch: input.u32()? },
+            kind::RESIZED => Self::Resized { epoch: input.u32()?, bytes: input.u64()? },
+            kind::ABORTED => Self::Aborted { epoch: input.u32()? },
+            kind::LOST => Self::Lost { epoch: input.u32()?, blocks: input.extents()? },
+            kind::SUSPECT => Self::Suspect { epoch: input.u32()?, reason: input.bytes()?.to_vec() },
+            kind::RESTORE_ENDED => Self::RestoreEnded { epoch: input.u32()? },
+            kind::ORIGIN_FAILED => Self::OriginFailed { reason: input.bytes()?.to_vec() },
+            kind::RECOVERED => Self::Recovered,
+            kind::ACCEPTED => Self::Accepted { epoch: input.u32()?, note: input.bytes()?.to_vec() },
+            kind::FREEING => Self::Freeing { sequence: input.u64()?, block: input.u64()? },
+            kind::POLICY => {
+                let number = input.u32()?;
+                let known = [OnFull::Degrade, OnFull::Hold, OnFull::Fail];
+                let on_full = known.into_iter().find(|&on_full| on_full as u32 == number);
+                let on_full = on_full.ok_or(Malformed { at: 0 })?;
                 Self::Policy(StorePolicy { on_full, limit_bytes: input.u64()? })
             }
-            20 => Self::GivenUp { epoch: input.u32()?, blocks: input.extents()? },
-            21 => Self::Restored { epoch: input.u32()?, blocks: input.extents()? },
-            22 => {
+            kind::GIVEN_UP => Self::GivenUp { epoch: input.u32()?, blocks: input.extents()? },
+            kind::RESTORED => Self::Restored { epoch: input.u32()?, blocks: input.extents()? },
+            kind::NARROWED_AS => {
                 let (epoch, meta) = (input.u32()?, input.bytes()?.to_vec());
                 let (selection, low) = (input.packed_extents()?, input.packed_extents()?);
                 Self::Narrowed { epoch, selection, settled: Some(Settled { meta, low }) }
+            }
+            kind::COMPACTED => {
+                let (epoch_max, restoring) = (input.u32()?, input.u32()?);
+                let (gone, aborted) = (input.packed_extents()?, input.packed_extents()?);
+                let is_beyond = |last: &Extent| last.end > u64::from(epoch_max) + 1;
+                let last = [gone.as_slice().last(), aborted.as_slice().last()];
+                if last.into_iter().flatten().any(is_beyond) {
+                    // Numbers that were never given out.
+                    return Err(Malformed { at: 0 });
+                }
+                Self::Compacted(Compacted { epoch_max, restoring, gone, aborted })
             }
             _ => return Err(Malformed { at: 0 }),
         })
@@ -426,11 +500,25 @@ pub enum JournalError {
     /// What an earlier, failed write may have left cannot be wiped out.
     #[error("an earlier write of the volume journal failed, and cannot be undone yet: {0}")]
     Broken(io::Error),
+    /// The name may lead to the compacted journal or to the one before it; they say the same, and
+    /// must go on doing so.
+    #[error("the volume journal was compacted, and its name is not known to be durable yet: {0}")]
+    Unsettled(io::Error),
+    /// The name leads to a file that this program did not put there.
+    #[error(
+        "the file {JOURNAL_NAME} in the store is not the one that this volume was opened with, and \
+         is left as it is; decisions go to that one, which has no name any more: find out who \
+         replaced it before you stop this volume"
+    )]
+    Replaced,
 }
 
 /// The open journal.
 pub struct Journal {
+    directory: Arc<dyn Directory>,
     file: Arc<dyn Storage>,
+    /// Sequence number of the first record: 1 until it is compacted.
+    first_sequence: u64,
     end: u64,
     /// Where the last record begins.
     last_start: u64,
@@ -439,42 +527,61 @@ pub struct Journal {
     /// Bytes behind the end that a failed append may have left: a decision that was not taken, and
     /// that must not be found by the next opening.
     left_behind: u64,
+    /// A compacted journal that says the same, and that the name may lead to by now.
+    replacement: Option<Replacement>,
 }
 
 impl Journal {
     /// Make the journal of a new store; `first` is durable when this returns.
-    pub fn create(directory: &dyn Directory, first: &Entry) -> Result<Self, JournalError> {
+    pub fn create(directory: Arc<dyn Directory>, first: &Entry) -> Result<Self, JournalError> {
         let file = directory.create(JOURNAL_NAME)?;
-        let mut journal = Self::at(file, 0, 0, 1);
+        let mut journal = Self::at(directory, file, 1);
         journal.append(first)?;
-        directory.sync()?;
+        journal.directory.sync()?;
         Ok(journal)
     }
 
     /// Read it all. Writes nothing.
-    pub fn open(directory: &dyn Directory) -> Result<(Self, Vec<Entry>), JournalError> {
+    pub fn open(directory: Arc<dyn Directory>) -> Result<(Self, Vec<Entry>), JournalError> {
         let file = directory.open(JOURNAL_NAME)?;
         let length = file.len()?;
+        let first = first_sequence(&*file, length)?;
+        let mut journal = Self::at(directory, Arc::clone(&file), first);
         let mut entries = Vec::new();
-        let (mut at, mut last_start, mut sequence) = (0, 0, 1);
-        while let Some((entry, next)) = read_record(&*file, at, length, sequence)? {
+        while let Some((entry, next)) =
+            read_record(&*file, journal.end, length, journal.next_sequence)?
+        {
             entries.push(entry);
-            last_start = at;
-            at = next;
-            sequence += 1;
+            journal.last_start = journal.end;
+            journal.end = next;
+            journal.next_sequence += 1;
         }
+        let at = journal.end;
         let mut probe = at + UNIT;
         while probe < length {
-            if any_record(&*file, probe, length)?.is_some_and(|found| found >= sequence) {
+            let found = any_record(&*file, probe, length)?;
+            if found.is_some_and(|header| header.sequence >= journal.next_sequence) {
                 return Err(JournalError::Damaged { at });
             }
             probe += UNIT;
         }
-        Ok((Self::at(file, last_start, at, sequence), entries))
+        journal.allocated = at;
+        Ok((journal, entries))
     }
 
-    fn at(file: Arc<dyn Storage>, last_start: u64, end: u64, next_sequence: u64) -> Self {
-        Self { file, end, last_start, next_sequence, allocated: end, left_behind: 0 }
+    /// An empty one.
+    fn at(directory: Arc<dyn Directory>, file: Arc<dyn Storage>, first_sequence: u64) -> Self {
+        Self {
+            directory,
+            file,
+            first_sequence,
+            end: 0,
+            last_start: 0,
+            next_sequence: first_sequence,
+            allocated: 0,
+            left_behind: 0,
+            replacement: None,
+        }
     }
 
     /// How coarse marks should be, in bytes of the disk: the less is left of the reserve, the more each
@@ -494,6 +601,11 @@ impl Journal {
         self.file.read_at(self.last_start, &mut record)?;
         self.file.write_at(self.last_start, &record)?;
         Ok(self.file.sync()?)
+    }
+
+    /// Sequence number of the first record.
+    pub fn first_sequence(&self) -> u64 {
+        self.first_sequence
     }
 
     /// Sequence number of the last record.
@@ -531,6 +643,7 @@ impl Journal {
     /// Wipe out what a failed append may have left. Until that is possible nothing more can be
     /// decided, nor anything be built on what was decided before: an opening might see more.
     pub fn heal(&mut self) -> Result<(), JournalError> {
+        self.settle_name()?;
         if self.left_behind == 0 || is_broken(Rule::FailedDecisionsUndone) {
             return Ok(());
         }
@@ -545,10 +658,7 @@ impl Journal {
     pub fn append(&mut self, entry: &Entry) -> Result<(), JournalError> {
         self.heal()?;
         let (kind, payload) = entry.encode();
-        if payload.len() > to_usize(u64::from(RECORD_BYTES_MAX)) {
-            // It could not be read back, and the journal would end there.
-            return Err(JournalError::TooLarge { bytes: payload.len() });
-        }
+        check_length(&payload)?;
         let record = encode_record(self.next_sequence, kind, &payload);
         let end = self.end + to_u64(record.len());
         self.reserve_behind(to_u64(record.len()));
@@ -567,11 +677,21 @@ impl Journal {
     }
 }
 
+/// A longer record could not be read back, and the journal would end there.
+fn check_length(payload: &[u8]) -> Result<(), JournalError> {
+    let is_short = payload.len() <= to_usize(u64::from(RECORD_BYTES_MAX));
+    if is_short { Ok(()) } else { Err(JournalError::TooLarge { bytes: payload.len() }) }
+}
+
 /// magic, version, sequence, kind, payload length, checksum of all of it, payload, padding.
 fn encode_record(sequence: u64, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Writer::default();
     let length = u32::try_from(payload.len()).expect("a record is bounded");
-    let version = if kind > VERSION_1_KIND_MAX { JOURNAL_VERSION } else { 1 };
+    let version = match kind {
+        _ if kind <= VERSION_1_KIND_MAX => 1,
+        _ if kind <= VERSION_2_KIND_MAX => 2,
+        _ => JOURNAL_VERSION,
+    };
     out.raw(&MAGIC).u32(version).u64(sequence).u32(u32::from(kind)).u32(length);
     let crc = crc32c::crc32c_append(crc32c::crc32c(&out.0), payload);
     out.u32(crc).raw(payload);
@@ -649,8 +769,19 @@ fn read_record(
     Ok(Some((entry, next)))
 }
 
-/// The sequence number of an intact record at `at`.
-fn any_record(file: &dyn Storage, at: u64, length: u64) -> Result<Option<u64>, JournalError> {
+/// The header of an intact record at `at`.
+fn any_record(
+    file: &dyn Storage,
+    at: u64,
+    length: u64,
+) -> Result<Option<RecordHeader>, JournalError> {
     let Some(header) = read_header(file, at, length)? else { return Ok(None) };
-    Ok(read_payload(file, at, length, &header)?.map(|_| header.sequence))
+    Ok(read_payload(file, at, length, &header)?.map(|_| header))
+}
+
+/// The number that the first record must have: in a compacted journal the numbers go on.
+fn first_sequence(file: &dyn Storage, length: u64) -> Result<u64, JournalError> {
+    let first = any_record(file, 0, length)?;
+    let compacted = first.filter(|header| header.kind == u32::from(kind::COMPACTED));
+    Ok(compacted.map_or(1, |header| header.sequence))
 }

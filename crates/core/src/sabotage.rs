@@ -76,6 +76,16 @@ pub enum Rule {
     MergedNameDurable,
     /// Pages of an index file are believed without a look at their checksums.
     IndexPagesVerified,
+    /// A compacted journal gets the name before it is durable.
+    CompactedDurable,
+    /// Decisions are made before the name of a compacted journal is durable.
+    CompactedNamed,
+    /// What was decided while the journal was compacted is not in the new one.
+    DecisionsMeanwhileCopied,
+    /// A compacted journal does not know the highest epoch number.
+    HighestEpochKept,
+    /// A compacted journal does not know which restores have ended.
+    EndedRestoresKept,
     /// A clone's map names blocks whose content is not durable.
     CloneDataFirst,
     /// A clone's map is not synced.
@@ -132,6 +142,11 @@ impl Rule {
         Self::ReplayBeforeClosed,
         Self::MergedNameDurable,
         Self::IndexPagesVerified,
+        Self::CompactedDurable,
+        Self::CompactedNamed,
+        Self::DecisionsMeanwhileCopied,
+        Self::HighestEpochKept,
+        Self::EndedRestoresKept,
         Self::CloneDataFirst,
         Self::CloneMapSync,
         Self::CloneRecentOfBoot,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use stillblock_core::extent::{Extent, ExtentSet};
+use stillblock_core::journal::Settled;
 use stillblock_core::view::{ExcludedReads, View};
 use stillblock_core::volume::open::{Cache, CreateRequest, OpenRequest, Recover, create, open};
 use stillblock_core::volume::{Effort, SnapshotRequest, StorePolicy, Volume};
@@ -242,5 +243,78 @@ fn a_deletion_frees_what_an_index_file_knows_of_and_nothing_else() {
     }
     assert_eq!(volume.store_bytes().expect("counted"), 0, "nothing is kept for nobody");
     assert!(names(dir.path(), "").is_empty(), "no file is left");
+    volume.close().expect("closed");
+}
+
+/// Every hour a snapshot, narrowed once its rules are resolved; a day of them and a month of days are
+/// kept. What the journal holds is what matters of them, twice at most, or 4 MiB.
+#[test]
+fn a_year_of_hourly_snapshots_leaves_a_journal_and_an_opening_of_bounded_size() {
+    const HOURS: u64 = 365 * 24;
+    const PARTS: u64 = 60;
+    const RECEIPT_BYTES: usize = 4 << 10;
+    const JOURNAL_BYTES_MAX: u64 = 5 << 20;
+    let dir = base();
+    let mut volume = made(dir.path());
+    let journal = dir.path().join("store/journal");
+    let size = || std::fs::metadata(&journal).expect("journal").len();
+    let mut kept: BTreeMap<u32, u64> = BTreeMap::new();
+    let mut now: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut then: BTreeMap<u32, BTreeMap<u64, u64>> = BTreeMap::new();
+    let mut written_bytes = 0;
+    for hour in 0..HOURS {
+        let epoch = snapshot(&volume);
+        then.insert(epoch, now.clone());
+        kept.insert(epoch, hour);
+        let before = size();
+        let parts = (0..PARTS).map(|at| Extent::single(2 * at + hour % 2));
+        // A receipt, as large as what is selected would be on a real disk.
+        let mut meta = u64::to_le_bytes(hour).to_vec();
+        meta.resize(RECEIPT_BYTES, 0);
+        let settled = Settled { meta, low: ExtentSet::new() };
+        volume.narrow_with(epoch, &parts.collect(), Some(settled)).expect("narrowed");
+        written_bytes += size() - before;
+        write(&volume, hour % (2 * PARTS), hour + 2);
+        now.insert(hour % (2 * PARTS), hour + 2);
+        let is_over = |&(_, &at): &(&u32, &u64)| match hour - at {
+            0..24 => false,
+            24..720 => at % 24 != 0,
+            _ => true,
+        };
+        let over: Vec<u32> = kept.iter().filter(is_over).map(|(&epoch, _)| epoch).collect();
+        for epoch in over {
+            volume.delete_snapshot(epoch, false).expect("deleted");
+            kept.remove(&epoch);
+            then.remove(&epoch);
+        }
+        if hour % 24 == 0 {
+            volume.maintain(Effort::Due).expect("upkeep");
+            assert!(size() < JOURNAL_BYTES_MAX, "{} bytes after {hour} hours", size());
+        }
+        if hour % (73 * 24) == 0 {
+            volume.close().expect("closed");
+            volume = opened(dir.path());
+        }
+    }
+    assert!(written_bytes > 6 * JOURNAL_BYTES_MAX, "{written_bytes} bytes were narrowings");
+    volume.close().expect("closed");
+    assert!(size() < JOURNAL_BYTES_MAX, "an opening reads {} bytes", size());
+    let volume = opened(dir.path());
+    let listed = volume.epochs().expect("listed");
+    let known: BTreeMap<u32, u64> = listed
+        .iter()
+        .map(|e| (e.epoch, u64::from_le_bytes(e.state.meta[..8].try_into().expect("eight bytes"))))
+        .collect();
+    assert_eq!(known, kept, "each has what was said of it last");
+    for info in listed.iter().step_by(9) {
+        let view = View::open(&volume, info.epoch, ExcludedReads::Error).expect("view");
+        let selection = info.state.selection.as_ref().expect("a snapshot");
+        let mut bytes = vec![0; 4096];
+        for block in selection.iter().flat_map(|e| e.start..e.end) {
+            view.read(block * BLOCK, &mut bytes).expect("P2: readable");
+            let change = then[&info.epoch].get(&block).copied().unwrap_or(1);
+            assert!(bytes == content(block, change), "P2: snapshot {} block {block}", info.epoch);
+        }
+    }
     volume.close().expect("closed");
 }

@@ -43,6 +43,13 @@ _USES: Final = {
     "cp": "Copy files out of a snapshot or clone, without a mount.",
     "export": "Write a snapshot or clone as a raw or qcow2 image.",
 }
+_MOUNT: Final = {
+    "mount": "Mount a filesystem of a snapshot or clone, or show disks as files; list mounts.",
+    "unmount": "Unmount it, and clear away what lay under it.",
+    "attach": "Make a snapshot, clone or live disk a block device.",
+    "detach": "Make an end of that.",
+}
+"""Of `cli/mount.py`."""
 _NOUNS: Final = {
     "volume": "A raw file or block device and all that is kept about it.",
     "rules": "Which blocks matter: the standing rules of a volume.",
@@ -53,7 +60,7 @@ _NOUNS: Final = {
     "hook": "What runs before and after an instant: the hooks that come with stillblock.",
 }
 
-SUMMARIES: Final = {**_ROOT, **_USES, **_NOUNS}
+SUMMARIES: Final = {**_ROOT, **_MOUNT, **_USES, **_NOUNS}
 
 
 def new_app(name: str, *, is_root: bool = False) -> App:
@@ -75,6 +82,8 @@ def build() -> App:
     app = new_app("stillblock", is_root=True)
     for name, summary in _ROOT.items():
         app.command(f"stillblock.cli.root:{name}", name=name, help=summary, group=COMMANDS)
+    for name, summary in _MOUNT.items():
+        app.command(f"stillblock.cli.mount:{name}", name=name, help=summary, group=USES)
     for name, summary in _USES.items():
         module = "export" if name == "export" else "files"
         app.command(f"stillblock.cli.{module}:{name}", name=name, help=summary, group=USES)

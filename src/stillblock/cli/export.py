@@ -22,7 +22,7 @@ from stillblock.operations.exporting import (
     plan_export,
     stream,
 )
-from stillblock.service.images import FORMATS, QemuImage
+from stillblock.service.qemu_images import FORMATS, QemuImage
 from stillblock.service.reading import open_reference
 
 if TYPE_CHECKING:

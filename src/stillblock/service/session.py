@@ -14,6 +14,7 @@ from stillblock.operations.clones import (
     CloneRequest,
     CloneTarget,
 )
+from stillblock.operations.mounts import ImagesRequest, ImagesShown, MountSource, SourceRequest
 from stillblock.operations.narrowing import (
     WAIT_MS_MAX,
     NarrowingProgress,
@@ -44,7 +45,7 @@ from stillblock.operations.verification import (
     VerifyRequest,
     WaitVerifyRequest,
 )
-from stillblock.operations.volumes import open_volume
+from stillblock.operations.volumes import ReleaseRequest, open_volume
 from stillblock.service import verbs
 from stillblock.service.verbs import NoRequest, Verb
 
@@ -138,9 +139,9 @@ class Session(abc.ABC):
         """Take over the origin's present length."""
         return self.call(verbs.RESIZE, NoRequest())
 
-    def release(self) -> Released:
-        """Stop cleanly, whoever serves the volume."""
-        return self.call(verbs.RELEASE, NoRequest())
+    def release(self, *, force: bool = False) -> Released:
+        """Stop cleanly, whoever serves the volume; raise `InUseError` if something is mounted."""
+        return self.call(verbs.RELEASE, ReleaseRequest(force=force))
 
     # Health
 
@@ -318,6 +319,16 @@ class Session(abc.ABC):
     def cancel_promotion(self) -> PromoteProgress:
         """Stop copying a clone; nothing is left of the image."""
         return self.call(verbs.CANCEL_PROMOTION, NoRequest())
+
+    # Mounts
+
+    def show_images(self, directory: str) -> ImagesShown:
+        """Show images of everything there is as files in a directory."""
+        return self.call(verbs.SHOW_IMAGES, ImagesRequest(directory=directory))
+
+    def mount_source(self, request: SourceRequest) -> MountSource:
+        """Return the file to mount or attach, shown in a tree of the server's own."""
+        return self.call(verbs.MOUNT_SOURCE, request)
 
     # Restore
 

@@ -165,7 +165,7 @@ pub fn scan(
     segments: &Segments,
     uuid: [u8; 16],
     block_size: u64,
-    aborted: &BTreeSet<u32>,
+    aborted: &ExtentSet,
 ) -> Result<Scan, ScanError> {
     let mut found = scan_headers(segments, uuid, aborted)?;
     for numbers in found.epochs().into_values() {
@@ -180,7 +180,7 @@ pub fn scan(
 pub fn scan_headers(
     segments: &Segments,
     uuid: [u8; 16],
-    aborted: &BTreeSet<u32>,
+    aborted: &ExtentSet,
 ) -> Result<Scan, ScanError> {
     let mut found = Scan::default();
     let names = segments.directory().list()?;
@@ -191,7 +191,7 @@ pub fn scan_headers(
         found.end.segment_max = found.end.segment_max.max(segment);
         let reader = PageReader::new(segments.get(segment)?)?;
         match read_header(&reader) {
-            Ok((header, _)) if header.uuid == uuid && aborted.contains(&header.epoch) => {
+            Ok((header, _)) if header.uuid == uuid && aborted.contains(header.epoch.into()) => {
                 found.unfinished.push(segment);
             }
             Ok((header, epoch_header)) if header.uuid == uuid && header.segment == segment => {

@@ -2,13 +2,13 @@
 //! whose pace the caller chooses.
 
 use super::Volume;
+use super::open::read_decisions;
 use super::past::Patience;
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
 use crate::index::copies::for_each_copy;
 use crate::index::parts::Walk as Windows;
 use crate::index::{Content, Record};
-use crate::journal::Journal;
 use crate::log::format::{PAGE, Position, payload_checksum};
 use crate::log::verify::{Finding, Severity, VerifiedEnd, Walk, verify_headers};
 use crate::number::{to_u64, to_usize};
@@ -145,8 +145,9 @@ impl Volume {
     pub fn check_structure(&self) -> Result<Vec<Finding>> {
         let mut findings = Vec::new();
         let damaged = |message: String| Finding { severity: Severity::Damaged, message };
-        if let Err(error) = Journal::open(&*self.host.directory(&self.store_path)) {
-            findings.push(damaged(Error::from(error).to_string()));
+        if let Err(error) = read_decisions(self.host.directory(&self.store_path), &self.store_path)
+        {
+            findings.push(damaged(error.to_string()));
         }
         let (walks, end) = {
             // Meanwhile no segment is merged or removed; later each is open.

@@ -7,11 +7,12 @@ use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::index::memory::Memory;
-use crate::journal::{Entry, OriginIdentity, StorePolicy};
+use crate::journal::{Compacted, Entry, OriginIdentity, StorePolicy};
 use crate::log::format::{Kind, LOST_AT_SOURCE};
 use crate::log::scan::{FoundBatch, Scan, open_regions, scan};
 use crate::log::writer::Segments;
 use crate::number::to_u64;
+use crate::sabotage::{Rule, is_broken};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -26,8 +27,10 @@ pub(super) struct Decided {
     pub(super) generation: u64,
     pub(super) opened: Option<([u8; 16], Vec<u8>)>,
     pub(super) closed: Option<(OriginIdentity, u64)>,
-    pub(super) aborted: BTreeSet<u32>,
-    pub(super) restores_ended: BTreeSet<u32>,
+    pub(super) aborted: ExtentSet,
+    restores_ended: BTreeSet<u32>,
+    /// Of a compacted journal: the highest epoch it speaks of, and the restore that was not done.
+    compacted: Option<(u32, u32)>,
     pub(super) lost: Vec<(u32, ExtentSet)>,
     /// Copies that were given up, by epoch.
     pub(super) given_up: Vec<(u32, ExtentSet)>,
@@ -40,12 +43,18 @@ pub(super) struct Decided {
     pub(super) owes_space: bool,
     pub(super) epoch_max: u32,
     pub(super) entries: Vec<Entry>,
+    /// Sequence number of the first of them.
+    pub(super) first_sequence: u64,
 }
 
 impl Decided {
-    pub(super) fn from(entries: Vec<Entry>) -> Option<Self> {
-        let mut decided = Self::default();
-        let Some(Entry::Created { .. }) = entries.first() else { return None };
+    pub(super) fn from(entries: Vec<Entry>, first_sequence: u64) -> Option<Self> {
+        let mut decided = Self { first_sequence, ..Self::default() };
+        let created = match entries.first() {
+            Some(Entry::Compacted(_)) => entries.get(1),
+            first => first,
+        };
+        let Some(Entry::Created { .. }) = created else { return None };
         for entry in &entries {
             decided.take(entry);
         }
@@ -79,7 +88,8 @@ impl Decided {
             Entry::Freed => self.owes_space = false,
             Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
             Entry::Aborted { epoch } => {
-                self.aborted.insert(*epoch);
+                let number = ExtentSet::from_extent(Extent::single(u64::from(*epoch)));
+                self.aborted = self.aborted.union(&number);
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
             Entry::Lost { epoch, blocks } => self.lost.push((*epoch, blocks.clone())),
@@ -97,8 +107,25 @@ impl Decided {
             Entry::Policy(policy) => self.policy = *policy,
             Entry::GivenUp { epoch, blocks } => self.given_up.push((*epoch, blocks.clone())),
             Entry::Restored { epoch, blocks } => self.restored.push((*epoch, blocks.clone())),
+            Entry::Compacted(compacted) => self.take_compacted(compacted),
             Entry::EpochMeta { .. } | Entry::Bookmarked { .. } | Entry::Freeing { .. } => {}
         }
+    }
+
+    fn take_compacted(&mut self, compacted: &Compacted) {
+        self.epoch_max = self.epoch_max.max(compacted.epoch_max);
+        self.compacted = Some((compacted.epoch_max, compacted.restoring));
+        self.aborted = self.aborted.union(&compacted.aborted);
+    }
+
+    /// True if the restore that began with this instant is done, or never was.
+    fn has_ended(&self, safety: u32) -> bool {
+        let was_done = |&(epoch_max, restoring): &(u32, u32)| {
+            safety <= epoch_max && safety != restoring && !is_broken(Rule::EndedRestoresKept)
+        };
+        self.restores_ended.contains(&safety)
+            || self.aborted.contains(safety.into())
+            || self.compacted.as_ref().is_some_and(was_done)
     }
 
     /// Read all of the log, with what the journal expects of it.
@@ -141,7 +168,8 @@ impl Decided {
         let headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
         let known: BTreeSet<u32> = headers.map(|header| header.epoch).collect();
         let live = snapshots.union(&bookmarks).copied();
-        live.filter(|epoch| !known.contains(epoch) && !self.aborted.contains(epoch)).collect()
+        live.filter(|epoch| !known.contains(epoch) && !self.aborted.contains(u64::from(*epoch)))
+            .collect()
     }
 
     fn without_header(&self) -> Epoch {
@@ -181,10 +209,10 @@ impl Decided {
                 Entry::Narrowed { .. } | Entry::Deleted { .. } | Entry::BookmarkDeleted { .. }
             )
         };
-        // Records are numbered from 1.
-        let decided = self.entries.iter().rposition(is_decision).map_or(0, |at| at + 1);
+        let decided = self.entries.iter().rposition(is_decision);
+        let decided = decided.map_or(0, |at| self.first_sequence + to_u64(at));
         match self.entries.iter().rfind(|e| matches!(e, Entry::Freed | Entry::Freeing { .. })) {
-            Some(Entry::Freeing { sequence, block }) if *sequence >= to_u64(decided) => *block,
+            Some(Entry::Freeing { sequence, block }) if *sequence >= decided => *block,
             _ => 0,
         }
     }
@@ -206,7 +234,7 @@ impl Decided {
                 meta: header.meta.clone(),
                 ..Epoch::default()
             };
-            if !self.aborted.contains(&header.epoch) {
+            if !self.aborted.contains(header.epoch.into()) {
                 epochs.0.insert(header.epoch, epoch);
             }
         }
@@ -247,6 +275,14 @@ pub(super) fn epochs_with_losses(scan: &Scan, epochs: &Epochs) -> BTreeSet<u32> 
 
 pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
     match entry {
+        Entry::Compacted(compacted) => {
+            let is_gone = |epoch: u32| compacted.gone.contains(u64::from(epoch));
+            for found in epochs.0.iter_mut().filter(|(e, _)| is_gone(**e)).map(|(_, found)| found) {
+                found.selection = None;
+                found.bookmark = None;
+                found.damage.clear();
+            }
+        }
         Entry::EpochMeta { epoch, meta } => {
             if let Some(found) = epochs.0.get_mut(epoch) {
                 found.meta.clone_from(meta);
@@ -345,9 +381,7 @@ pub(super) fn memory_of_open(batches: &[FoundBatch], block_size: u64) -> Memory 
 /// The restore that was running, and how far it was.
 pub(super) fn restoring_of(scan: &Scan, decided: &Decided, blocks: u64) -> Option<Restoring> {
     let mut headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
-    let ended =
-        |epoch: u32| decided.restores_ended.contains(&epoch) || decided.aborted.contains(&epoch);
-    let header = headers.rfind(|h| h.restore.is_some() && !ended(h.epoch))?;
+    let header = headers.rfind(|h| h.restore.is_some() && !decided.has_ended(h.epoch))?;
     let restore = header.restore.as_ref()?;
     let mut bitmap = Bitmap::from_set(blocks, &restore.blocks);
     let done = scan.batches.iter().filter(|b| b.header.epoch == header.epoch);
@@ -375,7 +409,7 @@ mod tests {
     use super::*;
 
     fn decided(entries: &[Entry]) -> Decided {
-        Decided { entries: entries.to_vec(), ..Decided::default() }
+        Decided { entries: entries.to_vec(), first_sequence: 1, ..Decided::default() }
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub struct Inspection {
 /// Look at a store that nobody has open, and at its origin: `origin`, or where it was last.
 pub fn inspect(store: &Path, origin: Option<&Path>) -> Result<Inspection> {
     let _lock = lock_existing(&System::default(), store)?;
-    let (_, decided) = read_decisions(&FileDirectory::new(store), store)?;
+    let (_, decided) = read_decisions(Arc::new(FileDirectory::new(store)), store)?;
     let log = FileDirectory::new(&store.join(LOG_DIRECTORY));
     let segments = Arc::new(Segments::new(Arc::new(log)));
     let scan = decided.scan(&segments)?;

@@ -187,7 +187,7 @@ impl Volume {
 
     /// Merge these epochs.
     fn merge(&self, epochs: &[u32], selections: &Selections) -> Result<Merged> {
-        let mut scan = scan_headers(&self.segments, self.uuid, &BTreeSet::new())?;
+        let mut scan = scan_headers(&self.segments, self.uuid, &ExtentSet::default())?;
         let Some(memories) = self.read_group(&mut scan, epochs)? else {
             return Ok(Merged::Unreadable);
         };

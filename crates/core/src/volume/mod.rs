@@ -4,8 +4,8 @@
 //!   [`recover`] finishes what was interrupted, [`host`] asks the operating system.
 //! - [`write`] and [`read`] are the request path; [`commit`] is what happens to first changes
 //!   behind it.
-//! - [`load`] reads the index; [`upkeep`], [`freeing`] and [`merge`] are what is done behind
-//!   everything else.
+//! - [`load`] reads the index; [`upkeep`], [`freeing`], [`merge`] and [`compaction`] are what is
+//!   done behind everything else.
 //! - [`past`] reads what blocks were at an instant.
 //! - [`room`] allocates log space ahead and applies the policy of a full store; [`loss`] chooses what
 //!   is lost, and says so.
@@ -24,6 +24,7 @@
 
 pub mod check;
 mod commit;
+mod compaction;
 mod decided;
 mod freeing;
 pub mod host;

@@ -143,7 +143,7 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
         identity,
         meta: request.meta.clone(),
     };
-    let mut journal = Journal::create(&*directory, &first)?;
+    let mut journal = Journal::create(directory, &first)?;
     if request.policy != StorePolicy::default() {
         journal.append(&Entry::Policy(request.policy))?;
     }
@@ -155,7 +155,7 @@ pub fn create_on(host: &dyn Host, request: &CreateRequest) -> Result<[u8; 16]> {
 
 /// What a store says of itself; it may be in use.
 pub fn peek(store: &Path) -> Result<StoreInfo> {
-    let (_, decided) = read_decisions(&FileDirectory::new(store), store)?;
+    let (_, decided) = read_decisions(Arc::new(FileDirectory::new(store)), store)?;
     Ok(StoreInfo {
         uuid: decided.uuid,
         origin: path_of(&decided.origin),
@@ -166,7 +166,7 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
 
 /// The journal in the directory of a store, and what its records come to.
 pub(super) fn read_decisions(
-    directory: &dyn Directory,
+    directory: Arc<dyn Directory>,
     store: &Path,
 ) -> Result<(Journal, Decided)> {
     let (journal, entries) = match Journal::open(directory).map_err(Error::from) {
@@ -176,7 +176,7 @@ pub(super) fn read_decisions(
         }
         other => other?,
     };
-    let decided = Decided::from(entries);
+    let decided = Decided::from(entries, journal.first_sequence());
     let empty = || Error::Damaged(format!("{} has no first record", store.display()));
     Ok((journal, decided.ok_or_else(empty)?))
 }
@@ -214,7 +214,7 @@ pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
 /// As [`open`], on any machine.
 pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>> {
     let store_lock = lock_existing(&*host, &request.store)?;
-    let (journal, decided) = read_decisions(&*host.directory(&request.store), &request.store)?;
+    let (journal, decided) = read_decisions(host.directory(&request.store), &request.store)?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
@@ -392,7 +392,7 @@ impl Parts {
         let restoring = restoring_of(&scan, &decided, decided.block_count());
         let mut in_segments: BTreeMap<u32, u32> =
             scan.segments.values().map(|s| (s.header.segment, s.header.epoch)).collect();
-        let live = in_segments.values().filter(|e| !decided.aborted.contains(e));
+        let live = in_segments.values().filter(|e| !decided.aborted.contains(u64::from(**e)));
         // Not those without a header: there is no segment to go on with.
         let known = epochs.0.iter().filter(|(_, e)| e.damage.is_empty()).map(|(&epoch, _)| epoch);
         let epoch = live.copied().max().unwrap_or(0).max(known.max().unwrap_or(0));
@@ -629,6 +629,8 @@ impl Volume {
             // It never panics while nobody else does; there is nothing to learn from it here.
             let _ = handle.join();
         }
+        // Whoever else does upkeep notices soon; files it writes are those of the next process.
+        drop(self.upkeep.lock());
         // Before the lock is given back: a view looks at it after it has read.
         self.is_released.store(true, Ordering::Release);
         self.abandon_clones();

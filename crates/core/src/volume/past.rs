@@ -97,33 +97,48 @@ impl Volume {
     /// Ask the index. Where a file of it is damaged, what it had is read from the log, and it is
     /// asked again.
     pub(super) fn with_index<T>(&self, ask: impl Fn() -> std::io::Result<T>) -> Result<T> {
-        match ask() {
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                // Who has the role must not wait for upkeep, which may wait for the role.
-                let Some(mut upkeep) = self.upkeep.try_lock_for(std::time::Duration::ZERO) else {
-                    self.want_upkeep();
-                    return Err(index_error(error));
-                };
-                self.read_damaged_anew(&mut upkeep, Patience::Try)?;
-                drop(upkeep);
-                ask().map_err(index_error)
+        let mut was_whole = false;
+        loop {
+            match ask() {
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    // Who has the role must not wait for upkeep, which may wait for the role.
+                    let Some(mut upkeep) = self.upkeep.try_lock_for(std::time::Duration::ZERO)
+                    else {
+                        self.want_upkeep();
+                        return Err(index_error(error));
+                    };
+                    let is_whole = !self.is_index_damaged();
+                    if is_whole && was_whole {
+                        return Err(index_error(error));
+                    }
+                    was_whole = is_whole;
+                    self.read_damaged_anew(&mut upkeep, Patience::Try)?;
+                }
+                answer => return answer.map_err(index_error),
             }
-            answer => answer.map_err(index_error),
         }
     }
 
     /// Do what asks the index, for a caller who has no lock. If a file of it was found damaged while
-    /// upkeep was busy, wait for that, have what the file had read from the log, and do it again.
+    /// upkeep was busy, wait for that, have what the file had read from the log, and do it again;
+    /// another file may be damaged as well.
     pub(crate) fn with_patience<T>(&self, mut work: impl FnMut() -> Result<T>) -> Result<T> {
-        match work() {
-            Err(Error::Damaged(_)) => {
-                if self.is_index_damaged() {
-                    self.read_damaged_anew(&mut self.upkeep.lock(), Patience::Wait)?;
+        let mut was_whole = false;
+        loop {
+            match work() {
+                Err(Error::Damaged(why)) => {
+                    let is_whole = !self.is_index_damaged();
+                    // It may have been done meanwhile. What else is damaged is so again.
+                    if is_whole && was_whole {
+                        return Err(Error::Damaged(why));
+                    }
+                    was_whole = is_whole;
+                    if !is_whole {
+                        self.read_damaged_anew(&mut self.upkeep.lock(), Patience::Wait)?;
+                    }
                 }
-                // It may have been done meanwhile. What else is damaged is so again.
-                work()
+                done => return done,
             }
-            done => done,
         }
     }
 

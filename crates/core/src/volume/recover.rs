@@ -60,6 +60,7 @@ impl Volume {
     ) -> Result<()> {
         let mut committer = self.committer.lock();
         let epoch = committer.epoch;
+        committer.journal.settle_left()?;
         committer.journal.rewrite_last()?;
         // What cannot be recorded below is recorded there, as exactly as there is room.
         committer.journal.reserve();

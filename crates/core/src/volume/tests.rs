@@ -1,6 +1,8 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
+mod clones;
 mod full;
+mod journal;
 mod moments;
 mod narrowing;
 mod regions;
@@ -128,7 +130,7 @@ struct FaultyDirectory(Arc<dyn Directory>, Faults);
 impl FaultyDirectory {
     fn wrap(&self, name: &str, file: Arc<dyn Storage>) -> Arc<dyn Storage> {
         let kind = match name {
-            "journal" => name,
+            "journal" | "journal.new" => name,
             _ if crate::index::run::run_number(name).is_some() => "index",
             _ => "segment",
         };
@@ -145,7 +147,9 @@ impl Directory for FaultyDirectory {
         Ok(self.wrap(name, self.0.create(name)?))
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.0.rename(from, to)
+        self.1.meet("directory", "rename")?;
+        self.0.rename(from, to)?;
+        self.1.meet("directory", "rename done")
     }
     fn remove(&self, name: &str) -> io::Result<()> {
         self.1.meet("directory", "remove")?;

@@ -111,12 +111,15 @@ impl Volume {
         }
         self.free_space()?;
         let mut upkeep = self.upkeep.lock();
+        // Neither waits for the other's success.
+        let compacted = self.compact_journal(&mut upkeep, effort);
         self.read_damaged_anew(&mut upkeep, Patience::Wait)?;
         self.mending(&mut upkeep, |upkeep| {
             self.merge_epochs(upkeep, effort)?;
             self.file_closed(upkeep, effort)?;
             self.merge_layers(upkeep, effort)
-        })
+        })?;
+        compacted
     }
 
     /// Wake the thread that does it.
@@ -173,7 +176,11 @@ impl Volume {
     }
 
     /// Bring closed epochs to an index file.
-    fn file_closed(&self, upkeep: &mut MutexGuard<'_, Upkeep>, effort: Effort) -> Result<()> {
+    pub(super) fn file_closed(
+        &self,
+        upkeep: &mut MutexGuard<'_, Upkeep>,
+        effort: Effort,
+    ) -> Result<()> {
         let (unfiled, weight) = {
             let index = self.index.read();
             (index.unfiled(), index.unfiled_weight().0)
@@ -232,7 +239,7 @@ impl Volume {
     ) -> Result<()> {
         let layers = Arc::clone(self.index.read().layers());
         for layer in layers.iter().filter(|layer| layer.run.is_damaged()) {
-            let mut scan = scan_headers(&self.segments, self.uuid, &BTreeSet::new())?;
+            let mut scan = scan_headers(&self.segments, self.uuid, &ExtentSet::default())?;
             let by_epoch = scan.epochs();
             let (mut held, mut covers, mut weight) = (Vec::new(), Vec::new(), 0);
             for epoch in layer.epochs.iter() {

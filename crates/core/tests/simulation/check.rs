@@ -71,6 +71,27 @@ impl Tally {
     }
 }
 
+/// What is left to look at after a program, and how its volumes are opened.
+pub struct Stops {
+    pub way: Way,
+    pub all: Vec<Stop>,
+    /// For whoever looks at them.
+    pub dice: Dice,
+    /// Of those that were looked at on the way.
+    pub tally: Tally,
+}
+
+/// Look at some of the stops of a program.
+pub fn check_all(stops: &[Stop], way: Way, mut dice: Dice) -> Result<Tally, String> {
+    let mut tally = Tally::default();
+    for stop in stops {
+        if let Some((_, volume)) = check(stop, way, &mut dice, 0, &mut tally)? {
+            volume.abandon();
+        }
+    }
+    Ok(tally)
+}
+
 pub fn request(way: Way, recover: Recover) -> OpenRequest {
     OpenRequest {
         store: crate::machine::STORE.into(),
@@ -108,7 +129,7 @@ pub fn read_live(volume: &Volume) -> Result<Vec<u32>, String> {
 pub fn cells(bytes: &[u8]) -> Result<Vec<u32>, String> {
     let value = |(index, cell): (usize, &[u8])| {
         let first = u32::from_le_bytes(cell[..4].try_into().expect("four bytes"));
-        let is_whole = cell.chunks(4).all(|c| c == &first.to_le_bytes()[..c.len()]);
+        let is_whole = cell[4..] == cell[..cell.len() - 4];
         if is_whole { Ok(first) } else { Err(format!("cell {index} is mixed: {cell:02x?}")) }
     };
     bytes.chunks(CELL).enumerate().map(value).collect()
@@ -216,7 +237,7 @@ pub fn check(
 fn is_superseded(stop: &Stop, volume: &Volume, name: &str) -> bool {
     let machine = stop.killed(Dice::new(0));
     let segments = Segments::new(SimHost(machine).directory(Path::new(LOG)));
-    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &ExtentSet::new());
     found.is_ok_and(|found| segment_number(name).is_some_and(|n| found.superseded.contains(&n)))
 }
 
@@ -272,10 +293,8 @@ fn verify(
     ensure!(new.len() <= 1, "P10: epochs nobody asked for: {new:?}");
     match (new.first(), model.restoring.take(), model.taken()) {
         (None, ..) => {}
-        (Some(&epoch), Some(restore), _) => model.restored(&restore, epoch),
-        (Some(&epoch), None, Some(snapshot)) => {
-            model.snapshots.insert(epoch, snapshot);
-        }
+        (Some(&epoch), Some(restore), _) => model.restored(&restore, epoch)?,
+        (Some(&epoch), None, Some(snapshot)) => model.add(epoch, snapshot)?,
         (Some(&epoch), None, None) => return Err(format!("P10: epoch {epoch} out of nowhere")),
     }
     let epochs: Vec<u32> = model.snapshots.keys().copied().collect();
@@ -327,6 +346,13 @@ fn verify(
             }
         }
         let bookmark = info.and_then(|i| i.state.bookmark.as_ref());
+        if let (Some(bookmark), Some(baseline)) = (bookmark, &snapshot.bookmark) {
+            ensure!(
+                *bookmark.baseline == *baseline,
+                "P5: bookmark {epoch} tracks {:?}, was told {baseline:?}",
+                bookmark.baseline
+            );
+        }
         snapshot.bookmark = bookmark.map(|b| (*b.baseline).clone());
         snapshot.is_deleted = !has_snapshot;
         (snapshot.is_deleting, snapshot.is_bookmarking) = (false, false);
@@ -430,6 +456,8 @@ fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(),
     // What goes on behind everything else is done, or files go while they are counted.
     let is_kept_up = volume.maintain(Effort::Due);
     ensure!(is_kept_up.is_ok() || may_fail, "P10: upkeep: {is_kept_up:?}");
+    let names = machine.world().list(Path::new(STORE));
+    ensure!(names == [JOURNAL_NAME] || may_fail, "P10: {names:?} in the store");
     let mut seen = (0, 0);
     for _ in 0..TRIES {
         let on_disk = allocated(machine);
@@ -446,7 +474,7 @@ fn check_store(machine: &Machine, volume: &Volume, may_fail: bool) -> Result<(),
 /// P3: of no block and epoch are there two copies.
 pub fn check_kept_once(machine: &Arc<Machine>, volume: &Volume) -> Result<(), String> {
     let segments = Segments::new(SimHost(Arc::clone(machine)).directory(Path::new(LOG)));
-    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &ExtentSet::new());
     let found = found.map_err(|e| format!("reading the log: {e}"))?;
     let mut seen = BTreeSet::new();
     for batch in &found.batches {
@@ -465,7 +493,7 @@ pub fn check_kept_once(machine: &Arc<Machine>, volume: &Volume) -> Result<(), St
 /// no index, and nobody would remove it when it is let go of.
 fn check_tails(machine: &Arc<Machine>, volume: &Volume) -> Result<(), String> {
     let segments = Segments::new(SimHost(Arc::clone(machine)).directory(Path::new(LOG)));
-    let found = scan(&segments, volume.uuid(), volume.block_size(), &BTreeSet::new());
+    let found = scan(&segments, volume.uuid(), volume.block_size(), &ExtentSet::new());
     let found = found.map_err(|e| format!("reading the log: {e}"))?;
     for segment in found.segments.values() {
         let number = segment.header.segment;
@@ -511,7 +539,7 @@ fn go_on(
     match taken {
         Ok(taken) => {
             let snapshot = machine.model().taken().expect("begun");
-            machine.model().snapshots.insert(taken.epoch, snapshot);
+            machine.model().add(taken.epoch, snapshot)?;
         }
         Err(_) if may_fail => machine.model().creating = None,
         Err(error) => return Err(format!("after a stop, a snapshot fails: {error}")),
@@ -562,7 +590,7 @@ pub fn describe(machine: &Arc<Machine>) -> String {
     let host = SimHost(Arc::clone(machine));
     let mut text = String::new();
     if let Ok((_, entries)) =
-        stillblock_core::journal::Journal::open(&*host.directory(Path::new(crate::machine::STORE)))
+        stillblock_core::journal::Journal::open(host.directory(Path::new(crate::machine::STORE)))
     {
         for entry in entries {
             let _ = writeln!(text, "  journal {entry:?}");
@@ -581,7 +609,7 @@ pub fn describe(machine: &Arc<Machine>) -> String {
                 writeln!(text, "  {name} page {page}/{length} {:?}", String::from_utf8_lossy(&b));
         }
     }
-    match scan(&segments, UUID, 4096, &BTreeSet::new()) {
+    match scan(&segments, UUID, 4096, &ExtentSet::new()) {
         Ok(found) => {
             for (number, s) in &found.segments {
                 let _ = writeln!(text, "  segment {number} {:?}", s.header);

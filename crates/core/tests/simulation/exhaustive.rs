@@ -4,7 +4,7 @@
 //! (`CrashMonkey` and `Ace`, OSDI 2018).
 
 use crate::check::{
-    Tally, Way, bytes, cells, check, check_kept_once, open, read_snapshot, settled_as,
+    Stops, Tally, Way, bytes, cells, check_kept_once, open, read_snapshot, settled_as,
 };
 use crate::dice::Dice;
 use crate::machine::Machine;
@@ -113,8 +113,7 @@ impl Run {
         let taken = self.volume.snapshot(request).map_err(told("a snapshot"))?;
         let mut model = self.machine.model();
         let snapshot = model.taken().ok_or("begun")?;
-        model.snapshots.insert(taken.epoch, snapshot);
-        Ok(())
+        model.add(taken.epoch, snapshot)
     }
 
     fn first(&self) -> Option<u32> {
@@ -166,8 +165,7 @@ impl Run {
         drop(content);
         let mut model = self.machine.model();
         let restore = model.restoring.take().ok_or("begun")?;
-        model.restored(&restore, status.safety_epoch);
-        Ok(())
+        model.restored(&restore, status.safety_epoch)
     }
 
     fn reopen(&mut self) -> Result<(), String> {
@@ -225,9 +223,8 @@ impl Run {
     }
 }
 
-/// Run one program, then look at every step of it.
-pub fn run(program: &[Step]) -> Result<Tally, String> {
-    let mut tally = Tally::default();
+/// Run one program. Every step of it is to be looked at.
+pub fn run(program: &[Step]) -> Result<Stops, String> {
     let mut dice = Dice::new(program.iter().fold(1, |sum, &step| sum * 31 + step as u64));
     let way = Way { is_write_through: false, has_background: false, has_faults: false };
     let machine = new_machine(SIZE_BYTES, 6, dice.fork())?;
@@ -249,12 +246,7 @@ pub fn run(program: &[Step]) -> Result<Tally, String> {
     let again = open(&run.machine, way)?;
     check_kept_once(&run.machine, &again)?;
     again.abandon();
-    for stop in &stops {
-        if let Some((_, volume)) = check(stop, way, &mut dice, 0, &mut tally)? {
-            volume.abandon();
-        }
-    }
-    Ok(tally)
+    Ok(Stops { way, all: stops, dice, tally: Tally::default() })
 }
 
 /// Every program of up to three steps that begins with this one.

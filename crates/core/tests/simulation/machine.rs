@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use stillblock_core::buffer::{Arena, ArenaSize, BufferIdentity, LeftBuffer};
 use stillblock_core::error::{Error, Result};
 use stillblock_core::index::run::run_number;
-use stillblock_core::journal::OriginIdentity;
+use stillblock_core::journal::{JOURNAL_NAME, JOURNAL_NEW_NAME, OriginIdentity};
+use stillblock_core::log::writer::segment_number;
 use stillblock_core::storage::{Directory, Storage};
 use stillblock_core::sync::breathe;
 use stillblock_core::volume::host::{Held, Host, OriginDevice};
@@ -211,7 +212,9 @@ impl Machine {
     pub fn rot_a_segment(&self, dice: &mut Dice) -> Option<(String, u32)> {
         let mut world = self.world();
         let log = Path::new(LOG);
-        let names = world.list(log);
+        let mut names = world.list(log);
+        // A merged segment that has no name yet stands for nothing.
+        names.retain(|name| segment_number(name).is_some());
         let name = names.get(dice.below(names.len()))?.clone();
         let id = world.find(log, &name)?;
         let bytes = world.medium(id).now.clone();
@@ -439,7 +442,7 @@ struct SimDirectory {
 impl SimDirectory {
     fn storage(&self, name: &str, id: u64) -> Arc<dyn Storage> {
         let machine = Arc::clone(&self.machine);
-        let is_journal = name == stillblock_core::journal::JOURNAL_NAME;
+        let is_journal = [JOURNAL_NAME, JOURNAL_NEW_NAME].contains(&name);
         let kind = if is_journal { Kind::Journal } else { Kind::Log };
         Arc::new(SimStorage { machine, id, kind })
     }

@@ -16,7 +16,7 @@ mod machine;
 mod model;
 mod program;
 
-use check::Tally;
+use check::{Stops, Tally, check_all};
 use program::Faults;
 use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
@@ -60,6 +60,24 @@ fn scheduled<T: Send + 'static>(
     Err("it never ended".into())
 }
 
+/// Stops that are looked at together.
+const GROUP: usize = 8;
+
+/// Run a program, then look at where it was stopped. Each few stops have a scheduler of their own:
+/// it looks at every thread there ever was at each of its steps.
+fn stopped_everywhere(
+    seed: u64,
+    program: impl Fn() -> Result<Stops, String> + Send + Sync + 'static,
+) -> Result<Tally, String> {
+    let Stops { way, all: mut stops, mut dice, mut tally } = scheduled(seed, program)?;
+    while !stops.is_empty() {
+        let group = stops.split_off(stops.len().saturating_sub(GROUP));
+        let (seed, dice) = (dice.next(), dice.fork());
+        tally.add(&scheduled(seed, move || check_all(&group, way, dice.clone()))?);
+    }
+    Ok(tally)
+}
+
 fn from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|s| s.parse().ok())
 }
@@ -91,7 +109,7 @@ fn run_all<P: std::fmt::Debug + Clone>(
 }
 
 fn run_seeds(seeds: impl Iterator<Item = u64>, faults: Faults) -> Tally {
-    run_all(seeds, |seed| scheduled(seed, move || program::run(seed, faults, usize::MAX)))
+    run_all(seeds, |seed| stopped_everywhere(seed, move || program::run(seed, faults, usize::MAX)))
 }
 
 #[test]
@@ -107,7 +125,8 @@ fn with_faults_nothing_is_wrong_that_does_not_say_so() {
 /// All short programs that begin with one of these; at least `stops_min` stops.
 fn run_programs(firsts: &[exhaustive::Step], stops_min: u64) {
     let programs = firsts.iter().flat_map(|&first| exhaustive::programs(first));
-    let tally = run_all(programs, |program| scheduled(1, move || exhaustive::run(&program)));
+    let tally =
+        run_all(programs, |program| stopped_everywhere(1, move || exhaustive::run(&program)));
     assert!(tally.stops >= stops_min, "every step is a stop: {tally:?}");
 }
 
@@ -123,7 +142,7 @@ fn every_other_short_program_survives_a_stop_at_every_step() {
 
 #[test]
 fn every_short_program_on_a_clone_survives_a_stop_at_every_step() {
-    let run = |program: Vec<clones::Step>| scheduled(1, move || clones::run(&program));
+    let run = |program: Vec<clones::Step>| stopped_everywhere(1, move || clones::run(&program));
     let tally = run_all(clones::programs().into_iter(), run);
     assert!(tally.stops >= 25_000, "every step is a stop: {tally:?}");
 }
@@ -166,7 +185,7 @@ fn notice(rules: impl Iterator<Item = Rule>) {
         std::panic::set_hook(Box::new(|_| {}));
         break_rule(Some(rule));
         let caught = (1..=limit).find_map(|seed| {
-            let ran = scheduled(seed, move || program::run(seed, faults_for(rule), 40));
+            let ran = stopped_everywhere(seed, move || program::run(seed, faults_for(rule), 40));
             ran.err().map(|why| (seed, why))
         });
         break_rule(None);

@@ -103,6 +103,8 @@ pub struct Model {
     pub was_cut: bool,
     /// A client was told that the origin failed.
     pub is_failure_told: bool,
+    /// The highest epoch number that anybody was ever given.
+    epoch_max: u32,
 }
 
 pub fn size(value: u64) -> usize {
@@ -131,6 +133,7 @@ impl Model {
             excess: BTreeMap::new(),
             was_cut: false,
             is_failure_told: false,
+            epoch_max: 0,
         }
     }
 
@@ -316,8 +319,18 @@ impl Model {
         Some(snapshot)
     }
 
+    /// A snapshot has a number, and no other ever had it.
+    pub fn add(&mut self, epoch: u32, snapshot: Snapshot) -> Result<(), String> {
+        if epoch <= self.epoch_max {
+            return Err(format!("P10: {epoch} is given out again, {} was before", self.epoch_max));
+        }
+        self.epoch_max = epoch;
+        self.snapshots.insert(epoch, snapshot);
+        Ok(())
+    }
+
     /// The restore's instant came: this is the disk now, and it is durable.
-    pub fn restored(&mut self, restore: &Restore, safety_epoch: u32) {
+    pub fn restored(&mut self, restore: &Restore, safety_epoch: u32) -> Result<(), String> {
         let content = self.live();
         let high: Vec<usize> = self.cells.iter().map(Cell::last_issued).collect();
         let now = self.tick();
@@ -339,7 +352,7 @@ impl Model {
             pinned: Some(content),
             ..Snapshot::default()
         };
-        self.snapshots.insert(safety_epoch, safety);
+        self.add(safety_epoch, safety)
     }
 
     /// Whether a snapshot may hold this: each cell a version of the time it was taken, and all of

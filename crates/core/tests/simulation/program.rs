@@ -2,7 +2,7 @@
 //! restores snapshots; stopped at every step.
 
 use crate::check::{
-    Tally, Way, bytes, cells, check, check_changed, check_kept_once, check_snapshots, open,
+    Stops, Tally, Way, bytes, cells, check, check_changed, check_kept_once, check_snapshots, open,
     read_live, read_snapshot, settled_as,
 };
 use crate::clones;
@@ -32,16 +32,28 @@ pub enum Faults {
     Decisions,
 }
 
+/// What a program does most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Habit {
+    Mixed,
+    /// Snapshots are deleted and leave bookmarks: most blocks are tracked, and nothing is preserved.
+    Bookmarks,
+    /// Snapshots are deleted as soon as they are taken, beside small writes: nobody needs any more
+    /// what is about to be preserved.
+    Deletions,
+}
+
 /// One program.
 struct Program {
     machine: Arc<Machine>,
     way: Way,
     dice: Dice,
     faults: Faults,
-    /// Snapshots are deleted and leave bookmarks: most blocks are tracked, and nothing is preserved.
-    prefers_bookmarks: bool,
-    /// Stops of a session that are looked at.
+    habit: Habit,
+    /// Stops of a session that are kept to be looked at.
     stops_max: usize,
+    stops: Vec<Stop>,
+    /// Of the stops after which the program went on.
     tally: Tally,
 }
 
@@ -54,7 +66,7 @@ pub struct Session {
     /// Users of clones share it; who makes or drops one has it alone.
     pub clones_gate: RwLock<()>,
     has_faults: bool,
-    prefers_bookmarks: bool,
+    habit: Habit,
     problem: std::sync::Mutex<Option<String>>,
 }
 
@@ -87,7 +99,7 @@ impl Session {
 
 /// Write, read and flush for a while.
 fn client(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String> {
-    let writes = if session.prefers_bookmarks { 50 } else { 62 };
+    let writes = if session.habit == Habit::Bookmarks { 50 } else { 62 };
     for _ in 0..steps {
         let _gate = session.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let chosen = dice.below(100);
@@ -134,7 +146,7 @@ fn write(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let (is_zero, fua) = (dice.chance(15), dice.chance(12));
     let (range, value, (at, length)) = {
         let mut model = session.machine.model();
-        let range = pick_range(&model, dice, session.prefers_bookmarks);
+        let range = pick_range(&model, dice, session.habit != Habit::Mixed);
         let Some(value) = model.begin_write(range.clone(), is_zero) else { return Ok(()) };
         let place = place(&model, &range);
         (range, value, place)
@@ -157,7 +169,7 @@ fn write(session: &Session, dice: &mut Dice) -> Result<(), String> {
 fn trim(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let (range, (at, length)) = {
         let mut model = session.machine.model();
-        let range = pick_range(&model, dice, session.prefers_bookmarks);
+        let range = pick_range(&model, dice, session.habit != Habit::Mixed);
         if model.begin_write(range.clone(), true).is_none() {
             return Ok(());
         }
@@ -179,7 +191,7 @@ fn trim(session: &Session, dice: &mut Dice) -> Result<(), String> {
 fn read(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let (range, (at, length), acked) = {
         let model = session.machine.model();
-        let range = pick_range(&model, dice, session.prefers_bookmarks);
+        let range = pick_range(&model, dice, session.habit != Habit::Mixed);
         let place = place(&model, &range);
         (range, place, model.acked())
     };
@@ -193,9 +205,19 @@ fn read(session: &Session, dice: &mut Dice) -> Result<(), String> {
 /// Take snapshots and let them go.
 fn keeper(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String> {
     for _ in 0..steps {
-        if session.prefers_bookmarks && dice.chance(55) {
-            leave_bookmark(session)?;
-            continue;
+        match session.habit {
+            Habit::Bookmarks if dice.chance(55) => {
+                leave_bookmark(session)?;
+                continue;
+            }
+            Habit::Deletions if dice.chance(75) => {
+                let all = session.machine.model().all_blocks();
+                if let Some(epoch) = take_snapshot(session, all)? {
+                    delete_one(session, epoch)?;
+                }
+                continue;
+            }
+            _ => {}
         }
         match dice.below(100) {
             0..40 => snapshot(session, dice)?,
@@ -245,7 +267,7 @@ fn leave_bookmark(session: &Session) -> Result<(), String> {
 
 fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let mut selection = pick_selection(&session.machine.model(), dice);
-    if session.prefers_bookmarks {
+    if session.habit == Habit::Bookmarks {
         // Most blocks stay tracked only.
         selection = selection.intersection(&pick_few(&session.machine.model(), dice));
     }
@@ -278,7 +300,7 @@ fn take_snapshot(session: &Session, selection: ExtentSet) -> Result<Option<u32>,
     };
     let mut model = session.machine.model();
     let snapshot = model.taken().ok_or("taken twice")?;
-    model.snapshots.insert(taken.epoch, snapshot);
+    model.add(taken.epoch, snapshot)?;
     Ok(Some(taken.epoch))
 }
 
@@ -292,7 +314,7 @@ pub fn look_at(session: &Session, epoch: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// Index files are written and epochs merged long before they are due.
+/// Index files are written, epochs merged and the journal compacted long before they are due.
 fn keep_up(session: &Session) -> Result<(), String> {
     session.must("upkeep", session.volume.maintain(Effort::All)).map(|_| ())
 }
@@ -452,7 +474,7 @@ fn restore(session: &Session, dice: &mut Dice) -> Result<(), String> {
     let mut model = session.machine.model();
     let restore = model.restoring.take().ok_or("begun")?;
     if let Some(status) = done {
-        model.restored(&restore, status.safety_epoch);
+        model.restored(&restore, status.safety_epoch)?;
     }
     drop(model);
     drop(alone);
@@ -490,18 +512,28 @@ impl Program {
             gate: RwLock::new(()),
             clones_gate: RwLock::new(()),
             has_faults: self.faults != Faults::None,
-            prefers_bookmarks: self.prefers_bookmarks,
+            habit: self.habit,
             problem: std::sync::Mutex::default(),
         });
         let mut threads = Vec::new();
-        if self.prefers_bookmarks {
+        if self.habit == Habit::Bookmarks {
             session.note(leave_bookmark(&session));
         }
-        let (client_steps, keeper_steps) = if self.prefers_bookmarks { (14, 2) } else { (8, 7) };
+        let (client_steps, keeper_steps) = match self.habit {
+            Habit::Bookmarks => (14, 2),
+            Habit::Mixed | Habit::Deletions => (8, 7),
+        };
         for _ in 0..=self.dice.below(3) {
             let (session, mut dice) = (Arc::clone(&session), self.dice.fork());
             threads.push(shuttle::thread::spawn(move || {
                 session.note(client(&session, &mut dice, client_steps));
+            }));
+        }
+        if self.dice.chance(40) {
+            // Beside what is decided meanwhile.
+            let session = Arc::clone(&session);
+            threads.push(shuttle::thread::spawn(move || {
+                session.note(keep_up(&session));
             }));
         }
         for _ in 0..[0, 0, 1, 2][self.dice.below(4)] {
@@ -511,7 +543,7 @@ impl Program {
             }));
         }
         let mut dice = self.dice.fork();
-        if !self.prefers_bookmarks || dice.chance(60) {
+        if self.habit != Habit::Bookmarks || dice.chance(60) {
             session.note(keeper(&session, &mut dice, keeper_steps));
         }
         for thread in threads {
@@ -521,17 +553,15 @@ impl Program {
         problem.clone().map_or(Ok(()), Err)
     }
 
-    fn look_at_stops(&mut self, stops: &[Stop]) -> Result<(), String> {
-        for (index, stop) in stops.iter().enumerate() {
-            if self.dice.below(stops.len() - index) >= self.stops_max {
-                continue;
-            }
-            let (dice, tally) = (&mut self.dice, &mut self.tally);
-            if let Some((_, volume)) = check(stop, self.way, dice, 0, tally)? {
-                volume.abandon();
+    /// Keep the stops of a session, or as many as are wanted, to be looked at.
+    fn keep_stops(&mut self) {
+        let stops = self.machine.take_stops();
+        let count = stops.len();
+        for (index, stop) in stops.into_iter().enumerate() {
+            if self.dice.below(count - index) < self.stops_max {
+                self.stops.push(stop);
             }
         }
-        Ok(())
     }
 
     fn run(&mut self) -> Result<(), String> {
@@ -548,8 +578,8 @@ impl Program {
             self.machine.plan(FaultPlan::default());
             if self.machine.is_origin_failed.load(Ordering::Relaxed) {
                 volume.abandon();
-                let stops = self.machine.take_stops();
-                return self.look_at_stops(&stops);
+                self.keep_stops();
+                return Ok(());
             }
             let (machine, went_on) = self.end_session(&volume)?;
             self.machine = machine;
@@ -585,14 +615,12 @@ impl Program {
                 check_kept_once(&self.machine, &again)?;
             }
             *self.machine.model() = model;
-            let stops = self.machine.take_stops();
-            self.look_at_stops(&stops)?;
+            self.keep_stops();
             self.machine.watch();
             return Ok((Arc::clone(&self.machine), again));
         }
         volume.abandon();
-        let stops = self.machine.take_stops();
-        self.look_at_stops(&stops)?;
+        self.keep_stops();
         let last = self.machine.stop();
         loop {
             let (dice, tally) = (&mut self.dice, &mut self.tally);
@@ -641,11 +669,16 @@ pub fn new_machine(size_bytes: u64, slot_count: u32, dice: Dice) -> Result<Arc<M
     Ok(machine)
 }
 
-/// Run the program of a seed.
-pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String> {
+/// Run the program of a seed. Its stops are to be looked at.
+pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Stops, String> {
     let mut dice = Dice::new(seed);
-    let prefers_bookmarks = dice.chance(35);
-    let blocks = if prefers_bookmarks { 6 + dice.below(8) } else { 3 + dice.below(8) } as u64;
+    let habit = match dice.below(100) {
+        0..30 => Habit::Bookmarks,
+        30..45 => Habit::Deletions,
+        _ => Habit::Mixed,
+    };
+    let blocks_min = if habit == Habit::Bookmarks { 6 } else { 3 };
+    let blocks = (blocks_min + dice.below(8)) as u64;
     let tail = [0, 0, 512, 1280, 768, 4000][dice.below(6)] / 256 * 256;
     let size_bytes = blocks * 4096 + tail;
     let slot_count = [5, 12, 40][dice.below(3)];
@@ -660,10 +693,11 @@ pub fn run(seed: u64, faults: Faults, stops_max: usize) -> Result<Tally, String>
         way,
         dice,
         faults,
-        prefers_bookmarks,
+        habit,
         stops_max,
+        stops: Vec::new(),
         tally: Tally::default(),
     };
     program.run()?;
-    Ok(program.tally)
+    Ok(Stops { way: program.way, all: program.stops, dice: program.dice, tally: program.tally })
 }

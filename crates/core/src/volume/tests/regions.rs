@@ -1,6 +1,7 @@
 //! Regions: what is recorded once, what goes straight then, and what is known of it afterwards.
 
 use super::*;
+use crate::volume::{OnFull, StorePolicy};
 
 const REGION: u64 = 256;
 
@@ -440,5 +441,46 @@ fn more_runs_than_a_batch_tells_are_closed_exactly() {
     drop(volume);
     let volume = scene.open();
     assert_eq!(volume.changed(second, Some(third)).expect("changed set"), expected);
+    volume.close().expect("close");
+}
+
+#[test]
+fn a_stop_on_a_full_store_with_many_regions_costs_no_snapshot_anything() {
+    const HALF: u64 = 32 * REGION;
+    let scene = Scene::new(crate::number::to_usize(2 * HALF * 4096));
+    let volume = scene.open();
+    let policy = StorePolicy { on_full: OnFull::Fail, ..StorePolicy::default() };
+    volume.set_store_policy(policy).expect("policy");
+    let first = snapshot(&volume, ExtentSet::from_extent(Extent::new(0, HALF)));
+    volume.bookmark(first, Vec::new()).expect("bookmark");
+    volume.delete_snapshot(first, false).expect("deletion");
+    let second = snapshot(&volume, ExtentSet::from_extent(Extent::new(HALF, 2 * HALF)));
+    for block in (0..HALF).step_by(2) {
+        put(&volume, block, 0xA0);
+        if block % REGION == 0 {
+            volume.flush().expect("flush");
+        }
+    }
+    scene.faults.set(|name, operation| match (name, operation) {
+        ("segment" | "journal", "allocate") | ("directory", "create") => {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        _ => Ok(()),
+    });
+    let mut refused = false;
+    for block in HALF..2 * HALF {
+        refused = volume.write(block * 4096, &[9; BLOCK], false).is_err();
+        if refused {
+            break;
+        }
+    }
+    assert!(refused, "the store is full");
+    volume.close().expect("close");
+    drop(volume);
+    scene.faults.clear();
+    let volume = scene.open();
+    assert_eq!(lost(&volume, second), ExtentSet::new());
+    let found = changed(&volume, first);
+    assert!((0..HALF).step_by(2).all(|block| found.contains(block)), "P5: whatever it cost");
     volume.close().expect("close");
 }

@@ -29,15 +29,16 @@ fn original(block: u64) -> u8 {
     u8::try_from(block % 250 + 1).expect("small")
 }
 
-/// Spoil every page of the log's newest index file that has entries.
-fn spoil_index(scene: &Scene) {
-    let name = names(scene, ".idx").pop().expect("an index file");
-    let path = scene.dir.path().join("store/log").join(name);
-    let mut bytes = std::fs::read(&path).expect("read");
-    for page in (BLOCK..bytes.len() - BLOCK).step_by(BLOCK) {
-        bytes[page + 20] ^= 0x40;
+/// Spoil every page of the log's index files that has entries.
+fn spoil_indexes(scene: &Scene) {
+    for name in names(scene, ".idx") {
+        let path = scene.dir.path().join("store/log").join(name);
+        let mut bytes = std::fs::read(&path).expect("read");
+        for page in (BLOCK..bytes.len() - BLOCK).step_by(BLOCK) {
+            bytes[page + 20] ^= 0x40;
+        }
+        std::fs::write(&path, bytes).expect("written");
     }
-    std::fs::write(&path, bytes).expect("written");
 }
 
 /// A merged segment stands beside those it was made from for a moment: together they took more than
@@ -139,7 +140,7 @@ fn with_spoiled_index() -> (Scene, Arc<Volume>, [u32; 2]) {
     let third = snapshot(&volume, everything());
     volume.delete_snapshot(third, false).expect("deleted");
     volume.maintain(Effort::All).expect("upkeep");
-    spoil_index(&scene);
+    spoil_indexes(&scene);
     (scene, volume, [first, second])
 }
 
@@ -158,6 +159,24 @@ fn checks_and_readers_wait_for_upkeep_where_an_index_file_is_damaged() {
     assert_eq!(check.join().expect("no panic").expect("checked"), []);
     assert_eq!(read.join().expect("no panic").expect("read"), original(60));
     check_all(&volume, second, |block| if block < 100 { 0xA0 } else { original(block) });
+    volume.close().expect("close");
+}
+
+/// Each question met one damaged file, had it mended, and gave up at the next one.
+#[test]
+fn several_damaged_index_files_cost_nobody_an_answer() {
+    let scene = Scene::new(512 * BLOCK);
+    let volume = scene.open();
+    let first = snapshot(&volume, everything());
+    for number in 1..=4 {
+        put_all(&volume, 0..number * 20, 0xA0);
+        snapshot(&volume, everything());
+        volume.file_closed(&mut volume.upkeep.lock(), Effort::All).expect("an index file");
+    }
+    assert_eq!(names(&scene, ".idx").len(), 4);
+    spoil_indexes(&scene);
+    assert_eq!(volume.epochs().expect("listed").len(), 5);
+    check_all(&volume, first, original);
     volume.close().expect("close");
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from filesystems import KINDS, TOOLS, Kind, loop_mounted, start_of
+from filesystems import KINDS, TOOLS, Kind, loop_mounted, shorten, start_of
 from mounted import as_file
 from serving import MIB, run, volume_of
 from stillblock import codec
@@ -43,7 +43,7 @@ def change(top: Path, kind: Kind) -> dict[str, str]:
     same = (data / "file 4").read_bytes()
     in_place(data / "file 4", same, keeps_time=True)
     os.utime(data / "file 3", ns=(10**18, 10**18))
-    os.truncate(data / "file 5", 100)
+    shorten(data / "file 5", 100)
     (data / "file 6").unlink()
     (data / "file 8").rename(top / "renamed")
     (top / "srv/new/deep").mkdir(parents=True)

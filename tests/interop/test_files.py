@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from filesystems import KINDS, SECRET, TOOLS, Kind, loop_mounted, start_of
+from filesystems import KINDS, SECRET, TOOLS, Kind, loop_mounted, shorten, start_of
+from mounted import as_file
 from serving import MIB, Ran, Served, run, volume_of
 from stillblock.cli import main
 from stillblock.config import Config
@@ -219,6 +220,37 @@ def test_a_volume_that_nobody_serves_gives_the_same_files_and_so_does_its_clone(
     assert there == alone
     assert len(set(there)) == 1
     assert there[0]
+
+
+@pytest.mark.needs("nbdfuse")
+@pytest.mark.parametrize("name", ["ext4", "xfs"])
+def test_files_of_a_filesystem_in_use_are_those_of_its_replay(
+    many_filesystems: Callable[[Path], Path], tmp_path: Path, name: str
+) -> None:
+    """What was synced is in the journal only; the kernel's replay of the same instant judges."""
+    (kind,) = (kind for kind in KINDS if kind.name == name)
+    image = many_filesystems(tmp_path / "disk.img")
+    with tempfile.TemporaryDirectory(prefix="sb-") as short, volume_of(image, short) as web:
+        web.start()
+        with as_file(web) as (live, _), loop_mounted(live, kind) as top:
+            for number in range(40):
+                path = top / f"srv/data/new {number}"
+                path.write_bytes(os.urandom(3000 * number + 1))
+                shorten(top / f"srv/data/file {number}", 10 * number)
+            (top / "srv/large").rename(top / "moved")
+            run("sync", "--file-system", str(top))
+            web.snapshot("busy", *RULES)
+        copy = tmp_path / "copy.img"
+        run("nbdcopy", web.uri("busy"), str(copy))
+        with opened(web, f"web@busy:{kind.number}:/") as tree:
+            done = copy_out(tree, "/", tmp_path / "out", is_recursive=True)
+    with loop_mounted(copy, kind) as top:
+        expected = told(top, kind)
+    got = told(tmp_path / "out", kind)
+    assert got.keys() == expected.keys() - {refused.path for refused in done.refused}
+    assert [path for path, what in got.items() if what != expected[path]] == []
+    assert "/srv/data/new 39" in got
+    assert "/moved" in got
 
 
 def test_a_file_with_lost_blocks_is_refused_and_the_others_are_whole(tmp_path: Path) -> None:

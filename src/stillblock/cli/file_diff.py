@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from stillblock.cli.output import Output, counted
+from stillblock.cli.output import Output, counted, warn_if_suspect
 from stillblock.errors import ExitCode
 from stillblock.model import Reference, format_size
 from stillblock.operations.file_changes import Change, FileChange, FileDiff, compare_files
@@ -33,6 +33,8 @@ def diff_files(
         held(session, Reference(volume=volume, snapshot=until)) as after,
         output.working(f"comparing {before.reference} and {after.reference}") as tell,
     ):
+        for side in (before, after):
+            warn_if_suspect(output, side)
         next_s = 0.0
 
         def told(path: str) -> None:
@@ -55,11 +57,12 @@ def diff_files(
                 told=told,
             ),
         )
-    output.result("file-changes", found, lambda out: _render(out, found, is_summary=is_summary))
+    output.result("file-changes", found, lambda out: render(out, found, is_summary=is_summary))
     return ExitCode.PARTIAL if found.is_partial else ExitCode.OK
 
 
-def _render(out: Output, found: FileDiff, *, is_summary: bool) -> None:
+def render(out: Output, found: FileDiff, *, is_summary: bool) -> None:
+    """Print it for people, place by place."""
     for place in found.places:
         out.line(_title(place))
         if not is_summary:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, counted
+from stillblock.cli.output import Output, counted, warn_if_suspect
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.model import Reference, format_instant, format_size
 from stillblock.operations.copying import copy_out
@@ -37,6 +37,8 @@ _JSON_BYTES_MAX: Final = 64 << 20
 """Content of a file within a JSON document; larger ones are for a file."""
 _REFUSED_SHOWN_MAX: Final = 20
 _TELL_S: Final = 0.2
+_COLUMNS: Final = ("MODE", "LINKS", "OWNER", "SIZE", "CHANGED", "NAME", "NOT HELD")
+_RIGHT: Final = frozenset({1, 2, 3})
 
 PathRef = Annotated[
     str, Parameter(help="VOL@SNAP:/path; with several filesystems VOL@SNAP:NAME:/path.")
@@ -75,6 +77,7 @@ def ls(
     output = Output(common)
     reference = Reference.parse(ref)
     with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
         files = SnapshotFiles(held)
         if reference.path is None:
             _list_filesystems(output, held.reference, files)
@@ -103,7 +106,7 @@ def cat(
     if not refs:
         raise UsageError("say which file: stillblock cat VOL@SNAP:/path")
     for ref in refs:
-        with _opened(common, ref) as (reference, tree):
+        with _opened(common, output, ref) as (reference, tree):
             found = tree.find(reference.path or "/", follows=True)
             _require_file(tree, found)
             content = tree.content(found.name, found.node)
@@ -143,7 +146,10 @@ def cp(
         A directory with all that is in it; links are copied as links.
     """
     output = Output(common)
-    with _opened(common, ref) as (reference, tree), output.working(f"copying {ref}") as tell:
+    with (
+        _opened(common, output, ref) as (reference, tree),
+        output.working(f"copying {ref}") as tell,
+    ):
         next_s = 0.0
 
         def told(path: str, copied_bytes: int) -> None:
@@ -164,16 +170,15 @@ def cp(
 
 
 @contextmanager
-def _opened(common: Common, ref: str) -> Iterator[tuple[Reference, Tree]]:
+def _opened(common: Common, output: Output, ref: str) -> Iterator[tuple[Reference, Tree]]:
 
     reference = Reference.parse(ref)
     if reference.path is None:
         raise UsageError(f"{ref!r} names no file; write {ref}:/path")
-    with (
-        open_reference(common.config(), reference) as held,
-        SnapshotFiles(held).tree(reference.place) as tree,
-    ):
-        yield reference, tree
+    with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
+        with SnapshotFiles(held).tree(reference.place) as tree:
+            yield reference, tree
 
 
 def _require_file(tree: Tree, found: Entry) -> None:
@@ -255,12 +260,10 @@ class _Listing:
             document = {"filesystem": self._tree.place.name, "directory": where, "entries": rows}
             self._output.json("listing", document)
         elif not self._is_long:
-            for entry in entries:
-                self._output.line(shown(entry.name))
-        else:
-            columns = ("MODE", ">LINKS", ">OWNER", ">SIZE", "CHANGED", "NAME", "NOT HELD")
+            self._output.lines([shown(entry.name) for entry in entries])
+        elif entries:
             rows_long = [self._long(entry, held[entry.name]) for entry in entries]
-            self._output.table(columns, rows_long, empty="empty")
+            self._output.lines(_aligned([_COLUMNS, *rows_long]))
 
     def _held(self, entry: Entry) -> dict[str, str]:
         """Return why a file is not held, if somebody wants to know."""
@@ -286,6 +289,18 @@ class _Listing:
             shown(entry.name) + target,
             shown(held.get("reason", "")),
         )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines: a table would take minutes for a hundred thousand files."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in _RIGHT else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _described(entry: Entry, path: str) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class Copied:
     refused: tuple[Refused, ...] = ()
     unnamed: int = 0
     """How many more were refused than are listed."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
 
 
 REFUSED_MAX: Final = 10_000
@@ -94,7 +96,12 @@ def copy_out(
     with _opened(folder) as descriptor:
         copy = _Copy(tree, told or (lambda *_: None), top=descriptor)
         copy.entry(descriptor, found._replace(name=name), found.name)
-    return replace(copy.result(), source=tree.path(found.name), target=shown(str(folder / name)))
+    return replace(
+        copy.result(),
+        source=tree.path(found.name),
+        target=shown(str(folder / name)),
+        suspect_reason=tree.held.suspect_reason,
+    )
 
 
 def _target(destination: Path, found: Entry) -> tuple[Path, str]:
@@ -256,6 +263,8 @@ class _Copy:
             finally:
                 os.close(descriptor)
             _put(partial, name, folder)
+            if not self._trail:
+                os.fsync(folder)
         self.counts["file"] += 1
         if node.links > 1:
             self._names[node.number] = (tuple(part for _, part in self._trail), name)

@@ -93,6 +93,12 @@ class Held:
         return self._receipt
 
     @property
+    def suspect_reason(self) -> str:
+        """Why it may not be what the disk was, such as a write past the server; empty if it is."""
+        info = self._receipt.snapshot
+        return info.suspect_reason if info.is_suspect else ""
+
+    @property
     def is_clone(self) -> bool:
         """Whether it is a clone, which may change while it is read."""
         return self._is_clone

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
-from stillblock.errors import NotFoundError, StillblockError, UsageError
+from stillblock.errors import NotFoundError, SnapshotLostError, StillblockError, UsageError
 from stillblock.extents import normalise, subtract
 from stillblock.model import Unresolved
 from stillblock.operations.held import Refusal, Why
@@ -65,25 +65,12 @@ class SnapshotFiles:
     def tree(self, name: str | None) -> Tree:
         """Return a filesystem by name as rules have it; without one, the only one there is."""
         place = self._only() if name is None else self._named(name)
-        identity = self._facts.identity(place)
-        if isinstance(identity, Unresolved):
-            raise UnresolvedError(
-                f"{self._held.reference}: {place.name} is not read: {identity.reason}",
-                hint="make a clone and mount that",
-            )
         prefix = self._held.reference if name is None else f"{self._held.reference}:{name}"
-        return Tree(self._held, place, identity, prefix=prefix)
+        return Tree(self._held, place, prefix=prefix)
 
-    def tree_at(self, place_name: str) -> Tree | None:
-        """Return the filesystem of a place, None if nothing is read there."""
-        for place in self._facts.places.filesystems:
-            if place.name != place_name:
-                continue
-            identity = self._facts.identity(place)
-            if not isinstance(identity, Unresolved):
-                prefix = f"{self._held.reference}:{place.name}"
-                return Tree(self._held, place, identity, prefix=prefix)
-        return None
+    def tree_at(self, place: Place) -> Tree:
+        """Return the filesystem of a place."""
+        return Tree(self._held, place, prefix=f"{self._held.reference}:{place.name}")
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -168,21 +155,38 @@ class _Peeked:
 
 
 class Tree:
-    """One filesystem of a snapshot, read in a worker from the first question to `close`."""
+    """One filesystem of a snapshot. Use it in a `with` statement: it is read in a worker."""
 
-    def __init__(self, held: Held, place: Place, identity: Identity, *, prefix: str) -> None:
-        """Take what is known of it; `prefix` is what messages write before a path in it."""
+    def __init__(self, held: Held, place: Place, *, prefix: str) -> None:
+        """Say where it is; `prefix` is what messages write before a path in it."""
         assert place.content is not None, "a filesystem has a content"
         self.held: Final = held
         self.place: Final = place
-        self.identity: Final = identity
         self._prefix = prefix
         self._disk = place.disk(held)
         self.worker: Final = FileWorker(self._disk, place.content)
+        self._identity: Identity | None = None
 
     def __enter__(self) -> Self:
+        """Start the worker; raise `UnresolvedError` if the filesystem is not understood."""
         self.worker.__enter__()
+        try:
+            self._identity = self.worker.identify()
+        except UnresolvedError as error:
+            self.worker.__exit__()
+            raise UnresolvedError(
+                f"{self._prefix} is not read: {error.message}", hint="make a clone and mount that"
+            ) from error
+        except BaseException:
+            self.worker.__exit__()
+            raise
         return self
+
+    @property
+    def identity(self) -> Identity:
+        """Which filesystem it is."""
+        assert self._identity is not None, "it was entered"
+        return self._identity
 
     def __exit__(self, *details: object) -> None:
         self.worker.__exit__(*details)
@@ -325,4 +329,6 @@ def kind_of(node: Node) -> str:
 
 def why_of(error: StillblockError) -> Why:
     """Return what kind of refusal an error is."""
+    if isinstance(error, SnapshotLostError):
+        return Why.LOST
     return Why.UNRESOLVED if isinstance(error, UnresolvedError) else Why.UNREADABLE

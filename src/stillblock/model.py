@@ -1,4 +1,7 @@
-"""The values that every layer speaks: sizes, names, references, volumes, snapshots, receipts."""
+"""The values that every layer speaks: sizes, names, references, volumes, snapshots, receipts.
+
+Long because they speak of one another: whoever reads one record finds its parts beside it.
+"""
 
 from __future__ import annotations
 

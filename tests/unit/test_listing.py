@@ -62,6 +62,9 @@ def test_a_directory_inside_itself_is_listed_once(capsys: pytest.CaptureFixture[
     assert tree.listed == ["/", "/b"]
     assert shown.is_partial
     assert capsys.readouterr().err.count("in two places, or inside itself") == 3
+    listing(tree, is_json=True).directory("/", directory(1), is_recursive=True)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["directory"] for each in told if each["not_listed"]] == ["/a", "/b/a", "/b/b"]
 
 
 def test_a_tree_without_end_is_listed_as_deep_as_trees_are(

@@ -278,8 +278,7 @@ class _Listing:
             except StillblockError as error:
                 if is_first or not is_of_disk(error):
                     raise
-                self.is_partial = True
-                self._output.warn(str(error))
+                self._skip(where, str(error))
                 continue
             if is_recursive and not self._output.is_json:
                 self._output.line(("" if is_first else "\n") + f"{shown(where)}:")
@@ -293,17 +292,22 @@ class _Listing:
                         continue
                     inner = f"{base}/{entry.name}"
                     if entry.node.number in entered:
-                        self._skip(inner, "it is in two places, or inside itself: it is damaged")
+                        reason = "it is in two places, or inside itself: it is damaged"
+                        self._skip(inner, f"{self._tree.path(inner)}: {reason}")
                     elif inner.count("/") > DEPTH_MAX:
-                        self._skip(inner, "the tree is too deep")
+                        self._skip(inner, f"{self._tree.path(inner)}: the tree is too deep")
                     else:
                         entered.add(entry.node.number)
                         below.append((inner, entry.node))
                 waiting += reversed(below)
 
     def _skip(self, path: str, reason: str) -> None:
+        """Say of a directory that it is not listed, and why."""
         self.is_partial = True
-        self._output.warn(f"not listed: {self._tree.path(path)}: {reason}")
+        if self._output.is_json:
+            self._document(path, [], not_listed=reason)
+        else:
+            self._output.warn(f"not listed: {reason}")
 
     def _print(self, where: str, entries: list[Entry]) -> None:
 
@@ -311,13 +315,7 @@ class _Listing:
         held = {entry.name: self._held(entry) for entry in entries}
         if self._output.is_json:
             rows = [_described(e, f"{base}/{e.name}") | held[e.name] for e in entries]
-            document = {
-                "filesystem": self._tree.place.name,
-                "directory": where,
-                "suspect": self._tree.held.suspect,
-                "entries": rows,
-            }
-            self._output.json("listing", document)
+            self._document(where, rows)
         elif not self._is_long:
             for entry in entries:
                 self._output.line(shown(entry.name))
@@ -325,6 +323,17 @@ class _Listing:
             columns = ("MODE", ">LINKS", ">OWNER", ">SIZE", "CHANGED", "NAME", "NOT HELD")
             rows_long = [self._long(entry, held[entry.name]) for entry in entries]
             self._output.table(columns, rows_long, empty="empty")
+
+    def _document(self, where: str, rows: list[dict[str, Any]], *, not_listed: str = "") -> None:
+        """Print one directory as JSON; `not_listed` is why it is not."""
+        document = {
+            "filesystem": self._tree.place.name,
+            "directory": where,
+            "suspect": self._tree.held.suspect,
+            "not_listed": not_listed,
+            "entries": rows,
+        }
+        self._output.json("listing", document)
 
     def _held(self, entry: Entry) -> dict[str, str]:
         """Return why a file is not held, or a link not read, if somebody wants to know."""

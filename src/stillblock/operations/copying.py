@@ -350,8 +350,8 @@ class _Copy:
         partial = _new_name()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with ExitStack() as stack:
-            descriptor = os.open(partial, flags, _PRIVATE, dir_fd=folder)
             stack.callback(_remove, partial, folder)
+            descriptor = os.open(partial, flags, _PRIVATE, dir_fd=folder)
             try:
                 try:
                     self._write(descriptor, content, path)
@@ -410,8 +410,8 @@ class _Copy:
             return
         partial = _new_name()
         with ExitStack() as stack:
-            os.symlink(encoded(entry.target), partial, dir_fd=folder)
             stack.callback(_remove, partial, folder)
+            os.symlink(encoded(entry.target), partial, dir_fd=folder)
             node = entry.node
             if self._preserves:
                 with self._keeping("owners"):

@@ -275,8 +275,9 @@ class Btrfs:
             value = self._trees.get(self._root(tree), (inode, INODE_ITEM, 0))
             if value is None or len(value) != _INODE.size:
                 raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
+            links = _INODE.unpack(value)[3]
             value = self._synced(tree, inode, value)
-            generation, _, size, links, uid, gid, mode, seconds, nanoseconds = _INODE.unpack(value)
+            generation, _, size, _, uid, gid, mode, seconds, nanoseconds = _INODE.unpack(value)
             if size >= 1 << 63 or links == 0:
                 raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
             node = Node(
@@ -298,7 +299,7 @@ class Btrfs:
     def _synced(self, tree: int, inode: int, committed: bytes) -> bytes:
         """Return the item of an inode as the log has it, if that is a whole one of the same file.
 
-        Its size and times are then what a mount shows, though its content is not read here.
+        Its size, owner and times are then what a mount shows, though its content is not read here.
         """
         if (tree, inode) not in self._log.inodes:
             return committed
@@ -306,7 +307,8 @@ class Btrfs:
         if value is None or len(value) != _INODE.size:
             return committed
         (generation, *_, mode, _, _), before = _INODE.unpack(value), _INODE.unpack(committed)
-        is_same = generation == before[0] and mode == before[6] and stat.S_ISREG(mode)
+        # Of an inode that is there for its names only, the log has generation 0 and no true size.
+        is_same = generation == before[0] and stat.S_ISREG(mode) and stat.S_ISREG(before[6])
         return value if is_same else committed
 
     # Extents of files ---------------------------------------------------------------------------

@@ -277,6 +277,7 @@ def test_a_reader_of_files_gives_what_a_mount_finds_or_says_that_it_was_synced(t
         write(top / "fresh", b"fresh" * 2000)
         write(top / "new of replaced", b"newer" * 2000)
         write(top / "grown", b"more" * 9000, at=4096)
+        (top / "grown").chmod(0o600)
         write(top / "sub/fresh", b"fresh" * 2000)
         (top / "new of replaced").rename(top / "replaced")
         for path in ("fresh", "replaced", "grown", "sub/fresh"):

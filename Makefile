@@ -25,6 +25,8 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates \( -name '*.rs' -o -na
 # nextest isolates each test in a process of its own; cargo test runs the same tests without it.
 CARGO_TEST := $(shell if cargo nextest --version >/dev/null 2>&1; then echo "nextest run"; else echo test; fi)
 PYTEST := $(BIN)/python -m pytest
+# Most tests wait for a server, a mount or a kill as long as they compute.
+PYTEST_PROCESSES ?= 2
 
 .PHONY: help
 help: ## List the targets
@@ -40,7 +42,7 @@ demo: setup-demo build ## See it work on a real disk: serve, snapshot, change, p
 .PHONY: test
 test: gates test-rust ## Everything, exactly what CI runs: the gates, then every suite
 	@# Last, so that pytest's closing line closes the run.
-	$(PYTEST) -m "not long"
+	$(PYTEST) --numprocesses $(PYTEST_PROCESSES) --dist worksteal -m "not long"
 
 # --- What a developer runs --------------------------------------------------------------------------------------
 

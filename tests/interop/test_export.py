@@ -82,6 +82,17 @@ def test_raw_images_and_streams_are_the_snapshot_whether_it_is_served_or_not(
     assert "exists already; it is not overwritten" in again.err
 
 
+def test_a_snapshot_in_doubt_is_exported_with_a_warning(tmp_path: Path) -> None:
+    with volume(pattern(11, MIB)) as served:
+        served.snapshot("monday")
+        with served.origin.open("r+b") as disk:
+            disk.write(b"past the server")
+        ran = served.cli("export", "web@monday", str(tmp_path / "x.raw"))
+        assert "web@monday is SUSPECT: " in ran.err
+        ran = served.cli("export", "web@monday", str(tmp_path / "y.raw"), "--json")
+        assert ran.json["suspect_reason"]
+
+
 def test_a_clone_is_exported_with_what_was_written_to_it(
     week: tuple[Served, bytes], tmp_path: Path
 ) -> None:
@@ -93,6 +104,7 @@ def test_a_clone_is_exported_with_what_was_written_to_it(
     assert (tmp_path / "back").read_bytes() == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["vmdk", "vdi", "vhdx"])
 def test_other_formats_of_qemu_hold_the_same(
     week: tuple[Served, bytes], tmp_path: Path, form: str

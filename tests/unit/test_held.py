@@ -155,11 +155,14 @@ def test_what_is_damaged_is_refused_before_a_byte_of_it_is_read() -> None:
 
 
 def test_a_snapshot_that_may_be_wrong_is_suspect() -> None:
-    assert Held(FakeDisk(), RECEIPT).suspect == ""
+    assert Held(FakeDisk(), RECEIPT).suspect_reason == ""
     written = replace(INFO, is_suspect=True, suspect_reason="the origin was written by others")
-    told = Held(FakeDisk(), replace(RECEIPT, snapshot=written)).suspect
+    told = Held(FakeDisk(), replace(RECEIPT, snapshot=written)).suspect_reason
     assert told == "the origin was written by others"
-    assert "its receipt was changed" in Held(FakeDisk(), replace(RECEIPT, is_intact=False)).suspect
+    assert (
+        "its receipt was changed"
+        in Held(FakeDisk(), replace(RECEIPT, is_intact=False)).suspect_reason
+    )
 
 
 def test_what_was_written_to_a_clone_is_held_and_not_lost() -> None:

@@ -36,7 +36,7 @@ class FakeTree:
 
     @property
     def held(self) -> SimpleNamespace:
-        return SimpleNamespace(suspect=self.suspect)
+        return SimpleNamespace(suspect_reason=self.suspect)
 
     @property
     def place(self) -> SimpleNamespace:
@@ -97,7 +97,7 @@ def test_years_that_no_calendar_has_and_links_that_are_not_read_are_listed(
     machine.directory("/", directory(1), is_recursive=False)
     assert machine.is_partial
     document = json.loads(capsys.readouterr().out)
-    assert document["suspect"] == "others wrote to it"
+    assert document["suspect_reason"] == "others wrote to it"
     assert document["entries"][1]["reason"] == "it is\x1b damaged"
 
 

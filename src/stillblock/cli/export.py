@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, percent, write_content
+from stillblock.cli.output import Output, percent, warn_if_suspect, write_content
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.extents import clip, total_bytes
 from stillblock.model import Reference, format_size
@@ -87,6 +87,7 @@ def export(
     if resume and (chosen != "raw" or target == _STANDARD_OUTPUT):
         raise UsageError("only an export to a raw image can be resumed")
     with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
         plan = plan_export(held, allow_lost=allow_lost)
         if dry_run:
             output.result("export-plan", plan, lambda out: out.line(f"would copy {_words(plan)}"))
@@ -115,6 +116,7 @@ def export(
             left_out_bytes=plan.left_out_bytes,
             lost_bytes=total_bytes(plan.lost),
             verified_bytes=verified,
+            suspect_reason=held.suspect_reason,
         )
     output.result("exported", done, lambda out: _render(out, done, plan))
     return ExitCode.PARTIAL if plan.lost else ExitCode.OK

@@ -9,14 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, counted, write_content
+from stillblock.cli.output import Output, counted, warn_if_suspect, write_content
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.model import Reference, format_instant, format_size
 from stillblock.operations.copying import copy_out
@@ -40,6 +39,8 @@ _JSON_BYTES_MAX: Final = 64 << 20
 """Content of a file within a JSON document; larger ones are for a file."""
 _REFUSED_SHOWN_MAX: Final = 20
 _TELL_S: Final = 0.2
+_COLUMNS: Final = ("MODE", "LINKS", "OWNER", "SIZE", "CHANGED", "NAME", "NOT HELD")
+_RIGHT: Final = frozenset({1, 2, 3})
 
 PathRef = Annotated[
     str, Parameter(help="VOL@SNAP:/path; with several filesystems VOL@SNAP:NAME:/path.")
@@ -78,7 +79,7 @@ def ls(
     output = Output(common)
     reference = Reference.parse(ref)
     with open_reference(common.config(), reference) as held:
-        _warn_if_suspect(output, held)
+        warn_if_suspect(output, held)
         files = SnapshotFiles(held)
         if reference.path is None:
             _list_filesystems(output, held, files)
@@ -120,7 +121,7 @@ def cat(
                 text = base64.b64encode(whole).decode("ascii")
                 document = {
                     "file": _described(found, found.name),
-                    "suspect": tree.held.suspect,
+                    "suspect_reason": tree.held.suspect_reason,
                     "content_base64": text,
                 }
                 output.json("file-content", document)
@@ -176,7 +177,6 @@ def cp(
             preserves=preserve,
             told=told,
         )
-        copied = replace(copied, suspect=tree.held.suspect)
     output.result("copied", copied, lambda out: _render_copied(out, copied))
     is_less = copied.refused or (preserve and copied.not_kept)
     return ExitCode.PARTIAL if is_less else ExitCode.OK
@@ -209,18 +209,10 @@ def _opened(common: Common, output: Output, ref: str) -> Iterator[tuple[Referenc
     reference = Reference.parse(ref)
     if reference.path is None:
         raise UsageError(f"{ref!r} names no file; write {ref}:/path")
-    with (
-        open_reference(common.config(), reference) as held,
-        SnapshotFiles(held).tree(reference.place) as tree,
-    ):
-        _warn_if_suspect(output, held)
-        yield reference, tree
-
-
-def _warn_if_suspect(output: Output, held: Held) -> None:
-    """Say that what follows may be wrong; with --json its document does."""
-    if held.suspect:
-        output.warn(f"{held.reference} is SUSPECT: {shown(held.suspect)}")
+    with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
+        with SnapshotFiles(held).tree(reference.place) as tree:
+            yield reference, tree
 
 
 def _require_file(tree: Tree, found: Entry) -> None:
@@ -317,19 +309,17 @@ class _Listing:
             rows = [_described(e, f"{base}/{e.name}") | held[e.name] for e in entries]
             self._document(where, rows)
         elif not self._is_long:
-            for entry in entries:
-                self._output.line(shown(entry.name))
-        else:
-            columns = ("MODE", ">LINKS", ">OWNER", ">SIZE", "CHANGED", "NAME", "NOT HELD")
+            self._output.lines([shown(entry.name) for entry in entries])
+        elif entries:
             rows_long = [self._long(entry, held[entry.name]) for entry in entries]
-            self._output.table(columns, rows_long, empty="empty")
+            self._output.lines(_aligned([_COLUMNS, *rows_long]))
 
     def _document(self, where: str, rows: list[dict[str, Any]], *, not_listed: str = "") -> None:
         """Print one directory as JSON; `not_listed` is why it is not."""
         document = {
             "filesystem": self._tree.place.name,
             "directory": where,
-            "suspect": self._tree.held.suspect,
+            "suspect_reason": self._tree.held.suspect_reason,
             "not_listed": not_listed,
             "entries": rows,
         }
@@ -363,6 +353,18 @@ class _Listing:
             shown(entry.name) + target,
             shown(held.get("reason", "")),
         )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines: a table would take minutes for a hundred thousand files."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in _RIGHT else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _described(entry: Entry, path: str) -> dict[str, Any]:
@@ -402,7 +404,7 @@ def _list_filesystems(output: Output, held: Held, files: SnapshotFiles) -> None:
     columns = ("PLACE", "HOLDS", "LABEL", "UUID", ">SIZE", "NOT READ")
     output.result(
         "filesystems",
-        {"snapshot": held.reference, "suspect": held.suspect, "filesystems": found},
+        {"snapshot": held.reference, "suspect_reason": held.suspect_reason, "filesystems": found},
         lambda out: out.table(columns, rows, empty="nothing known lies on it"),
     )
 

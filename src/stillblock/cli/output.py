@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from stillblock.cli.options import Change, Common
     from stillblock.model import LeftOut, RuleTerm, TermOutcome
+    from stillblock.operations.held import Held
 
 _WIDE = 4000
 """Columns for output that goes to a file or a pipe: nothing is wrapped or cut there."""
@@ -74,6 +75,11 @@ class Output:
     def line(self, text: str = "") -> None:
         """Print one line of a result."""
         self._out.print(Text(text))
+
+    def lines(self, texts: Sequence[str]) -> None:
+        """Print many lines of a result at once."""
+        if texts:
+            print("\n".join(texts), flush=True)
 
     def pairs(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print names and values, aligned; rows without a value are left out."""
@@ -154,6 +160,12 @@ def write_content(data: bytes | memoryview) -> None:
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
         raise OutputError(f"standard output: {error.strerror}") from error
+
+
+def warn_if_suspect(output: Output, held: Held) -> None:
+    """Say that what is read may not be what the disk was."""
+    if held.suspect_reason:
+        output.warn(f"{held.reference} is SUSPECT: {held.suspect_reason}")
 
 
 def age(unix_ns: int, *, now_ns: int | None = None) -> str:

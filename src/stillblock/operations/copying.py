@@ -63,8 +63,6 @@ class Copied:
 
     source: str
     target: str
-    suspect: str = ""
-    """Why the snapshot's bytes may be others than those of its instant; empty if they are not."""
     file_count: int = 0
     directory_count: int = 0
     link_count: int = 0
@@ -76,6 +74,8 @@ class Copied:
     """How many more were refused than are listed."""
     not_kept: tuple[str, ...] = ()
     """What the destination does not take: `owners`, `modes`, `times`."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
 
 
 REFUSED_MAX: Final = 10_000
@@ -107,8 +107,12 @@ def copy_out(
     with _opened(folder) as descriptor:
         copy = _Copy(tree, told or (lambda *_: None), preserves=preserves, top=descriptor)
         copy.run(found, name)
-    target = folder if name is None else folder / os.fsdecode(name)
-    return replace(copy.result(), source=tree.reference(found.name), target=str(target))
+    return replace(
+        copy.result(),
+        source=tree.reference(found.name),
+        target=str(folder if name is None else folder / os.fsdecode(name)),
+        suspect_reason=tree.held.suspect_reason,
+    )
 
 
 def _target(destination: Path, path: str, node: Node) -> tuple[Path, bytes | None]:

@@ -74,6 +74,8 @@ class Exported:
     lost_bytes: int
     verified_bytes: int = 0
     """Of an export that was resumed: what was there already and came to its digest."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
 
 
 class Target(Protocol):

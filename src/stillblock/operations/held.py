@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from stillblock import native
 from stillblock.errors import ExcludedError, OriginIOError, SnapshotLostError, StillblockError
-from stillblock.extents import intersect, normalise, subtract, total_bytes
+from stillblock.extents import Ranges, intersect, normalise, subtract, total_bytes
 from stillblock.model import BLOCK_SIZE_MIN, Extent, Extents, Receipt, format_size
 from stillblock.selection.decision import NOT_INCLUDED
 
@@ -77,10 +77,10 @@ class Held:
         self._receipt = receipt
         self._is_clone = clone is not None
         self.reference: Final = clone or receipt.snapshot.reference
-        self._selected = _Ranges(receipt.extents)
+        self._selected = Ranges(receipt.extents)
         self._left_out = tuple(sorted(receipt.left_out, key=lambda part: part.start))
         self._left_out_starts = [part.start for part in self._left_out]
-        self._windows: dict[int, _Ranges] = {}
+        self._windows: dict[int, Ranges] = {}
 
     @property
     def size(self) -> int:
@@ -93,7 +93,7 @@ class Held:
         return self._receipt
 
     @property
-    def suspect(self) -> str:
+    def suspect_reason(self) -> str:
         """Why the bytes may be others than those of the instant; empty if nothing says so."""
         snapshot = self._receipt.snapshot
         if snapshot.is_suspect:
@@ -214,34 +214,14 @@ class Held:
             found += self._window(base).within((max(start, base), min(end, base + _WINDOW_BYTES)))
         return tuple(found)
 
-    def _window(self, base: int) -> _Ranges:
+    def _window(self, base: int) -> Ranges:
         """Return what a clone does not hold of a window of it."""
         window = self._windows.get(base)
         if window is None:
             length = min(_WINDOW_BYTES, self.size - base)
             told = self._readable.extents(offset=base, length=length)
             missing = (part[:2] for part in told if part[2] & native.NOT_SELECTED)
-            window = self._windows[base] = _Ranges(tuple(missing))
+            window = self._windows[base] = Ranges(tuple(missing))
             if len(self._windows) > _WINDOWS_MAX:
                 del self._windows[next(iter(self._windows))]
         return window
-
-
-class _Ranges:
-    """Extents in order, to be looked up by place."""
-
-    def __init__(self, extents: Extents) -> None:
-        self._extents = extents
-        self._starts = [start for start, _ in extents]
-
-    def within(self, extent: Extent) -> Extents:
-        """Return what lies in an extent, cut to it."""
-        start, end = extent
-        found: list[Extent] = []
-        index = max(0, bisect_right(self._starts, start) - 1)
-        while index < len(self._extents) and self._extents[index][0] < end:
-            begin, stop = self._extents[index]
-            if max(begin, start) < min(stop, end):
-                found.append((max(begin, start), min(stop, end)))
-            index += 1
-        return tuple(found)

@@ -71,28 +71,24 @@ class SnapshotFiles:
     def tree(self, name: str | None) -> Tree:
         """Return a filesystem by name as rules have it; without one, the only one there is."""
         place = self._only() if name is None else self._named(name)
-        identity = self._facts.identity(place)
-        if isinstance(identity, Unresolved):
-            raise UnresolvedError(
-                f"{self._held.reference}: {place.name} is not read: {identity.reason}",
-                hint="make a clone and mount that",
-            )
         prefix = self._held.reference if name is None else f"{self._held.reference}:{name}"
-        return Tree(self._held, place, identity, prefix=prefix)
+        return Tree(self._held, place, prefix=prefix)
 
-    def tree_at(self, place_name: str) -> Tree | None:
-        """Return the filesystem of a place, None if nothing is read there."""
-        for place in self._facts.places.filesystems:
-            identity = self._facts.identity(place)
-            if place.name == place_name and not isinstance(identity, Unresolved):
-                prefix = f"{self._held.reference}:{place.name}"
-                return Tree(self._held, place, identity, prefix=prefix)
-        return None
+    def tree_at(self, place: Place) -> Tree:
+        """Return the filesystem of a place."""
+        return Tree(self._held, place, prefix=f"{self._held.reference}:{place.name}")
 
     @property
     def places(self) -> tuple[Place, ...]:
         """What the disk is made of."""
         return self._facts.places.places
+
+    def why_unknown(self, place: Place) -> str:
+        """Return why it is not known what a place holds; empty if it is, or nothing known is."""
+        if place.content is not None or place.opaque_reason:
+            return place.opaque_reason
+        refusal = self._held.refusal(place.disk_extents(((0, _HEAD_BYTES),)))
+        return "" if refusal is None else f"its beginning is not held: {refusal.reason}"
 
     def _only(self) -> Place:
         there = self._facts.places.filesystems
@@ -131,10 +127,7 @@ class SnapshotFiles:
     def _info(self, place: Place) -> FilesystemInfo:
         kind = "" if place.content is None else str(place.content)
         if not place.is_filesystem:
-            note = place.opaque_reason
-            if place.content is None and not note:
-                refusal = self._held.refusal(place.disk_extents(((0, _HEAD_BYTES),)))
-                note = "" if refusal is None else f"its beginning is not held: {refusal.reason}"
+            note = self.why_unknown(place)
             return FilesystemInfo(place=place.name, kind=kind, size_bytes=place.size, note=note)
         identity = self._facts.identity(place)
         if isinstance(identity, Unresolved):
@@ -168,21 +161,38 @@ class _Peeked:
 
 
 class Tree:
-    """One filesystem of a snapshot, read in a worker from the first question to `close`."""
+    """One filesystem of a snapshot. Use it in a `with` statement: it is read in a worker."""
 
-    def __init__(self, held: Held, place: Place, identity: Identity, *, prefix: str) -> None:
-        """Take what is known of it; `prefix` is what messages write before a path in it."""
+    def __init__(self, held: Held, place: Place, *, prefix: str) -> None:
+        """Say where it is; `prefix` is what messages write before a path in it."""
         assert place.content is not None, "a filesystem has a content"
         self.held: Final = held
         self.place: Final = place
-        self.identity: Final = identity
         self._prefix = prefix
         self._disk = place.disk(held)
         self.worker: Final = FileWorker(self._disk, place.content)
+        self._identity: Identity | None = None
 
     def __enter__(self) -> Self:
+        """Start the worker; raise `UnresolvedError` if the filesystem is not understood."""
         self.worker.__enter__()
+        try:
+            self._identity = self.worker.identify()
+        except UnresolvedError as error:
+            self.worker.__exit__()
+            raise UnresolvedError(
+                f"{self._prefix} is not read: {error.message}", hint="make a clone and mount that"
+            ) from error
+        except BaseException:
+            self.worker.__exit__()
+            raise
         return self
+
+    @property
+    def identity(self) -> Identity:
+        """Which filesystem it is."""
+        assert self._identity is not None, "it was entered"
+        return self._identity
 
     def __exit__(self, *details: object) -> None:
         self.worker.__exit__(*details)

@@ -1,3 +1,5 @@
+//! What a compacted journal says, against what the whole one says.
+
 use super::*;
 use crate::epochs::Epochs;
 use crate::journal::{Journal, OnFull, OriginIdentity, Settled, StorePolicy};

@@ -20,9 +20,15 @@ from stillblock.errors import ExcludedError
 from stillblock.model import Reference
 from stillblock.operations.clones import CloneRequest
 from stillblock.operations.copying import Copied, copy_out
+from stillblock.operations.held import Why
+from stillblock.operations.snapshots import SnapshotRequest
 from stillblock.operations.trees import SnapshotFiles, Tree
+from stillblock.operations.volumes import AddRequest, add_volume, plan_add
+from stillblock.selection.filesystems import UnresolvedError
 from stillblock.selection.filesystems.filesystem import Layout
-from stillblock.service.reading import open_reference
+from stillblock.service.reading import held, open_reference
+from stillblock.service.session import open_session
+from unit.selection.filesystems.mounting import mounted
 
 pytestmark = [pytest.mark.needs(*TOOLS), pytest.mark.slow]
 
@@ -73,7 +79,8 @@ def copies(
     for kind in KINDS:
         to = tmp_path_factory.mktemp("copies") / kind.name
         with opened(disk[0], f"web@monday:{kind.number}:/") as tree:
-            found[kind.name] = (copy_out(tree, "/", to, is_recursive=True), to)
+            copied = copy_out(tree, "/", to, is_recursive=True, preserves=os.geteuid() == 0)
+            found[kind.name] = (copied, to)
     return found
 
 
@@ -197,6 +204,38 @@ def test_the_commands_as_people_type_them(
     assert SECRET not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
+def test_what_only_the_log_of_btrfs_has_is_refused_and_the_rest_copied(tmp_path: Path) -> None:
+    image, origin = tmp_path / "live.img", tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(128 * MIB)
+    run("mkfs.btrfs", "-q", str(image))
+    with mounted(image, options="commit=300") as top:
+        for folder in ("calm", "busy"):
+            (top / folder).mkdir()
+            (top / folder / "old").write_bytes(b"committed")
+        run("btrfs", "filesystem", "sync", str(top))
+        with (top / "busy" / "new").open("wb") as file:
+            file.write(b"a transaction that a database promised")
+            file.flush()
+            os.fsync(file.fileno())
+        run("cp", "--sparse=always", str(image), str(origin))
+    config = Config.load(state_dir=tmp_path / "s")
+    config.ensure()
+    add_volume(config, plan_add(config, AddRequest(name="web", origin=origin)))
+    with open_session(config, "web") as session:
+        session.create_snapshot(SnapshotRequest(name="monday"))
+        with (
+            held(session, Reference.parse("web@monday")) as found,
+            SnapshotFiles(found).tree(None) as tree,
+        ):
+            done = copy_out(tree, "/", tmp_path / "out", is_recursive=True)
+            with pytest.raises(UnresolvedError, match="synced since the last commit"):
+                tree.find("/busy/new")
+    assert [(refused.path, refused.why) for refused in done.refused] == [("/busy", Why.UNRESOLVED)]
+    assert "synced since the last commit" in done.refused[0].reason
+    assert (tmp_path / "out/calm/old").read_bytes() == b"committed"
+
+
 def test_a_volume_that_nobody_serves_gives_the_same_files_and_so_does_its_clone(
     disk: tuple[Served, Path],
 ) -> None:
@@ -243,7 +282,7 @@ def test_files_of_a_filesystem_in_use_are_those_of_its_replay(
         copy = tmp_path / "copy.img"
         run("nbdcopy", web.uri("busy"), str(copy))
         with opened(web, f"web@busy:{kind.number}:/") as tree:
-            done = copy_out(tree, "/", tmp_path / "out", is_recursive=True)
+            done = copy_out(tree, "/", tmp_path / "out", is_recursive=True, preserves=True)
     with loop_mounted(copy, kind) as top:
         expected = told(top, kind)
     got = told(tmp_path / "out", kind)

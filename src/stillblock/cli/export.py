@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, percent, warn_if_suspect
+from stillblock.cli.output import Output, percent, warn_if_suspect, write_content
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.extents import clip, total_bytes
 from stillblock.model import Reference, format_size
@@ -171,8 +171,7 @@ def _to_standard_output(output: Output, held: Held, plan: ExportPlan) -> None:
         raise UsageError("an image is nothing for a terminal; redirect it")
     if output.is_json:
         raise UsageError("standard output has the image; --json needs a file to export to")
-    stream(held, plan, sys.stdout.buffer.write)
-    sys.stdout.buffer.flush()
+    stream(held, plan, write_content)
     output.remark(f"exported {_words(plan)}")
 
 

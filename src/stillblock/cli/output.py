@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -13,7 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from stillblock import codec
-from stillblock.errors import CancelledError, ConfirmationNeededError
+from stillblock.errors import (
+    Blame,
+    CancelledError,
+    ConfirmationNeededError,
+    StillblockError,
+)
 from stillblock.model import format_size
 
 if TYPE_CHECKING:
@@ -30,6 +36,13 @@ _REASONS_SHOWN_MAX = 8
 DEFAULT_TOLD = (
     "free space and swap are left out; `stillblock rules set {volume} --all` keeps everything"
 )
+
+
+class OutputError(StillblockError):
+    """Standard output does not take what it is given."""
+
+    code = "output"
+    blame = Blame.PEER
 
 
 class Output:
@@ -129,6 +142,24 @@ class Output:
         answer = sys.stdin.readline().strip().lower()
         if answer not in {"y", "yes"}:
             raise CancelledError("nothing was changed")
+
+
+def write_content(data: bytes | memoryview) -> None:
+    """Write content to standard output; raise `OutputError` if it is full.
+
+    A reader that left is `BrokenPipeError`, as everywhere.
+    """
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in its buffer would fail once more at the end of the process.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        raise OutputError(f"standard output: {error.strerror}") from error
 
 
 def warn_if_suspect(output: Output, held: Held) -> None:

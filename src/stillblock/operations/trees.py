@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
-from stillblock.errors import NotFoundError, SnapshotLostError, StillblockError, UsageError
+from stillblock.errors import (
+    ExcludedError,
+    NotFoundError,
+    SnapshotLostError,
+    StillblockError,
+    UsageError,
+)
 from stillblock.extents import normalise, subtract
 from stillblock.model import Unresolved
 from stillblock.operations.held import Refusal, Why
@@ -198,7 +204,11 @@ class Tree:
 
     def path(self, inner: str) -> str:
         """Return how messages name a path in it."""
-        return shown(f"{self._prefix}:{inner}")
+        return shown(self.reference(inner))
+
+    def reference(self, inner: str) -> str:
+        """Return what names a path in it, as it is, for programs."""
+        return f"{self._prefix}:{inner}"
 
     def find(self, path: str, *, follows: bool = False) -> Entry:
         """Return what a path leads to, its name being the path without links."""
@@ -329,6 +339,9 @@ def kind_of(node: Node) -> str:
 
 def why_of(error: StillblockError) -> Why:
     """Return what kind of refusal an error is."""
-    if isinstance(error, SnapshotLostError):
-        return Why.LOST
-    return Why.UNRESOLVED if isinstance(error, UnresolvedError) else Why.UNREADABLE
+    kinds = (
+        (UnresolvedError, Why.UNRESOLVED),
+        (SnapshotLostError, Why.LOST),
+        (ExcludedError, Why.EXCLUDED),
+    )
+    return next((why for kind, why in kinds if isinstance(error, kind)), Why.UNREADABLE)

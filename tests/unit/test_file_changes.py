@@ -40,6 +40,9 @@ class FakeTree:
     def __post_init__(self) -> None:
         self.worker = self
 
+    def path(self, inner: str) -> str:
+        return f"web@monday:{inner}"
+
     def find(self, path: str) -> Entry:
         return Entry(path, ROOT)
 
@@ -118,6 +121,18 @@ def test_what_is_not_held_is_not_guessed() -> None:
     assert compared(*trees) == [("/f", Change.UNKNOWN, "left out by path:/f")]
 
 
+def test_a_tree_that_leads_back_to_itself_ends() -> None:
+    inside = [Entry("d", ROOT), Entry("e", replace(ROOT, number=5))]
+    trees = FakeTree(inside), FakeTree(inside)
+    for tree in trees:
+        tree.entries = lambda *_: inside  # type: ignore[method-assign]
+    walk = _Walk(*trees, Ranges(()), lambda _: None)  # type: ignore[arg-type]
+    walk.run()
+    assert [text.partition(" ")[0] for text in walk.skipped] == [
+        f"web@monday:{path}" for path in ("/d", "/e/d", "/e/e")
+    ]
+
+
 def test_names_come_go_and_change_their_kind() -> None:
     link = Entry("l", replace(FILE, kind=FileKind.SYMLINK), "a")
     folder = Entry("d", replace(ROOT, number=5))
@@ -127,7 +142,7 @@ def test_names_come_go_and_change_their_kind() -> None:
             file("new"),
             link._replace(target="b"),
             folder._replace(node=replace(folder.node, modified_ns=9)),
-            folder._replace(name="both"),
+            folder._replace(name="both", node=replace(folder.node, number=6)),
         ]
     )
     assert [told[:2] for told in compared(before, after)] == [

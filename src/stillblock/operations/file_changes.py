@@ -213,9 +213,17 @@ class _Walk:
         """Compare everything below the top."""
         roots = self.before.find("/").node, self.after.find("/").node
         waiting: list[tuple[str, Node | None, Node | None]] = [("/", *roots)]
+        # A directory has one place in a tree, or a damaged tree would have no end.
+        entered: set[tuple[bool, int]] = set()
         while waiting:
             path, old, new = waiting.pop()
             self.told(path)
+            here = {(tree, n.number) for tree, n in ((False, old), (True, new)) if n is not None}
+            if here & entered:
+                where = (self.before if new is None else self.after).path(path)
+                self.skipped.append(f"{where} is in two places, or inside itself: it is damaged")
+                continue
+            entered |= here
             waiting += reversed(self._directory(path, old, new))
 
     def _directory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mounted import require_fuse
+from processes import wait_until
 from serving import MIB, Served, pattern, volume
 
 SIZE = 4 * MIB
@@ -45,7 +47,7 @@ def events(served: Served) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.needs("nbdfuse", "fusermount3")
+@pytest.mark.needs("fusermount3")
 @pytest.mark.parametrize("code", [0, 7])
 def test_a_command_changes_a_clone_and_its_verdict_is_ours(week: Served, tmp_path: Path, code: int):
     require_fuse()
@@ -85,3 +87,28 @@ def test_a_command_that_is_not_there_leaves_no_clone(week: Served):
     assert "no-such-command-anywhere cannot be run" in ran.err
     assert week.cli("clone", "list", "web", "--json").json["clones"] == []
     assert week.try_cli("run", "web@monday").code == 2
+
+
+@pytest.mark.slow
+def test_a_rehearsal_that_is_killed_leaves_no_file_behind(week: Served):
+    require_fuse()
+    script = "import os; print(os.environ['STILLBLOCK_IMAGE'], flush=True); input()"
+    words = ["run", "web@monday", "--", sys.executable, "-c", script]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "stillblock", *words],
+        env=week.environment,
+        cwd=week.folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    image = Path(running.stdout.readline().strip())
+    assert image.stat().st_size == SIZE
+    running.kill()
+    running.communicate()
+    if week.process is None:
+        week.start()  # the rehearsal was the server: the next one cleans up
+    assert wait_until(lambda: str(image.parent) not in Path("/proc/self/mountinfo").read_text())
+    assert not list((week.folder / "s" / "mounts").glob("*.json"))
+    image.parent.rmdir()

@@ -195,7 +195,7 @@ def run(
     Parameters
     ----------
     no_image
-        No file, the URI only: without nbdfuse.
+        No file, the URI only: without FUSE.
     keep
         Keep the clone, and say its name.
     """

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock import codec
@@ -22,7 +23,6 @@ from stillblock.errors import InUseError, StateError, StillblockError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 LOCK_S: Final = 60.0
 """How long to wait for somebody else's mount: a slow disk may take long to replay a journal."""
@@ -64,12 +64,29 @@ class MountRecord:
     """Of images: shown for other mounts only, and gone with the last of them."""
     clone: str = ""
     """The throw-away clone under it, of the snapshot in `reference`; empty: none."""
+    owner: str = ""
+    """The process that it goes with, as `process_id` names it; empty: it stays."""
     created_unix_ns: int = 0
 
     @property
     def where(self) -> str:
         """Where a user finds it."""
         return self.directory or self.device
+
+
+def process_id(pid: int) -> str:
+    """Return a name of a process that no later one has; empty if there is no such process."""
+    try:
+        # proc(5), stat: behind the program's name the 20th field is when it started.
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{pid}@{started}"
+
+
+def is_alive(owner: str) -> bool:
+    """Whether the process of this name is still there."""
+    return process_id(int(owner.partition("@")[0])) == owner
 
 
 def new_id() -> str:

@@ -53,6 +53,8 @@ class ImagesRequest:
     """A directory in which images are to be shown as files."""
 
     directory: str
+    owner: str = ""
+    """The process that they are shown for, as `records.process_id` names it; empty: they stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +141,12 @@ def info_of(found: Found) -> MountInfo:
 def show_images(volume: OpenVolume, request: ImagesRequest) -> ImagesShown:
     """Show images of everything there is as files, until it is unmounted or the server stops."""
     directory = checked_directory(volume, request.directory)
-    _show(volume, directory, is_private=False)
+    _show(volume, directory, is_private=False, owner=request.owner)
     volume.event("images_shown", directory=directory)
     return ImagesShown(volume=volume.name, directory=directory)
 
 
-def _show(volume: OpenVolume, directory: str, *, is_private: bool) -> None:
+def _show(volume: OpenVolume, directory: str, *, is_private: bool, owner: str = "") -> None:
     record = MountRecord(
         id=records.new_id(),
         volume=volume.name,
@@ -154,6 +156,7 @@ def _show(volume: OpenVolume, directory: str, *, is_private: bool) -> None:
         filesystem="fuse",
         is_read_only=False,
         is_private=is_private,
+        owner=owner,
         created_unix_ns=time.time_ns(),
     )
     records.write(volume.mounts_dir, record)
@@ -411,6 +414,8 @@ def _to_end(volume: OpenVolume, found: Sequence[Found], *, is_over: bool) -> tup
     is_private_shown = str(volume.images_dir) in trees
 
     def is_live(one: Found) -> bool:
+        if one.record.owner and not records.is_alive(one.record.owner):
+            return False
         if one.record.what is MountKind.IMAGES:
             return one.record.directory in trees
         return one.is_whole and (is_private_shown or one.nbd is not None)

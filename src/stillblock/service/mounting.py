@@ -52,11 +52,17 @@ class Mounted:
     """None: of images."""
 
 
-def mount_images(config: Config, volume: str, directory: Path) -> Mounted:
-    """Show everything that a served volume has as files in a directory. Needs no root."""
+def mount_images(
+    config: Config, volume: str, directory: Path, *, is_for_us: bool = False
+) -> Mounted:
+    """Show everything that a served volume has as files in a directory. Needs no root.
+
+    `is_for_us`: until this process ends, however it does.
+    """
     session = _server(config, volume)
+    owner = records.process_id(os.getpid()) if is_for_us else ""
     with records.locked(config.mounts_dir):
-        shown = session.show_images(os.path.realpath(directory))
+        shown = session.show_images(os.path.realpath(directory), owner=owner)
         found = _look(config, volume)
     for one in found:
         if one.record.directory == shown.directory and one.is_whole:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -15,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock.catalog import Catalog
-from stillblock.errors import FuseError, NotFoundError, RefusedError
+from stillblock.errors import NotFoundError, RefusedError
+from stillblock.mounting.records import MountKind
 from stillblock.operations.clones import CloneRequest
 from stillblock.service.client import RemoteSession, find_server
+from stillblock.service.image_tree import file_of
+from stillblock.service.mounting import mount_images, unmount
 from stillblock.service.serve import ServeOptions, UnixListener, VolumeHost
 from stillblock.service.session import open_session
 
@@ -33,7 +35,6 @@ URI_VARIABLE: Final = "STILLBLOCK_URI"
 _LIFETIME_S: Final = 3600
 """What is left of a rehearsal that was killed goes after this."""
 _START_S: Final = 30.0
-_FUSE_S: Final = 20.0
 _SIGNAL_EXIT: Final = 128
 """What a shell adds to the number of the signal that ended a command."""
 
@@ -93,12 +94,12 @@ def rehearse(
     """Run a command on a clone of its own; the clone is dropped whatever comes of it.
 
     The command finds the clone's NBD URI in `STILLBLOCK_URI` and, with `has_image`, a file that is
-    the clone in `STILLBLOCK_IMAGE`. Raise `RefusedError` if nbdfuse is not there for that.
+    the clone in `STILLBLOCK_IMAGE`. Raise `RefusedError` if there is no FUSE for that.
     """
-    if has_image and (shutil.which("nbdfuse") is None or not Path("/dev/fuse").exists()):
+    if has_image and not Path("/dev/fuse").exists():
         raise RefusedError(
-            "the clone is shown as a file by nbdfuse, which is not here",
-            hint="install libnbd-bin and fuse3, or use --no-image and $STILLBLOCK_URI",
+            "the clone is shown as a file by FUSE, which is not here",
+            hint="modprobe fuse, or use --no-image and $STILLBLOCK_URI",
         )
     with served(config, volume) as session:
         asked = CloneRequest(
@@ -108,7 +109,7 @@ def rehearse(
         )
         clone = session.create_clone(asked)
         try:
-            verdict = _run(session, clone, command, has_image=has_image)
+            verdict = _run(config, session, clone, command, has_image=has_image)
         finally:
             if not is_kept:
                 session.delete_clone(clone.snapshot, clone.id, force=True)
@@ -127,14 +128,16 @@ def rehearse(
     return verdict
 
 
-def _run(session: Session, clone: CloneInfo, command: Sequence[str], *, has_image: bool) -> Verdict:
+def _run(
+    config: Config, session: Session, clone: CloneInfo, command: Sequence[str], *, has_image: bool
+) -> Verdict:
     uris = [e.uri for e in session.exports().exports if e.name == clone.reference]
     if not uris:
         raise NotFoundError(f"{clone.reference} is not offered to clients")
     environment = os.environ | {URI_VARIABLE: uris[0]}
     with ExitStack() as stack:
         if has_image:
-            image = stack.enter_context(_as_file(uris[0]))
+            image = stack.enter_context(_as_file(config, clone))
             environment[IMAGE_VARIABLE] = str(image)
         began = time.monotonic()
         try:
@@ -155,36 +158,12 @@ def _run(session: Session, clone: CloneInfo, command: Sequence[str], *, has_imag
 
 
 @contextmanager
-def _as_file(uri: str) -> Iterator[Path]:
-    """Show an export as a file until the context ends; it ends with this process, too."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stillblock-")))
-        point = folder / "clone"
-        point.mkdir()
-        image = point / "disk.raw"
-        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        fuse = subprocess.Popen([*bound, "nbdfuse", str(image), uri], stdin=subprocess.DEVNULL)
-        stack.callback(_end, fuse, point)
-        deadline = time.monotonic() + _FUSE_S
-        while not image.exists():
-            if fuse.poll() is not None or time.monotonic() > deadline:
-                raise FuseError(f"nbdfuse does not show {uri} as a file")
-            try:
-                fuse.wait(timeout=0.02)
-            except subprocess.TimeoutExpired:
-                pass  # it goes on, as it should
-        yield image
-
-
-def _end(fuse: subprocess.Popen[bytes], point: Path) -> None:
-    unmounted = subprocess.run(
-        ["fusermount3", "-u", str(point)], capture_output=True, check=False, text=True
-    )
-    if unmounted.returncode != 0:
-        # Something that the command left behind still has it open.
-        subprocess.run(["fusermount3", "-u", "-z", str(point)], capture_output=True, check=False)
-    try:
-        fuse.wait(timeout=_FUSE_S)
-    except subprocess.TimeoutExpired:
-        fuse.kill()
-        fuse.wait()
+def _as_file(config: Config, clone: CloneInfo) -> Iterator[Path]:
+    """Show a clone as a file until the context ends; it ends with this process, too."""
+    with tempfile.TemporaryDirectory(prefix="stillblock-") as folder:
+        mount_images(config, clone.volume, Path(folder), is_for_us=True)
+        try:
+            yield Path(folder) / file_of(clone.reference)
+        finally:
+            # Something that the command left behind may still have it open.
+            unmount(config, folder, kinds=(MountKind.IMAGES,), force=True)

@@ -340,9 +340,9 @@ class Session(abc.ABC):
 
     # Mounts
 
-    def show_images(self, directory: str) -> ImagesShown:
-        """Show images of everything there is as files in a directory."""
-        return self.call(verbs.SHOW_IMAGES, ImagesRequest(directory=directory))
+    def show_images(self, directory: str, *, owner: str = "") -> ImagesShown:
+        """Show images of everything there is as files in a directory, for a process or to stay."""
+        return self.call(verbs.SHOW_IMAGES, ImagesRequest(directory=directory, owner=owner))
 
     def mount_source(self, request: SourceRequest) -> MountSource:
         """Return the file to mount or attach, shown in a tree of the server's own."""

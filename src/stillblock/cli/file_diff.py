@@ -26,13 +26,19 @@ def diff_files(
     output: Output, session: Session, *, since: str, until: str, is_summary: bool
 ) -> ExitCode:
     """Print which files changed from one snapshot to another; exit code 3 if some may have."""
-    changes = session.changes(since=since, until=until)
     volume = session.volume
     with (
         held(session, Reference(volume=volume, snapshot=since)) as before,
         held(session, Reference(volume=volume, snapshot=until)) as after,
         output.working(f"comparing {before.reference} and {after.reference}") as tell,
     ):
+        # By id: names could mean other snapshots by now than those whose trees are compared.
+        changes = session.changes(since=before.receipt.snapshot.id, until=after.receipt.snapshot.id)
+        suspect = tuple(
+            f"{each.reference} is suspect: {each.suspect}"
+            for each in (before, after)
+            if each.suspect
+        )
         next_s = 0.0
 
         def told(path: str) -> None:
@@ -54,12 +60,15 @@ def diff_files(
                 newly_selected=changes.newly_selected,
                 told=told,
             ),
+            suspect=suspect,
         )
     output.result("file-changes", found, lambda out: _render(out, found, is_summary=is_summary))
     return ExitCode.PARTIAL if found.is_partial else ExitCode.OK
 
 
 def _render(out: Output, found: FileDiff, *, is_summary: bool) -> None:
+    for words in found.suspect:
+        out.warn(words)
     for place in found.places:
         out.line(_title(place))
         if not is_summary:
@@ -102,6 +111,9 @@ def _sum(place: FilesystemChanges) -> str:
     counts = {change: sum(c.change is change for c in place.changes) for change in Change}
     words = [f"{count} {change}" for change, count in counts.items() if count]
     what = ", ".join(words) or "no file changed"
+    if place.told_by_time_only:
+        names = counted(place.told_by_time_only, "name")
+        what += f", of {names} more only size and time tell that nothing changed"
     return (
         f"{counted(len(place.changes), 'name')}: {what}; {format_size(place.file_bytes)} of files, "
         f"{format_size(place.metadata_bytes)} of the filesystem itself, "

@@ -9,19 +9,21 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import StillblockError
-from stillblock.extents import Ranges, intersect, normalise, subtract, total_bytes, union
+from stillblock.extents import Ranges, intersect, subtract, total_bytes, union
+from stillblock.model import format_size
 from stillblock.operations.held import Refusal
+from stillblock.operations.trees import extents_within
 from stillblock.selection.filesystems.filesystem import FileKind
+from stillblock.selection.partition_table import printable
 from stillblock.selection.workers import is_of_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from stillblock.model import Extents
+    from stillblock.model import Extent, Extents
     from stillblock.operations.trees import SnapshotFiles, Tree
     from stillblock.selection.files import Entry
     from stillblock.selection.filesystems.filesystem import Node
@@ -76,6 +78,9 @@ class FilesystemChanges:
     """Why nothing is told apart."""
     skipped: tuple[str, ...] = ()
     """Why a directory could not be compared, or all of the filesystem."""
+    told_by_time_only: int = 0
+    """Names that are not listed as changed only because size and time are what they were: not all
+    of the file is held by both snapshots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +94,19 @@ class FileDiff:
     newly_selected_bytes: int
     """Not held before: an empty block that a file took since, or what rules left out."""
     places: tuple[FilesystemChanges, ...]
+    suspect: tuple[str, ...] = ()
+    """Why the bytes of either may be others than those of its instant, or changes be unknown."""
 
     @property
     def is_partial(self) -> bool:
-        """Whether something could not be compared."""
-        return any(
+        """Whether something could not be compared, or not be relied on."""
+        return bool(self.suspect) or any(
             place.skipped or any(c.change is Change.UNKNOWN for c in place.changes)
             for place in self.places
         )
 
 
+_WENT: Final = "its filesystem is not there in the later snapshot"
 ELSEWHERE: Final = "elsewhere"
 """Tables, gaps, what LVM2 writes for itself."""
 _COMPARED_BYTES: Final = 1 << 20
@@ -119,7 +127,9 @@ def compare_files(
     """
     found: list[FilesystemChanges] = []
     rest = union(changed, newly_selected)
+    were = {place.name: place for place in before.places}
     for place in after.places:
+        was = were.pop(place.name, None)
         mine = intersect(rest, place.extents)
         rest = subtract(rest, place.extents)
         if place.is_filesystem and mine:
@@ -132,14 +142,23 @@ def compare_files(
                 walk = _Walk(
                     old,
                     new,
-                    Ranges(extents_within(place, intersect(changed, place.extents))),
+                    Ranges(extents_within(place, mine)),
                     told or (lambda _: None),
                 )
                 found.append(_compared(walk, place, mine))
         elif not place.is_filesystem:
             reason = after.why_unknown(place)
-            if mine or reason:
+            if was is not None and was.is_filesystem:
+                reason = reason or _WENT
+            if mine or (reason and not place.opaque_reason):
                 found.append(_untold(place, mine, reason, None))
+    for place in were.values():
+        mine = intersect(rest, place.extents)
+        rest = subtract(rest, place.extents)
+        if place.is_filesystem:
+            found.append(_untold(place, mine, _WENT, before.tree_at(place.name)))
+        elif mine:
+            found.append(_untold(place, mine, before.why_unknown(place), None))
     if rest:
         found.append(FilesystemChanges(place=ELSEWHERE, other_bytes=total_bytes(rest)))
     return tuple(found)
@@ -152,7 +171,12 @@ def _why_not_compared(old: Tree | None, new: Tree | None) -> str:
         return "there is no filesystem here that is read in the older snapshot"
     if (old.identity.kind, old.identity.uuid) != (new.identity.kind, new.identity.uuid):
         return f"it was another filesystem: {old.identity.kind} {old.identity.uuid}"
-    return "it lay elsewhere on the disk" if old.place.pieces != new.place.pieces else ""
+    if old.place.pieces == new.place.pieces:
+        return ""
+    sizes = old.place.size, new.place.size
+    if sizes[0] != sizes[1]:
+        return f"it was {format_size(sizes[0])} large, and is {format_size(sizes[1])}"
+    return "it lay elsewhere on the disk"
 
 
 def _untold(place: Place, changed: Extents, reason: str, tree: Tree | None) -> FilesystemChanges:
@@ -163,7 +187,7 @@ def _untold(place: Place, changed: Extents, reason: str, tree: Tree | None) -> F
         label="" if tree is None else tree.identity.label,
         other_bytes=total_bytes(changed),
         reason=reason,
-        skipped=(reason,) if place.is_filesystem else (),
+        skipped=(reason,) if reason else (),
     )
 
 
@@ -196,16 +220,7 @@ def _compared(walk: _Walk, place: Place, changed: Extents) -> FilesystemChanges:
         metadata_bytes=total_bytes(of_nobody) - free_bytes,
         free_bytes=free_bytes,
         skipped=tuple(walk.skipped),
-    )
-
-
-def extents_within(place: Place, extents: Extents) -> Extents:
-    """Return extents of the disk as extents of a place on it; what lies elsewhere is left out."""
-    bases = accumulate((end - start for start, end in place.pieces), initial=0)
-    return normalise(
-        (base + start - piece[0], base + end - piece[0])
-        for base, piece in zip(bases, place.pieces, strict=False)
-        for start, end in intersect((piece,), extents)
+        told_by_time_only=walk.told_by_time_only,
     )
 
 
@@ -219,15 +234,33 @@ class _Walk:
     told: Callable[[str], None]
     changes: list[FileChange] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    told_by_time_only: int = 0
+    _entered: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
+    """The directories of each tree that were looked into."""
 
     def run(self) -> None:
-        """Compare everything below the top."""
-        roots = self.before.find("/").node, self.after.find("/").node
-        waiting: list[tuple[str, Node | None, Node | None]] = [("/", *roots)]
+        """Compare the top and everything below it."""
+        roots = self.before.find("/"), self.after.find("/")
+        self._compare("/", *roots)
+        waiting: list[tuple[str, Node | None, Node | None]]
+        waiting = [("/", roots[0].node, roots[1].node)]
         while waiting:
             path, old, new = waiting.pop()
             self.told(path)
+            if self._is_entered(old, new):
+                # No sound filesystem has one directory at two places; a loop would have no end.
+                self.skipped.append(f"{printable(path)}: this directory is at another path too")
+                continue
             waiting += reversed(self._directory(path, old, new))
+
+    def _is_entered(self, old: Node | None, new: Node | None) -> bool:
+        """Whether one of two directories was looked into before; note that they are now."""
+        is_entered = False
+        for node, entered in zip((old, new), self._entered, strict=True):
+            if node is not None:
+                is_entered |= node.number in entered
+                entered.add(node.number)
+        return is_entered
 
     def _directory(
         self, path: str, old: Node | None, new: Node | None
@@ -291,19 +324,26 @@ class _Walk:
         if was.node.size != is_now.node.size:
             return Change.CHANGED, ""
         if reason := is_now.reason or was.reason:
-            # Where its bytes are is not known, so neither is whether they changed.
-            return (Change.UNKNOWN, reason) if has_new_time else (metadata, "")
+            # Where its bytes are is not known, so neither is whether they changed; a time can be
+            # put back, or not have been written out yet.
+            return Change.UNKNOWN, reason
         if is_now.changed_bytes or was.changed_bytes or was.digest != is_now.digest:
             if has_new_time:
                 return Change.CHANGED, ""
             return self._by_content(path, was, is_now, metadata)
-        if has_new_time:
-            # Its blocks did not change, as far as they are held.
-            for tree, entry in ((self.before, was), (self.after, is_now)):
-                refusal = tree.layout(entry.node)
-                if isinstance(refusal, Refusal):
-                    return Change.UNKNOWN, refusal.reason
+        # Its blocks did not change, as far as they are held.
+        if refusal := self._refusal(was.node, is_now.node):
+            if has_new_time:
+                return Change.UNKNOWN, refusal.reason
+            self.told_by_time_only += 1
         return metadata, ""
+
+    def _refusal(self, was: Node, is_now: Node) -> Refusal | None:
+        """Return why not all of a file is held by both snapshots; None if it is."""
+        for tree, node in ((self.before, was), (self.after, is_now)):
+            if tree.may_lack_files and isinstance(refusal := tree.layout(node), Refusal):
+                return refusal
+        return None
 
     def _by_content(
         self, path: str, was: Entry, is_now: Entry, metadata: Change | None
@@ -312,8 +352,10 @@ class _Walk:
         try:
             if was.digest == is_now.digest:
                 # It lies where it lay: what did not change of its blocks did not change of it. Of
-                # those that were not held before, its time is all that tells.
-                is_same = self._are_changed_parts_same(is_now.node)
+                # those that one snapshot does not hold, its time is all that tells.
+                refusal = self._refusal(was.node, is_now.node)
+                is_same = self._are_changed_parts_same(is_now.node, is_held=refusal is None)
+                self.told_by_time_only += refusal is not None and is_same
             else:
                 old = self.before.content(path, was.node)
                 new = self.after.content(path, is_now.node)
@@ -324,18 +366,25 @@ class _Walk:
             return Change.UNKNOWN, error.message
         return (metadata, "") if is_same else (Change.CHANGED, "")
 
-    def _are_changed_parts_same(self, node: Node) -> bool:
+    def _are_changed_parts_same(self, node: Node, *, is_held: bool) -> bool:
+        """Return whether what changed of a file is the same, as far as it is held."""
+        trees = self.before, self.after
         for run in self.after.worker.layout(node).runs:
             if run.is_unwritten or run.start is None:
                 continue
             for start, end in self.changed.within((run.start, run.start + run.length)):
-                for at in range(start, end, _COMPARED_BYTES):
-                    length = min(_COMPARED_BYTES, end - at)
-                    if self.before.read(start=at, length=length) != self.after.read(
-                        start=at, length=length
-                    ):
+                for at, stop in self._pieces(start, end, is_held=is_held):
+                    old, new = (tree.read(start=at, length=stop - at) for tree in trees)
+                    if old != new:
                         return False
         return True
+
+    def _pieces(self, start: int, end: int, *, is_held: bool) -> Iterator[Extent]:
+        """Yield pieces to compare; what rules left out of either snapshot is left out."""
+        for at in range(start, end, _COMPARED_BYTES):
+            piece = ((at, min(end, at + _COMPARED_BYTES)),)
+            gone = union(*(tree.left_out(piece) for tree in (self.before, self.after)))
+            yield from piece if is_held else subtract(piece, gone)
 
 
 def _folder(entry: Entry | None) -> Node | None:

@@ -270,7 +270,7 @@ def stopping(self, data, *, offset):
     os.kill(os.getpid(), signal.SIGKILL)
 qemu_images.QemuImage.write = stopping
 from stillblock.cli import main
-main(["export", "web@monday", {str(image)!r}])
+raise SystemExit(main(["export", "web@monday", {str(image)!r}]))
 """
     ended = subprocess.run(
         [sys.executable, "-c", script],
@@ -286,3 +286,15 @@ main(["export", "web@monday", {str(image)!r}])
     again = served.try_cli("export", "web@monday", str(image))
     assert again.code == 1
     assert "x.qcow2.partial exists already; remove it" in again.err
+    other = str(tmp_path / "y.qcow2")
+    asked = script.replace("SIGKILL", "SIGTERM").replace(str(image), other)
+    ended = subprocess.run(
+        [sys.executable, "-c", asked],
+        env=served.environment | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 130
+    assert wait_gone([int(ended.stdout)])
+    assert os.listdir(tmp_path) == ["x.qcow2.partial"]

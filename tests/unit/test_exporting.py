@@ -439,7 +439,7 @@ def test_a_clone_is_not_resumed_and_nothing_of_it_stays(disk: FakeDisk, tmp_path
 def test_a_disk_that_fails_leaves_what_can_be_resumed_once_it_works(tmp_path: Path) -> None:
     disk = FakeDisk(content(), lost=LOST)
     to = tmp_path / "disk.raw"
-    with pytest.raises(OriginIOError):
+    with pytest.raises(OriginIOError, match="volume scrub web` finds all that is damaged"):
         exported(held_of(disk), to)
     assert not to.exists()
     disk.lost = ()

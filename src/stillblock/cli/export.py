@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import stat
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -31,7 +32,7 @@ from stillblock.service.reading import held as opened
 from stillblock.service.session import open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from stillblock.operations.exporting import ExportPlan
     from stillblock.operations.held import Held
@@ -103,7 +104,7 @@ def export(
         _check_standard_output(output)
     if reference.repository is not None:
         raise UsageError(f"{reference}: backups are not read yet; name a snapshot")
-    with open_session(common.config(), reference.volume) as session:
+    with _cleaning_up(), open_session(common.config(), reference.volume) as session:
         check_place(session, _STDOUT if path is None else path)
         if reference.snapshot is not None:
             # By id from here on: a name could mean another snapshot by then.
@@ -142,6 +143,16 @@ def export(
     )
     output.result("exported", done, lambda out: _render(out, done, plan))
     return ExitCode.PARTIAL if plan.is_doubtful else ExitCode.OK
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: what was begun is undone or can be resumed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_place(session: Session, path: Path) -> None:

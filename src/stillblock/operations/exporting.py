@@ -19,9 +19,11 @@ from stillblock import native
 from stillblock.errors import (
     Blame,
     InUseError,
+    OriginIOError,
     RefusedError,
     SnapshotLostError,
     StillblockError,
+    StoreDamagedError,
 )
 from stillblock.extents import clip, intersect, normalise, subtract, total_bytes, union, whole
 from stillblock.model import Extent, Extents, format_size
@@ -151,13 +153,24 @@ def copy_data(
         while position < end:
             # Not across the end of a step, so that each is whole when it is told.
             stop = min(end, position + CHUNK_BYTES, position - position % STEP_BYTES + STEP_BYTES)
-            data = held.pread(offset=position, length=stop - position)
+            data = _read(held, position, stop)
             for at, piece in _without_zeros(data):
                 target.write(piece, offset=position + at)
             done += stop - position
             position = stop
             if told is not None:
                 told(done, total)
+
+
+def _read(held: Held, start: int, end: int) -> bytes:
+    try:
+        return held.pread(offset=start, length=end - start)
+    except (OriginIOError, SnapshotLostError, StoreDamagedError) as error:
+        hint = (
+            f"`stillblock volume scrub {held.receipt.snapshot.volume}` finds all that is damaged; "
+            "--allow-lost then makes holes of it"
+        )
+        raise type(error)(error.message, hint=hint) from error
 
 
 def _without_zeros(data: bytes) -> Iterator[tuple[int, memoryview]]:

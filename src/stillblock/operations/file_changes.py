@@ -36,7 +36,7 @@ class Change(StrEnum):
     APPEARED = "appeared"
     WENT = "went"
     CHANGED = "changed"
-    """Its content; its metadata as well, mostly."""
+    """Its content, or blocks of it were written and it has another time."""
     METADATA = "metadata"
     """Mode, owner, time, number of names, or which inode it is; not its content."""
     UNKNOWN = "unknown"

@@ -157,6 +157,8 @@ class Reference:
         after, place_colon, place = after.partition(":") if inner else (after, "", "")
         if place_colon and not place:
             raise UsageError(f"{text!r} has two colons and no filesystem's name between them")
+        if at and ":" in after:
+            raise UsageError(f"{text!r} ends with a filesystem's name and no path; write {text}:/")
         head = f"{before}{at}{after}"
         repository, colon, rest = head.rpartition(":")
         volume, at, snapshot = rest.partition("@")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from stillblock import native
+from stillblock.config import Config
 from stillblock.errors import NotFoundError, UsageError
 from stillblock.model import Reference, RuleTerm
 from stillblock.operations.clones import CloneRequest
 from stillblock.operations.snapshots import SnapshotRequest
+from stillblock.service import nbd
 from stillblock.service.nbd import NbdDisk, NbdError
 from stillblock.service.reading import held
-from stillblock.service.session import Session
+from stillblock.service.session import Session, open_session
 
 SIZE = 1 << 20
 K = 1024
@@ -70,3 +74,61 @@ def test_a_snapshot_is_held_while_it_is_read(session: Session) -> None:
 def test_a_server_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NbdError, match="no server at"):
         NbdDisk(f"nbd+unix:///web?socket={tmp_path / 'none'}")
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("text", ["web@monday", "web@monday+x"])
+@pytest.mark.parametrize("has_new_name", [True, False])
+def test_what_took_the_name_of_a_snapshot_meanwhile_is_not_read_in_its_place(
+    config: Config,
+    volume: str,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    has_new_name: bool,
+) -> None:
+    """Its receipt says what is selected; of another snapshot that would be zeros, and as right."""
+    with open_session(config, volume) as session:
+
+        def take(name: str, *terms: RuleTerm) -> None:
+            session.create_snapshot(SnapshotRequest(name=name, terms=terms))
+            session.create_clone(CloneRequest(snapshot=name, name="x"))
+
+        class Late(NbdDisk):
+            def __init__(self, uri: str, *, needs_selection: bool = False) -> None:
+                if has_new_name:
+                    session.rename_snapshot("monday", name="tuesday")
+                else:
+                    session.delete_snapshot("monday", force=True)
+                take("monday", *RULES)
+                super().__init__(uri, needs_selection=needs_selection)
+
+        take("monday")
+        monkeypatch.setattr(nbd, "NbdDisk", Late)
+        with pytest.raises(NotFoundError), held(session, Reference.parse(text)):
+            pass
+        assert session.show_snapshot("monday").holders <= 1, "its clone's at most"
+
+
+@pytest.mark.usefixtures("host")
+def test_a_server_that_does_not_tell_what_is_selected_is_not_read(
+    config: Config, volume: str
+) -> None:
+    with open_session(config, volume) as session:
+        (live,) = (export.uri for export in session.exports().exports if export.name == "web")
+    NbdDisk(live).close()
+    with pytest.raises(NbdError, match="does not tell what is selected"):
+        NbdDisk(live, needs_selection=True)
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbd, "_CONNECT_S", 0.1)
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(3):  # more than it takes: who comes next hears nothing
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        with pytest.raises(NbdError, match="timed out"):
+            NbdDisk(f"nbd://127.0.0.1:{server.getsockname()[1]}/web")

@@ -65,6 +65,7 @@ def test_a_decision_is_done_and_what_others_wrote_makes_snapshots_suspect(touche
     else:
         assert content[:BLOCK] == before[:BLOCK]
     assert "SUSPECT" in served.cli("snapshot", "list", "web").out
+    assert "web@monday is SUSPECT" in served.cli("ls", "web@monday").err
     assert served.try_cli("volume", "check", "web").code == 3
     preview = served.cli("volume", "recover", "web", "--accept-origin", "--dry-run")
     assert "monday" in preview.out

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from filesystems import make_disk
 from serving import BLOCK, MIB, Served, pattern, run, volume
 
 EXCLUDED = slice(1 * MIB, 2 * MIB)
@@ -44,6 +46,20 @@ def week() -> Iterator[tuple[Served, dict[str, bytes]]]:
             client.pwrite(pattern(5, BLOCK), offset=0)
             live[:BLOCK] = pattern(5, BLOCK)
         yield made, {"web": bytes(live), "monday": bytes(monday), "tuesday": tuesday}
+
+
+@pytest.fixture(scope="session")
+def many_filesystems(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """`many_filesystems(path)`: a fresh copy of the disk that `filesystems` makes."""
+    made = tmp_path_factory.mktemp("filesystems") / "disk.img"
+
+    def copy_to(path: Path) -> Path:
+        if not made.exists():
+            make_disk(made)
+        run("cp", "--sparse=always", str(made), str(path))
+        return path
+
+    return copy_to
 
 
 @pytest.fixture(scope="session")

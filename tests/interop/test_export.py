@@ -174,6 +174,7 @@ def test_a_target_that_is_full_is_blamed_and_nothing_else(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["vmdk", "vdi", "vhdx"])
 def test_other_formats_of_qemu_hold_the_same(
     week: tuple[Served, bytes], tmp_path: Path, form: str
@@ -193,12 +194,12 @@ def test_a_suspect_snapshot_is_given_with_a_word_and_exit_code_3(tmp_path: Path)
         served.snapshot("tuesday")
         told = served.try_cli("export", "web@monday", str(tmp_path / "x.raw"), "--json")
         assert told.code == 3
-        assert told.json["suspect"]
+        assert told.json["suspect_reason"]
         told = served.try_cli("export", "web@monday", str(tmp_path / "y.raw"))
-        assert "web@monday is suspect: " in told.err
+        assert "web@monday is SUSPECT: " in told.err
         compared = served.try_cli("snapshot", "diff", "web@monday", "web@tuesday", "--files")
         assert compared.code == 3
-        assert "web@monday is suspect: " in compared.err
+        assert "web@monday is SUSPECT: " in compared.err
 
 
 def test_what_is_lost_is_no_image_but_if_asked_for(tmp_path: Path) -> None:

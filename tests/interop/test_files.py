@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from filesystems import KINDS, SECRET, TOOLS, Kind, loop_mounted, make_disk, start_of
-from serving import MIB, Served, run, volume_of
+from filesystems import KINDS, SECRET, TOOLS, Kind, loop_mounted, shorten, start_of
+from mounted import as_file
+from serving import MIB, Ran, Served, run, volume_of
+from stillblock.cli import main
 from stillblock.config import Config
 from stillblock.errors import ExcludedError
 from stillblock.model import Reference
 from stillblock.operations.clones import CloneRequest
 from stillblock.operations.copying import Copied, copy_out
+from stillblock.operations.held import Why
+from stillblock.operations.snapshots import SnapshotRequest
 from stillblock.operations.trees import SnapshotFiles, Tree
-from stillblock.service.reading import open_reference
+from stillblock.operations.volumes import AddRequest, add_volume, plan_add
+from stillblock.selection.filesystems import UnresolvedError
+from stillblock.selection.filesystems.filesystem import Layout
+from stillblock.service.reading import held, open_reference
+from stillblock.service.session import open_session
+from unit.selection.filesystems.mounting import mounted
 
 pytestmark = [pytest.mark.needs(*TOOLS), pytest.mark.slow]
 
@@ -27,13 +37,15 @@ CACHE = {f"/var/cache/c{number}" for number in range(4)}
 
 
 @pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Path]]:
+def disk(
+    tmp_path_factory: pytest.TempPathFactory, many_filesystems: Callable[[Path], Path]
+) -> Iterator[tuple[Served, Path]]:
     """A served disk, whose live side was overwritten since the snapshot, and a copy of that."""
     folder = tmp_path_factory.mktemp("files")
-    make_disk(folder / "disk.img")
+    image = many_filesystems(folder / "disk.img")
     with (
         tempfile.TemporaryDirectory(prefix="sb-") as short,
-        volume_of(folder / "disk.img", short) as served,
+        volume_of(image, short) as served,
     ):
         served.start()
         served.snapshot("monday", *RULES)
@@ -67,7 +79,8 @@ def copies(
     for kind in KINDS:
         to = tmp_path_factory.mktemp("copies") / kind.name
         with opened(disk[0], f"web@monday:{kind.number}:/") as tree:
-            found[kind.name] = (copy_out(tree, "/", to, is_recursive=True), to)
+            copied = copy_out(tree, "/", to, is_recursive=True, preserves=os.geteuid() == 0)
+            found[kind.name] = (copied, to)
     return found
 
 
@@ -149,9 +162,20 @@ def test_files_of_fat_are_those_that_mtools_finds(
             assert (out / inner).read_bytes() == content, inner
 
 
-def test_the_commands_as_people_type_them(disk: tuple[Served, Path], tmp_path: Path) -> None:
-    served, _ = disk
-    listed = served.cli("ls", "web@latest", "--json").json["filesystems"]
+def test_the_commands_as_people_type_them(
+    disk: tuple[Served, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("STILLBLOCK_STATE", disk[0].environment["STILLBLOCK_STATE"])
+
+    def typed(*words: str) -> Ran:
+        code = main(words)
+        captured = capfd.readouterr()
+        return Ran(code=code, out=captured.out, err=captured.err)
+
+    listed = typed("ls", "web@latest", "--json").json["filesystems"]
     assert [(info["place"], info["label"]) for info in listed] == [
         ("part:1", "root"),
         ("part:2", "data"),
@@ -159,25 +183,57 @@ def test_the_commands_as_people_type_them(disk: tuple[Served, Path], tmp_path: P
         ("part:4", "win"),
         ("part:5", "ESP"),
     ]
-    ran = served.try_cli("ls", "web@monday:/etc")
+    ran = typed("ls", "web@monday:/etc")
     assert ran.code == 2
     assert 'has 5 filesystems: part:1 ext4 "root"' in ran.err
     assert "web@monday:1:/path" in ran.err
-    names = served.cli("ls", "web@monday:root:/").out
+    names = typed("ls", "web@monday:root:/").out
     assert "\x1b" not in names
     assert "escape\\x1b[31m\\nline\n" in names
-    long = served.cli("ls", "-l", "web@monday:root:/var/cache").out
+    long = typed("ls", "-l", "web@monday:1:/var/cache").out
     assert long.count("left out by path:/var/cache/**") == 4
-    rows = served.cli("ls", "-R", "web@monday:data:/", "--json").out.splitlines()
+    rows = typed("ls", "-R", "web@monday:2:/", "--json").out.splitlines()
     assert len(rows) == 7  # directories
-    assert served.cli("cat", "web@monday:data:/folder/link").out == "tiny\n"
-    refused = served.try_cli("cat", "web@monday:data:/var/cache/c1")
+    assert typed("cat", "web@monday:2:/folder/link").out == "tiny\n"
+    refused = typed("cat", "web@monday:data:/var/cache/c1")
     assert (refused.code, refused.out) == (1, "")
     assert "web@monday:data:/var/cache/c1: left out by path:/var/cache/**" in refused.err
-    partly = served.try_cli("cp", "-r", "web@monday:4:/var", str(tmp_path), "--json")
+    partly = typed("cp", "-r", "web@monday:4:/var", str(tmp_path), "--json")
     assert partly.code == 3
     assert {refused["why"] for refused in partly.json["refused"]} == {"excluded"}
     assert SECRET not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_what_only_the_log_of_btrfs_has_is_refused_and_the_rest_copied(tmp_path: Path) -> None:
+    image, origin = tmp_path / "live.img", tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(128 * MIB)
+    run("mkfs.btrfs", "-q", str(image))
+    with mounted(image, options="commit=300") as top:
+        for folder in ("calm", "busy"):
+            (top / folder).mkdir()
+            (top / folder / "old").write_bytes(b"committed")
+        run("btrfs", "filesystem", "sync", str(top))
+        with (top / "busy" / "new").open("wb") as file:
+            file.write(b"a transaction that a database promised")
+            file.flush()
+            os.fsync(file.fileno())
+        run("cp", "--sparse=always", str(image), str(origin))
+    config = Config.load(state_dir=tmp_path / "s")
+    config.ensure()
+    add_volume(config, plan_add(config, AddRequest(name="web", origin=origin)))
+    with open_session(config, "web") as session:
+        session.create_snapshot(SnapshotRequest(name="monday"))
+        with (
+            held(session, Reference.parse("web@monday")) as found,
+            SnapshotFiles(found).tree(None) as tree,
+        ):
+            done = copy_out(tree, "/", tmp_path / "out", is_recursive=True)
+            with pytest.raises(UnresolvedError, match="synced since the last commit"):
+                tree.find("/busy/new")
+    assert [(refused.path, refused.why) for refused in done.refused] == [("/busy", Why.UNRESOLVED)]
+    assert "synced since the last commit" in done.refused[0].reason
+    assert (tmp_path / "out/calm/old").read_bytes() == b"committed"
 
 
 def test_a_volume_that_nobody_serves_gives_the_same_files_and_so_does_its_clone(
@@ -203,3 +259,65 @@ def test_a_volume_that_nobody_serves_gives_the_same_files_and_so_does_its_clone(
     assert there == alone
     assert len(set(there)) == 1
     assert there[0]
+
+
+@pytest.mark.needs("nbdfuse")
+@pytest.mark.parametrize("name", ["ext4", "xfs"])
+def test_files_of_a_filesystem_in_use_are_those_of_its_replay(
+    many_filesystems: Callable[[Path], Path], tmp_path: Path, name: str
+) -> None:
+    """What was synced is in the journal only; the kernel's replay of the same instant judges."""
+    (kind,) = (kind for kind in KINDS if kind.name == name)
+    image = many_filesystems(tmp_path / "disk.img")
+    with tempfile.TemporaryDirectory(prefix="sb-") as short, volume_of(image, short) as web:
+        web.start()
+        with as_file(web) as (live, _), loop_mounted(live, kind) as top:
+            for number in range(40):
+                path = top / f"srv/data/new {number}"
+                path.write_bytes(os.urandom(3000 * number + 1))
+                shorten(top / f"srv/data/file {number}", 10 * number)
+            (top / "srv/large").rename(top / "moved")
+            run("sync", "--file-system", str(top))
+            web.snapshot("busy", *RULES)
+        copy = tmp_path / "copy.img"
+        run("nbdcopy", web.uri("busy"), str(copy))
+        with opened(web, f"web@busy:{kind.number}:/") as tree:
+            done = copy_out(tree, "/", tmp_path / "out", is_recursive=True, preserves=True)
+    with loop_mounted(copy, kind) as top:
+        expected = told(top, kind)
+    got = told(tmp_path / "out", kind)
+    assert got.keys() == expected.keys() - {refused.path for refused in done.refused}
+    assert [path for path, what in got.items() if what != expected[path]] == []
+    assert "/srv/data/new 39" in got
+    assert "/moved" in got
+
+
+def test_a_file_with_lost_blocks_is_refused_and_the_others_are_whole(tmp_path: Path) -> None:
+    """The store had no room for all of it; what is left of it would be another file."""
+    root = tmp_path / "root"
+    root.mkdir()
+    small, big = os.urandom(50_000), os.urandom(8 * MIB)
+    (root / "small").write_bytes(small)
+    (root / "big").write_bytes(big)
+    image = tmp_path / "disk.img"
+    run("mkfs.ext4", "-q", "-b", "4096", "-d", str(root), str(image), "24M")
+    limit = ("--store-limit", "6M")
+    with tempfile.TemporaryDirectory(prefix="sb-") as short, volume_of(image, short, *limit) as web:
+        web.start()
+        web.snapshot("monday", "--include", "all")
+        with opened(web, "web@monday:/") as tree:
+            layout = tree.layout(tree.find("/big").node)
+            assert isinstance(layout, Layout)
+            places = [(run.start, run.length) for run in layout.runs]
+        with web.client() as client:
+            for start, length in places:
+                client.pwrite(b"\xee" * length, offset=start or 0)
+            client.flush()
+        done = web.try_cli("cp", "-r", "web@monday:/", str(tmp_path / "out"), "--json")
+        assert done.code == 3
+        assert [(r["path"], r["why"]) for r in done.json["refused"]] == [("/big", "lost")]
+        assert (tmp_path / "out/small").read_bytes() == small
+        assert not (tmp_path / "out/big").exists()
+        refused = web.try_cli("cat", "web@monday:/big")
+        assert (refused.code, refused.out) == (13, "")
+        assert "of it are lost" in refused.err

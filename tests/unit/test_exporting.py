@@ -460,5 +460,5 @@ def test_a_suspect_snapshot_says_so_in_its_plan(disk: FakeDisk) -> None:
     receipt = held_of(disk).receipt
     info = replace(receipt.snapshot, is_suspect=True, suspect_reason="written by others")
     plan = plan_export(Held(disk, replace(receipt, snapshot=info)))
-    assert (plan.suspect, plan.is_doubtful) == ("written by others", True)
+    assert (plan.suspect_reason, plan.is_doubtful) == ("written by others", True)
     assert plan_export(Held(disk, replace(receipt, is_intact=False))).is_doubtful

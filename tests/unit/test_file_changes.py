@@ -228,8 +228,10 @@ class FakeSnapshot:
     tree: FakeTree | None = None
     reason: str = ""
 
-    def tree_at(self, name: str) -> FakeTree | None:
-        return self.tree if any(p.name == name and p.is_filesystem for p in self.places) else None
+    def tree_at(self, place: Place) -> FakeTree:
+        assert place in self.places
+        assert self.tree is not None
+        return self.tree
 
     def why_unknown(self, place: Place) -> str:
         return place.opaque_reason or self.reason
@@ -296,7 +298,7 @@ def test_what_nobody_can_tell_is_partial_and_what_is_known_unchanged_is_not() ->
     ):
         both = FakeSnapshot((place,), reason=reason)
         assert is_partial(places_of(both, both, changed=changed)) is partial
-    assert is_partial((), suspect=("web@a is suspect",))
+    assert is_partial((), suspect_reasons=("web@a is suspect",))
 
 
 def test_names_come_go_and_change_their_kind() -> None:

@@ -156,6 +156,25 @@ def test_what_is_lost_is_refused(held: Held) -> None:
     assert held.refusal(((608 * K, 700 * K),)) is None
 
 
+def test_what_is_damaged_is_refused_before_a_byte_of_it_is_read() -> None:
+    held = Held(FakeDisk(), replace(RECEIPT, damaged=((700 * K, 704 * K),)))
+    refusal = held.refusal(((650 * K, 702 * K),))
+    assert refusal is not None
+    assert (refusal.why, refusal.reason) == (Why.UNREADABLE, "2 KiB of it fail their checksum")
+    assert held.refusal(((650 * K, 700 * K),)) is None
+
+
+def test_a_snapshot_that_may_be_wrong_is_suspect() -> None:
+    assert Held(FakeDisk(), RECEIPT).suspect_reason == ""
+    written = replace(INFO, is_suspect=True, suspect_reason="the origin was written by others")
+    told = Held(FakeDisk(), replace(RECEIPT, snapshot=written)).suspect_reason
+    assert told == "the origin was written by others"
+    assert (
+        "its receipt was changed"
+        in Held(FakeDisk(), replace(RECEIPT, is_intact=False)).suspect_reason
+    )
+
+
 def test_what_was_written_to_a_clone_is_held_and_not_lost() -> None:
     own = ((72 * K, 76 * K), (600 * K, 604 * K))
     clone = Held(FakeDisk(own=own, is_clone=True), RECEIPT, clone="web@monday+x")

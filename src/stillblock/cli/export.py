@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, percent
+from stillblock.cli.output import Output, percent, warn_if_suspect, write_content
 from stillblock.errors import ExitCode, InUseError, RefusedError, StillblockError, UsageError
 from stillblock.extents import clip, total_bytes
 from stillblock.model import Reference, format_size
@@ -112,17 +112,15 @@ def export(
             reference = replace(reference, snapshot=instant)
         standstill = Standstill(session, reference)
         with opened(session, reference) as held:
+            warn_if_suspect(output, held)
             plan = plan_export(held, allow_lost=allow_lost)
             if dry_run:
                 output.result(
                     "export-plan", plan, lambda out: out.line(f"would copy {_words(plan)}")
                 )
                 return ExitCode.OK
-            if plan.suspect:
-                output.warn(f"{plan.reference} is suspect: {plan.suspect}")
             if path is None:
-                stream(held, plan, sys.stdout.buffer.write)
-                sys.stdout.buffer.flush()
+                stream(held, plan, write_content)
                 standstill.check()
                 output.remark(f"exported {_words(plan)}")
                 return ExitCode.PARTIAL if plan.is_doubtful else ExitCode.OK
@@ -139,7 +137,7 @@ def export(
         left_out_bytes=plan.left_out_bytes,
         lost_bytes=total_bytes(plan.lost),
         verified_bytes=verified,
-        suspect=plan.suspect,
+        suspect_reason=plan.suspect_reason,
     )
     output.result("exported", done, lambda out: _render(out, done, plan))
     return ExitCode.PARTIAL if plan.is_doubtful else ExitCode.OK
@@ -310,8 +308,8 @@ def _words(plan: ExportPlan) -> str:
     words = [f"{data} of data of {plan.reference}, {size} large"]
     if plan.left_out_bytes:
         words.append(f"{format_size(plan.left_out_bytes)} are holes, left out by rules")
-    if plan.suspect:
-        words.append(f"SUSPECT: {plan.suspect}")
+    if plan.suspect_reason:
+        words.append("SUSPECT")
     if plan.lost:
         words.append(f"{format_size(total_bytes(plan.lost))} are holes, LOST")
     return "; ".join(words)

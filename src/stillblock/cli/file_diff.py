@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from stillblock.cli.output import Output, counted
+from stillblock.cli.output import Output, counted, warn_if_suspect
 from stillblock.errors import ExitCode
 from stillblock.model import Reference, format_size
 from stillblock.operations.file_changes import Change, FileChange, FileDiff, compare_files
@@ -34,11 +34,8 @@ def diff_files(
     ):
         # By id: names could mean other snapshots by now than those whose trees are compared.
         changes = session.changes(since=before.receipt.snapshot.id, until=after.receipt.snapshot.id)
-        suspect = tuple(
-            f"{each.reference} is suspect: {each.suspect}"
-            for each in (before, after)
-            if each.suspect
-        )
+        for side in (before, after):
+            warn_if_suspect(output, side)
         next_s = 0.0
 
         def told(path: str) -> None:
@@ -60,15 +57,18 @@ def diff_files(
                 newly_selected=changes.newly_selected,
                 told=told,
             ),
-            suspect=suspect,
+            suspect_reasons=tuple(
+                f"{side.reference} is SUSPECT: {side.suspect_reason}"
+                for side in (before, after)
+                if side.suspect_reason
+            ),
         )
-    output.result("file-changes", found, lambda out: _render(out, found, is_summary=is_summary))
+    output.result("file-changes", found, lambda out: render(out, found, is_summary=is_summary))
     return ExitCode.PARTIAL if found.is_partial else ExitCode.OK
 
 
-def _render(out: Output, found: FileDiff, *, is_summary: bool) -> None:
-    for words in found.suspect:
-        out.warn(words)
+def render(out: Output, found: FileDiff, *, is_summary: bool) -> None:
+    """Print it for people, place by place."""
     for place in found.places:
         out.line(_title(place))
         if not is_summary:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import os
+import signal
 import stat
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from stillblock.cli.options import Common
-from stillblock.cli.output import Output, counted
+from stillblock.cli.output import Output, counted, warn_if_suspect, write_content
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.model import Reference, format_instant, format_size
 from stillblock.operations.copying import copy_out
-from stillblock.operations.held import Refusal
+from stillblock.operations.held import Refusal, Why
 from stillblock.operations.trees import SnapshotFiles, kind_of
+from stillblock.selection.files import base64_of
 from stillblock.selection.filesystems.filesystem import DEPTH_MAX, FileKind
 from stillblock.selection.survey import shown
 from stillblock.selection.workers import is_of_disk
@@ -28,6 +29,7 @@ from stillblock.service.reading import open_reference
 
 if TYPE_CHECKING:
     from stillblock.operations.copying import Copied
+    from stillblock.operations.held import Held
     from stillblock.operations.trees import FilesystemInfo, Tree
     from stillblock.selection.files import Entry
     from stillblock.selection.filesystems.filesystem import Node
@@ -37,6 +39,8 @@ _JSON_BYTES_MAX: Final = 64 << 20
 """Content of a file within a JSON document; larger ones are for a file."""
 _REFUSED_SHOWN_MAX: Final = 20
 _TELL_S: Final = 0.2
+_COLUMNS: Final = ("MODE", "LINKS", "OWNER", "SIZE", "CHANGED", "NAME", "NOT HELD")
+_RIGHT: Final = frozenset({1, 2, 3})
 
 PathRef = Annotated[
     str, Parameter(help="VOL@SNAP:/path; with several filesystems VOL@SNAP:NAME:/path.")
@@ -75,9 +79,10 @@ def ls(
     output = Output(common)
     reference = Reference.parse(ref)
     with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
         files = SnapshotFiles(held)
         if reference.path is None:
-            _list_filesystems(output, held.reference, files)
+            _list_filesystems(output, held, files)
             return ExitCode.OK
         with files.tree(reference.place) as tree:
             found = tree.find(reference.path)
@@ -103,7 +108,7 @@ def cat(
     if not refs:
         raise UsageError("say which file: stillblock cat VOL@SNAP:/path")
     for ref in refs:
-        with _opened(common, ref) as (reference, tree):
+        with _opened(common, output, ref) as (reference, tree):
             found = tree.find(reference.path or "/", follows=True)
             _require_file(tree, found)
             content = tree.content(found.name, found.node)
@@ -114,12 +119,15 @@ def cat(
                     )
                 whole = b"".join(content.read())
                 text = base64.b64encode(whole).decode("ascii")
-                document = {"file": _described(found, found.name), "content_base64": text}
+                document = {
+                    "file": _described(found, found.name),
+                    "suspect_reason": tree.held.suspect_reason,
+                    "content_base64": text,
+                }
                 output.json("file-content", document)
                 continue
             for piece in content.read():
-                sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+                write_content(piece)
 
 
 def cp(
@@ -128,22 +136,31 @@ def cp(
     /,
     *,
     recursive: Recursive = False,
+    preserve: Annotated[bool, Parameter(name=("--preserve", "-p"))] = False,
     common: Common = _COMMON,
 ) -> int:
     """Copy a file of a snapshot or clone, or a tree, without a mount and without root.
 
-    Modes, times, holes, hard and symbolic links are kept, owners only for root. Each file is
-    written under another name and renamed when it is whole. A file that the snapshot does not hold
-    is refused with the rule that left it out, never written as zeros. A tree is copied as far as
-    possible; what was refused is listed: exit code 3.
+    Modes, times, holes, hard and symbolic links are kept. Each file is written under another name
+    and renamed when it is whole. A file that the snapshot does not hold is refused with the rule
+    that left it out, never written as zeros. A tree is copied as far as possible; what was refused
+    is listed: exit code 3. In a directory that is there already a copy has the last name of REF,
+    also where that is a link; directories that are there keep mode, owner and time.
 
     Parameters
     ----------
     recursive
         A directory with all that is in it; links are copied as links.
+    preserve
+        Owners, and set-user-id and set-group-id bits, which needs root: for snapshots whose users
+        you trust. Without it copies belong to you and run as whoever runs them.
     """
     output = Output(common)
-    with _opened(common, ref) as (reference, tree), output.working(f"copying {ref}") as tell:
+    with (
+        _unwinding(),
+        _opened(common, output, ref) as (reference, tree),
+        output.working(f"copying {ref}") as tell,
+    ):
         next_s = 0.0
 
         def told(path: str, copied_bytes: int) -> None:
@@ -157,23 +174,45 @@ def cp(
             reference.path or "/",
             destination.expanduser(),
             is_recursive=recursive,
+            preserves=preserve,
             told=told,
         )
     output.result("copied", copied, lambda out: _render_copied(out, copied))
-    return ExitCode.PARTIAL if copied.refused else ExitCode.OK
+    is_less = copied.refused or (preserve and copied.not_kept)
+    return ExitCode.PARTIAL if is_less else ExitCode.OK
 
 
 @contextmanager
-def _opened(common: Common, ref: str) -> Iterator[tuple[Reference, Tree]]:
+def _unwinding() -> Iterator[None]:
+    """Let a signal that ends the command remove what is not whole, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say, and only it is interrupted
+        return
+    # One that is ignored, as under nohup, stays so.
+    ending = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in ending:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _opened(common: Common, output: Output, ref: str) -> Iterator[tuple[Reference, Tree]]:
 
     reference = Reference.parse(ref)
     if reference.path is None:
         raise UsageError(f"{ref!r} names no file; write {ref}:/path")
-    with (
-        open_reference(common.config(), reference) as held,
-        SnapshotFiles(held).tree(reference.place) as tree,
-    ):
-        yield reference, tree
+    with open_reference(common.config(), reference) as held:
+        warn_if_suspect(output, held)
+        with SnapshotFiles(held).tree(reference.place) as tree:
+            yield reference, tree
 
 
 def _require_file(tree: Tree, found: Entry) -> None:
@@ -192,9 +231,11 @@ def _render_copied(out: Output, copied: Copied) -> None:
         counted(copied.link_count, "link"),
     ]
     told = ", ".join(word for word in what if not word.startswith("0 "))
-    out.line(f"{copied.target}: {told or 'nothing'}, {format_size(copied.copied_bytes)}")
+    out.line(f"{shown(copied.target)}: {told or 'nothing'}, {format_size(copied.copied_bytes)}")
     for refused in copied.refused[:_REFUSED_SHOWN_MAX]:
         out.warn(f"not copied: {shown(refused.path)}: {shown(refused.reason)} ({refused.why})")
+    if copied.not_kept:
+        out.warn(f"the destination does not take all {' and '.join(copied.not_kept)}")
     more = len(copied.refused) + copied.unnamed - _REFUSED_SHOWN_MAX
     if more > 0:
         out.warn(f"and {more} more; --json lists them")
@@ -220,6 +261,7 @@ class _Listing:
     def directory(self, path: str, node: Node, *, is_recursive: bool) -> None:
         """List a directory, and what is below it if asked to, each directory before its own."""
         waiting = [(path, node)]
+        entered = {node.number}
         is_first = True
         while waiting:
             where, directory = waiting.pop()
@@ -228,8 +270,7 @@ class _Listing:
             except StillblockError as error:
                 if is_first or not is_of_disk(error):
                     raise
-                self.is_partial = True
-                self._output.warn(str(error))
+                self._skip(where, str(error))
                 continue
             if is_recursive and not self._output.is_json:
                 self._output.line(("" if is_first else "\n") + f"{shown(where)}:")
@@ -237,14 +278,28 @@ class _Listing:
             self._print(where, entries)
             if is_recursive:
                 base = where.rstrip("/")
-                below = [
-                    (f"{base}/{e.name}", e.node)
-                    for e in entries
-                    if e.node.kind is FileKind.DIRECTORY
-                ]
-                if below and where.count("/") > DEPTH_MAX:
-                    raise UsageError(f"{self._tree.path(where)}: the tree is too deep")
+                below: list[tuple[str, Node]] = []
+                for entry in entries:
+                    if entry.node.kind is not FileKind.DIRECTORY:
+                        continue
+                    inner = f"{base}/{entry.name}"
+                    if entry.node.number in entered:
+                        reason = "it is in two places, or inside itself: it is damaged"
+                        self._skip(inner, f"{self._tree.path(inner)}: {reason}")
+                    elif inner.count("/") > DEPTH_MAX:
+                        self._skip(inner, f"{self._tree.path(inner)}: the tree is too deep")
+                    else:
+                        entered.add(entry.node.number)
+                        below.append((inner, entry.node))
                 waiting += reversed(below)
+
+    def _skip(self, path: str, reason: str) -> None:
+        """Say of a directory that it is not listed, and why."""
+        self.is_partial = True
+        if self._output.is_json:
+            self._document(path, [], not_listed=reason)
+        else:
+            self._output.warn(f"not listed: {reason}")
 
     def _print(self, where: str, entries: list[Entry]) -> None:
 
@@ -252,18 +307,30 @@ class _Listing:
         held = {entry.name: self._held(entry) for entry in entries}
         if self._output.is_json:
             rows = [_described(e, f"{base}/{e.name}") | held[e.name] for e in entries]
-            document = {"filesystem": self._tree.place.name, "directory": where, "entries": rows}
-            self._output.json("listing", document)
+            self._document(where, rows)
         elif not self._is_long:
-            for entry in entries:
-                self._output.line(shown(entry.name))
-        else:
-            columns = ("MODE", ">LINKS", ">OWNER", ">SIZE", "CHANGED", "NAME", "NOT HELD")
+            self._output.lines([shown(entry.name) for entry in entries])
+        elif entries:
             rows_long = [self._long(entry, held[entry.name]) for entry in entries]
-            self._output.table(columns, rows_long, empty="empty")
+            self._output.lines(_aligned([_COLUMNS, *rows_long]))
+
+    def _document(self, where: str, rows: list[dict[str, Any]], *, not_listed: str = "") -> None:
+        """Print one directory as JSON; `not_listed` is why it is not."""
+        document = {
+            "filesystem": self._tree.place.name,
+            "directory": where,
+            "suspect_reason": self._tree.held.suspect_reason,
+            "not_listed": not_listed,
+            "entries": rows,
+        }
+        self._output.json("listing", document)
 
     def _held(self, entry: Entry) -> dict[str, str]:
-        """Return why a file is not held, if somebody wants to know."""
+        """Return why a file is not held, or a link not read, if somebody wants to know."""
+        if entry.node.kind is FileKind.SYMLINK and entry.target is None:
+            # Where it leads is part of the listing, unless only names are.
+            self.is_partial |= self._is_long or self._output.is_json
+            return {"not_held": str(Why.UNRESOLVED), "reason": entry.reason or "not known"}
         if not self._is_long or entry.node.kind is not FileKind.REGULAR:
             return {}
         found = self._tree.layout(entry.node)
@@ -282,10 +349,22 @@ class _Listing:
             str(node.links),
             f"{node.uid}:{node.gid}" if has_modes else "",
             str(node.size),
-            format_instant(node.modified_ns) if node.modified_ns else "",
+            _instant(node.modified_ns),
             shown(entry.name) + target,
             shown(held.get("reason", "")),
         )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines: a table would take minutes for a hundred thousand files."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in _RIGHT else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _described(entry: Entry, path: str) -> dict[str, Any]:
@@ -303,15 +382,20 @@ def _described(entry: Entry, path: str) -> dict[str, Any]:
         "modified_ns": node.modified_ns,
         "target": entry.target,
     }
-    raw = os.fsencode(path)
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        document["path_base64"] = base64.b64encode(raw).decode("ascii")
+    if raw := base64_of(path):
+        document["path_base64"] = raw
     return document
 
 
-def _list_filesystems(output: Output, reference: str, files: SnapshotFiles) -> None:
+def _instant(unix_ns: int) -> str:
+    """Return a time as lists show it; filesystems have years that calendars do not."""
+    try:
+        return format_instant(unix_ns) if unix_ns else ""
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
+def _list_filesystems(output: Output, held: Held, files: SnapshotFiles) -> None:
     found = files.filesystems()
     rows = [
         (info.place, info.kind, shown(info.label), info.uuid, _size(info), info.note)
@@ -320,7 +404,7 @@ def _list_filesystems(output: Output, reference: str, files: SnapshotFiles) -> N
     columns = ("PLACE", "HOLDS", "LABEL", "UUID", ">SIZE", "NOT READ")
     output.result(
         "filesystems",
-        {"snapshot": reference, "filesystems": found},
+        {"snapshot": held.reference, "suspect_reason": held.suspect_reason, "filesystems": found},
         lambda out: out.table(columns, rows, empty="nothing known lies on it"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -13,7 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from stillblock import codec
-from stillblock.errors import CancelledError, ConfirmationNeededError
+from stillblock.errors import (
+    Blame,
+    CancelledError,
+    ConfirmationNeededError,
+    StillblockError,
+)
 from stillblock.model import format_size
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
     from stillblock.cli.options import Change, Common
     from stillblock.model import LeftOut, RuleTerm, TermOutcome
+    from stillblock.operations.held import Held
 
 _WIDE = 4000
 """Columns for output that goes to a file or a pipe: nothing is wrapped or cut there."""
@@ -29,6 +36,13 @@ _REASONS_SHOWN_MAX = 8
 DEFAULT_TOLD = (
     "free space and swap are left out; `stillblock rules set {volume} --all` keeps everything"
 )
+
+
+class OutputError(StillblockError):
+    """Standard output does not take what it is given."""
+
+    code = "output"
+    blame = Blame.PEER
 
 
 class Output:
@@ -61,6 +75,11 @@ class Output:
     def line(self, text: str = "") -> None:
         """Print one line of a result."""
         self._out.print(Text(text))
+
+    def lines(self, texts: Sequence[str]) -> None:
+        """Print many lines of a result at once."""
+        if texts:
+            print("\n".join(texts), flush=True)
 
     def pairs(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print names and values, aligned; rows without a value are left out."""
@@ -123,6 +142,30 @@ class Output:
         answer = sys.stdin.readline().strip().lower()
         if answer not in {"y", "yes"}:
             raise CancelledError("nothing was changed")
+
+
+def write_content(data: bytes | memoryview) -> None:
+    """Write content to standard output; raise `OutputError` if it is full.
+
+    A reader that left is `BrokenPipeError`, as everywhere.
+    """
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in its buffer would fail once more at the end of the process.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        raise OutputError(f"standard output: {error.strerror}") from error
+
+
+def warn_if_suspect(output: Output, held: Held) -> None:
+    """Say that what is read may not be what the disk was."""
+    if held.suspect_reason:
+        output.warn(f"{held.reference} is SUSPECT: {held.suspect_reason}")
 
 
 def age(unix_ns: int, *, now_ns: int | None = None) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from stillblock.errors import StillblockError, UsageError
 from stillblock.operations.held import Refusal, Why
 from stillblock.operations.trees import Content, why_of
+from stillblock.selection.files import base64_of, encoded
 from stillblock.selection.filesystems.filesystem import DEPTH_MAX, FileKind, Node
 from stillblock.selection.survey import shown
 from stillblock.selection.workers import is_of_disk
@@ -34,6 +35,8 @@ _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _NAME_BYTES_MAX: Final = 255
 _HOPELESS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 """What would fail for every further file too."""
+_NOT_TAKEN: Final = frozenset({errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What a filesystem says that has no owners or modes, or leaves them to somebody else."""
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -50,6 +53,8 @@ class Refused:
     path: str
     why: Why
     reason: str
+    path_base64: str = ""
+    """The bytes of a path that is no UTF-8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,10 @@ class Copied:
     refused: tuple[Refused, ...] = ()
     unnamed: int = 0
     """How many more were refused than are listed."""
+    not_kept: tuple[str, ...] = ()
+    """What the destination does not take: `owners`, `modes`, `times`."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
 
 
 REFUSED_MAX: Final = 10_000
@@ -79,37 +88,48 @@ def copy_out(
     destination: Path,
     *,
     is_recursive: bool,
+    preserves: bool = False,
     told: Callable[[str, int], None] | None = None,
 ) -> Copied:
     """Copy what a path leads to into a directory, or to the new or old name that is given.
 
-    A file, link or tree; modes, times, holes and hard links are kept, owners where we are root.
-    `told` hears the path and the bytes so far. Raise what refuses a single file; of a tree the rest
-    is copied, and what was refused is in the answer.
+    A file, link or tree; modes, times, holes and hard links are kept, and if it `preserves` owners
+    and set-user-id and set-group-id bits, which needs root. In a directory it has the name that
+    `path` ends with. `told` hears the path and the bytes so far. Raise what refuses a single file;
+    of a tree the rest is copied, and what was refused is in the answer.
     """
+    if preserves and os.geteuid() != 0:
+        raise UsageError("only root can give copies their owners")
     found = tree.find(path, follows=not is_recursive)
     if found.node.kind is FileKind.DIRECTORY and not is_recursive:
         raise UsageError(f"{tree.path(path)} is a directory", hint="add -r to copy all of it")
-    folder, name = _target(destination, found)
+    folder, name = _target(destination, path, found.node)
     with _opened(folder) as descriptor:
-        copy = _Copy(tree, told or (lambda *_: None), top=descriptor)
-        copy.entry(descriptor, found._replace(name=name), found.name)
-    return replace(copy.result(), source=tree.path(found.name), target=shown(str(folder / name)))
+        copy = _Copy(tree, told or (lambda *_: None), preserves=preserves, top=descriptor)
+        copy.run(found, name)
+    return replace(
+        copy.result(),
+        source=tree.reference(found.name),
+        target=str(folder if name is None else folder / os.fsdecode(name)),
+        suspect_reason=tree.held.suspect_reason,
+    )
 
 
-def _target(destination: Path, found: Entry) -> tuple[Path, str]:
-    """Return the directory to write in and the name to give."""
-    if destination.is_dir():
-        own = found.name.rpartition("/")[2]
-        if own:
-            return destination, own
-        # The top of a filesystem has no name: its content goes into the directory itself.
-        destination = destination.resolve()
-    if destination.name in {"", ".."}:
-        raise UsageError(f"{destination} is no name for a copy")
-    if not destination.parent.is_dir():
-        raise CopyError(f"{destination.parent} is no directory that is there")
-    return destination.parent, destination.name
+def _target(destination: Path, path: str, node: Node) -> tuple[Path, bytes | None]:
+    """Return the directory to write in and the name to give; None: what is in it goes there."""
+    if not destination.is_dir():
+        if destination.name in {"", ".."}:
+            raise UsageError(f"{destination} is no name for a copy")
+        if not destination.parent.is_dir():
+            raise CopyError(f"{destination.parent} is no directory that is there")
+        return destination.parent, os.fsencode(destination.name)
+    # As it was asked for: the name behind a link is the choice of whoever made the link.
+    asked = path.rstrip("/").rpartition("/")[2]
+    if asked not in {"", ".", ".."}:
+        return destination, encoded(asked)
+    if node.kind is FileKind.DIRECTORY:
+        return destination, None
+    raise UsageError(f"{path} does not end with a name; say how the copy is called")
 
 
 @contextmanager
@@ -126,45 +146,99 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 @dataclass(slots=True)
+class _Level:
+    """A directory that is being filled."""
+
+    descriptor: int
+    name: bytes | None
+    """None: the one that the copy goes to."""
+    path: str
+    entries: Iterator[Entry]
+    node: Node | None
+    """What it gets mode and time of in the end; None: it was there, and stays as it is."""
+    made: set[tuple[int, int]] = field(default_factory=set)
+    """What the copy put there, by device and inode."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Counts:
+    """How much was copied."""
+
+    files: int = 0
+    directories: int = 0
+    links: int = 0
+    copied_bytes: int = 0
+
+
 class _Copy:
     """One copy under way."""
 
-    tree: Tree
-    told: Callable[[str, int], None]
-    top: int
-    """Where the copy goes, open."""
-    counts: dict[str, int] = field(default_factory=lambda: {"file": 0, "directory": 0, "link": 0})
-    copied_bytes: int = 0
-    refused: list[Refused] = field(default_factory=list)
-    unnamed: int = 0
-    _names: dict[int, tuple[tuple[bytes, ...], bytes]] = field(default_factory=dict)
-    """Of files with several names: where the first one is, from the top of the copy."""
-    _trail: list[tuple[int, bytes]] = field(default_factory=list)
-    """Directories that are being filled: descriptor and name."""
+    def __init__(
+        self, tree: Tree, told: Callable[[str, int], None], *, preserves: bool, top: int
+    ) -> None:
+        """Begin; `top` is where it goes, open."""
+        self._tree = tree
+        self._told = told
+        self._preserves = preserves and tree.has_modes
+        self._top = top
+        self._counts = _Counts()
+        self._refused: list[Refused] = []
+        self._unnamed = 0
+        self._not_kept: set[str] = set()
+        self._levels: list[_Level] = []
+        self._entered: set[int] = set()
+        """Numbers of directories: each has one place, or a damaged tree would have no end."""
+        self._names: dict[int, tuple[tuple[bytes, ...], bytes]] = {}
+        """Of files with several names: where the first one is, from the top of the copy."""
 
     def result(self) -> Copied:
         """Return what came of it."""
         return Copied(
             source="",
             target="",
-            file_count=self.counts["file"],
-            directory_count=self.counts["directory"],
-            link_count=self.counts["link"],
-            copied_bytes=self.copied_bytes,
-            refused=tuple(self.refused),
-            unnamed=self.unnamed,
+            file_count=self._counts.files,
+            directory_count=self._counts.directories,
+            link_count=self._counts.links,
+            copied_bytes=self._counts.copied_bytes,
+            refused=tuple(self._refused),
+            unnamed=self._unnamed,
+            not_kept=tuple(sorted(self._not_kept)),
         )
 
-    def entry(self, folder: int, entry: Entry, path: str) -> None:
-        """Copy one entry into an open directory; below the first, what is refused is noted."""
-        self.told(path, self.copied_bytes)
+    def run(self, found: Entry, name: bytes | None) -> None:
+        """Copy what was found to a name, or without one what is in it; and all below."""
         try:
-            name = os.fsencode(entry.name)
+            if name is None:
+                entries = iter(self._tree.entries(found.name, found.node))
+                self._entered.add(found.node.number)
+                self._levels.append(_Level(os.dup(self._top), None, found.name, entries, None))
+            else:
+                self._entry(self._top, name, found, found.name)
+            while self._levels:
+                level = self._levels[-1]
+                entry = next(level.entries, None)
+                if entry is None:
+                    self._leave()
+                else:
+                    path = f"{level.path.rstrip('/')}/{entry.name}"
+                    self._entry(level.descriptor, None, entry, path)
+        finally:
+            for level in self._levels:
+                os.close(level.descriptor)
+
+    def _entry(self, folder: int, name: bytes | None, entry: Entry, path: str) -> None:
+        """Copy one entry into an open directory; below the first, what is refused is noted."""
+        self._told(path, self._counts.copied_bytes)
+        try:
+            if name is None:
+                name = encoded(entry.name)
+            if name in {b"", b".", b".."} or b"/" in name or b"\0" in name:
+                raise CopyError("the name leads elsewhere: it is damaged")
             if len(name) > _NAME_BYTES_MAX:
                 raise CopyError("the name is too long for this system")
             match entry.node.kind:
                 case FileKind.DIRECTORY:
-                    self._directory(folder, name, entry.node, path)
+                    self._enter(folder, name, entry.node, path)
                 case FileKind.REGULAR:
                     self._file(folder, name, entry.node, path)
                 case FileKind.SYMLINK:
@@ -173,77 +247,115 @@ class _Copy:
                     reason = "a device, socket, FIFO or special file"
                     self._refuse(path, Refusal(why=Why.UNSUPPORTED, reason=reason))
         except CopyError as error:
-            if not self._trail:
+            if not self._levels:
                 raise
             self._refuse(path, Refusal(why=Why.UNSUPPORTED, reason=error.message))
         except OSError as error:
             reason = error.strerror or str(error)
-            if not self._trail or error.errno in _HOPELESS:
-                raise CopyError(f"{self.tree.path(path)} could not be written: {reason}") from error
+            if not self._levels or error.errno in _HOPELESS:
+                raise self._not_written(path, error) from error
+            self._refuse(path, Refusal(why=Why.UNSUPPORTED, reason=reason))
+        except (ValueError, OverflowError) as error:
+            reason = f"this system has no such name, link or time: {error}"
             self._refuse(path, Refusal(why=Why.UNSUPPORTED, reason=reason))
 
+    def _not_written(self, path: str, error: OSError) -> CopyError:
+        reason = error.strerror or str(error)
+        return CopyError(f"{self._tree.path(path)} could not be written: {reason}")
+
     def _refuse(self, path: str, refusal: Refusal) -> None:
-        if not self._trail:
-            raise refusal.error(self.tree.path(path))
-        if len(self.refused) == REFUSED_MAX:
-            self.unnamed += 1
+        if not self._levels:
+            shown_refusal = replace(refusal, reason=shown(refusal.reason))
+            raise shown_refusal.error(self._tree.path(path))
+        if len(self._refused) == REFUSED_MAX:
+            self._unnamed += 1
             return
-        self.refused.append(Refused(path=path, why=refusal.why, reason=refusal.reason))
+        self._refused.append(
+            Refused(path=path, why=refusal.why, reason=refusal.reason, path_base64=base64_of(path))
+        )
 
     def _refuse_if_of_disk(self, path: str, error: StillblockError) -> None:
         """Note what concerns one file; raise what concerns all, such as a server that is gone."""
-        if not self._trail or not is_of_disk(error):
+        if not self._levels or not is_of_disk(error):
             raise error
         self._refuse(path, Refusal(why=why_of(error), reason=error.message))
 
     # Directories --------------------------------------------------------------------------------
 
-    def _directory(self, folder: int, name: bytes, node: Node, path: str) -> None:
-        if len(self._trail) >= DEPTH_MAX:
+    def _enter(self, folder: int, name: bytes, node: Node, path: str) -> None:
+        if node.number in self._entered:
+            raise CopyError("the directory is in two places, or inside itself: it is damaged")
+        if len(self._levels) >= DEPTH_MAX:
             raise CopyError("the tree is too deep")
         try:
-            entries = self.tree.entries(path, node)
+            entries = self._tree.entries(path, node)
         except StillblockError as error:
             self._refuse_if_of_disk(path, error)
             return
+        is_new = True
         try:
             os.mkdir(name, _PRIVATE_DIRECTORY, dir_fd=folder)
         except FileExistsError:
-            pass  # a directory is filled up, as cp does; anything else fails to open
+            is_new = False  # it is filled up, as cp does; anything else fails to open
         try:
             descriptor = os.open(name, _FOLDER, dir_fd=folder)
         except OSError as error:
+            if is_new:
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=folder)
             if error.errno in {errno.ENOTDIR, errno.ELOOP}:
                 raise CopyError(
                     f"{shown(os.fsdecode(name))} is there already, and is no directory"
                 ) from error
             raise
-        self._trail.append((descriptor, name))
         try:
-            base = path.rstrip("/")
-            for entry in entries:
-                self.entry(descriptor, entry, f"{base}/{entry.name}")
-            self._dress(descriptor, node, default=0o777)
-        finally:
-            self._trail.pop()
+            self._require_other(name, there := os.fstat(descriptor))
+        except BaseException:
             os.close(descriptor)
-        self.counts["directory"] += 1
+            raise
+        self._note_made(there)
+        self._entered.add(node.number)
+        own = node if is_new else None
+        self._levels.append(_Level(descriptor, name, path, iter(entries), own))
+
+    def _leave(self) -> None:
+        level = self._levels[-1]
+        if level.node is not None:
+            try:
+                self._dress(level.descriptor, level.node, default=0o777)
+            except OSError as error:
+                raise self._not_written(level.path, error) from error
+        self._levels.pop()
+        os.close(level.descriptor)
+        self._counts.directories += 1
+
+    def _require_other(self, name: bytes, there: os.stat_result) -> None:
+        """Refuse a name that leads to what the copy itself put there."""
+        if self._levels and (there.st_dev, there.st_ino) in self._levels[-1].made:
+            raise CopyError(
+                f"{shown(os.fsdecode(name))} was just copied: the tree has the name twice, or the "
+                "destination does not tell it from another one"
+            )
+
+    def _note_made(self, there: os.stat_result) -> None:
+        if self._levels:
+            self._levels[-1].made.add((there.st_dev, there.st_ino))
 
     # Files --------------------------------------------------------------------------------------
 
     def _file(self, folder: int, name: bytes, node: Node, path: str) -> None:
         if node.links > 1 and self._linked(folder, name, node):
             return
-        layout = self.tree.layout(node)
+        layout = self._tree.layout(node)
         if isinstance(layout, Refusal):
             self._refuse(path, layout)
             return
-        content = Content(self.tree, path, node, layout)
+        content = Content(self._tree, path, node, layout)
         partial = _new_name()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with ExitStack() as stack:
-            descriptor = os.open(partial, flags, _PRIVATE, dir_fd=folder)
             stack.callback(_remove, partial, folder)
+            descriptor = os.open(partial, flags, _PRIVATE, dir_fd=folder)
             try:
                 try:
                     self._write(descriptor, content, path)
@@ -251,14 +363,17 @@ class _Copy:
                     self._refuse_if_of_disk(path, error)
                     return
                 self._dress(descriptor, node, default=0o666)
-                if not self._trail:
+                if not self._levels:
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            _put(partial, name, folder)
-        self.counts["file"] += 1
+            self._put(partial, name, folder)
+        if not self._levels:
+            _sync_folder(folder)
+        self._counts.files += 1
         if node.links > 1:
-            self._names[node.number] = (tuple(part for _, part in self._trail), name)
+            trail = tuple(level.name for level in self._levels if level.name is not None)
+            self._names[node.number] = (trail, name)
 
     def _write(self, descriptor: int, content: Content, path: str) -> None:
         os.ftruncate(descriptor, content.size)
@@ -266,8 +381,8 @@ class _Copy:
             done = 0
             while done < len(data):
                 done += os.pwrite(descriptor, memoryview(data)[done:], offset + done)
-            self.copied_bytes += len(data)
-            self.told(path, self.copied_bytes)
+            self._counts.copied_bytes += len(data)
+            self._told(path, self._counts.copied_bytes)
 
     def _linked(self, folder: int, name: bytes, node: Node) -> bool:
         """Give a file that was copied already another name; False if it was not."""
@@ -275,20 +390,21 @@ class _Copy:
         if known is None:
             return False
         partial = _new_name()
+        there = os.dup(self._top)
+        try:
+            for part in known[0]:
+                below = os.open(part, _FOLDER, dir_fd=there)
+                os.close(there)
+                there = below
+            os.link(known[1], partial, src_dir_fd=there, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return False  # no links here, or none by us: then it is a copy of its own
+        finally:
+            os.close(there)
         with ExitStack() as stack:
-            try:
-                there = self.top
-                for part in known[0]:
-                    there = os.open(part, _FOLDER, dir_fd=there)
-                    stack.callback(os.close, there)
-                os.link(
-                    known[1], partial, src_dir_fd=there, dst_dir_fd=folder, follow_symlinks=False
-                )
-            except OSError:
-                return False  # no links here, or none by us: then it is a copy of its own
             stack.callback(_remove, partial, folder)
-            _put(partial, name, folder)
-        self.counts["link"] += 1
+            self._put(partial, name, folder)
+        self._counts.links += 1
         return True
 
     def _link(self, folder: int, name: bytes, entry: Entry, path: str) -> None:
@@ -298,43 +414,53 @@ class _Copy:
             return
         partial = _new_name()
         with ExitStack() as stack:
-            os.symlink(os.fsencode(entry.target), partial, dir_fd=folder)
             stack.callback(_remove, partial, folder)
+            os.symlink(encoded(entry.target), partial, dir_fd=folder)
             node = entry.node
-            if os.geteuid() == 0 and self.tree.has_modes:
-                os.chown(partial, node.uid, node.gid, dir_fd=folder, follow_symlinks=False)
+            if self._preserves:
+                with self._keeping("owners"):
+                    os.chown(partial, node.uid, node.gid, dir_fd=folder, follow_symlinks=False)
             if node.modified_ns:
                 times = (node.modified_ns, node.modified_ns)
-                os.utime(partial, ns=times, dir_fd=folder, follow_symlinks=False)
-            _put(partial, name, folder)
-        self.counts["link"] += 1
+                with self._keeping("times"):
+                    os.utime(partial, ns=times, dir_fd=folder, follow_symlinks=False)
+            self._put(partial, name, folder)
+        self._counts.links += 1
 
     def _dress(self, descriptor: int, node: Node, *, default: int) -> None:
-        """Give a copy its owner, mode and time."""
-        mode = node.mode
-        if not self.tree.has_modes:
-            mode = default & ~_umask()
-        elif os.geteuid() == 0:
-            os.fchown(descriptor, node.uid, node.gid)
-        else:
-            # Without its owner, what runs as its owner would run as us.
-            mode &= ~_SET_ID
-        os.fchmod(descriptor, mode)
+        """Give a copy its mode and time, and its owner where that is asked for."""
+        # What runs as its owner would run as us.
+        mode = node.mode & ~_SET_ID if self._tree.has_modes else default & ~_umask()
+        if self._preserves:
+            with self._keeping("owners"):
+                os.fchown(descriptor, node.uid, node.gid)
+                mode = node.mode
+        with self._keeping("modes"):
+            os.fchmod(descriptor, mode)
         if node.modified_ns:
-            os.utime(descriptor, ns=(node.modified_ns, node.modified_ns))
+            with self._keeping("times"):
+                os.utime(descriptor, ns=(node.modified_ns, node.modified_ns))
 
+    @contextmanager
+    def _keeping(self, what: str) -> Iterator[None]:
+        """Go on where the destination does not take it, and say so in the end."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NOT_TAKEN:
+                raise
+            self._not_kept.add(what)
 
-def _put(partial: bytes, name: bytes, folder: int) -> None:
-    """Give what is whole its name, in the place of a file or link of that name."""
-    try:
-        there = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        pass
-    else:
-        if stat.S_ISDIR(there.st_mode):
-            raise CopyError(f"{shown(os.fsdecode(name))} is a directory; it is not overwritten")
-    # A hard link to itself would be left beside itself by a rename.
-    os.rename(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+    def _put(self, partial: bytes, name: bytes, folder: int) -> None:
+        """Give what is whole its name, in the place of a file or link of that name."""
+        with suppress(FileNotFoundError):
+            there = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISDIR(there.st_mode):
+                raise CopyError(f"{shown(os.fsdecode(name))} is a directory; it is not overwritten")
+            self._require_other(name, there)
+        self._note_made(os.stat(partial, dir_fd=folder, follow_symlinks=False))
+        # A hard link to itself would be left beside itself by a rename.
+        os.rename(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def _new_name() -> bytes:
@@ -345,6 +471,15 @@ def _new_name() -> bytes:
 def _remove(partial: bytes, folder: int) -> None:
     with suppress(FileNotFoundError):
         os.unlink(partial, dir_fd=folder)
+
+
+def _sync_folder(folder: int) -> None:
+    """Make a name durable, where that is for us to do."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NOT_TAKEN:
+            raise
 
 
 def _umask() -> int:

@@ -67,13 +67,13 @@ class ExportPlan:
     """Not selected, so holes."""
     lost: Extents
     """Selected, and not there; holes only because that was asked for."""
-    suspect: str = ""
-    """Why the bytes may be others than those of the instant; empty if nothing says so."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
 
     @property
     def is_doubtful(self) -> bool:
         """Whether the image will not be all that the instant was."""
-        return bool(self.lost or self.suspect)
+        return bool(self.lost or self.suspect_reason)
 
     @property
     def data_bytes(self) -> int:
@@ -95,8 +95,8 @@ class Exported:
     lost_bytes: int
     verified_bytes: int = 0
     """Of an export that was resumed: what was there already and came to its digest."""
-    suspect: str = ""
-    """Why the bytes may be others than those of the instant; empty if nothing says so."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
 
 
 class Target(Protocol):
@@ -133,7 +133,7 @@ def plan_export(held: Held, *, allow_lost: bool = False) -> ExportPlan:
         data=subtract(normalise(data), lost),
         left_out_bytes=left_out,
         lost=lost,
-        suspect=held.suspect,
+        suspect_reason=held.suspect_reason,
     )
 
 

@@ -6,7 +6,6 @@ a file is read only where that leaves a doubt (docs/adr/0015).
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -94,13 +93,13 @@ class FileDiff:
     newly_selected_bytes: int
     """Not held before: an empty block that a file took since, or what rules left out."""
     places: tuple[FilesystemChanges, ...]
-    suspect: tuple[str, ...] = ()
+    suspect_reasons: tuple[str, ...] = ()
     """Why the bytes of either may be others than those of its instant, or changes be unknown."""
 
     @property
     def is_partial(self) -> bool:
         """Whether something could not be compared, or not be relied on."""
-        return bool(self.suspect) or any(
+        return bool(self.suspect_reasons) or any(
             place.skipped or any(c.change is Change.UNKNOWN for c in place.changes)
             for place in self.places
         )
@@ -133,88 +132,83 @@ def compare_files(
         mine = intersect(rest, place.extents)
         rest = subtract(rest, place.extents)
         if place.is_filesystem and mine:
-            pair = before.tree_at(place.name), after.tree_at(place.name)
-            reason = _why_not_compared(*pair)
-            old, new = pair
-            if reason or old is None or new is None:
-                found.append(_untold(place, mine, reason, new))
-            else:
-                walk = _Walk(
-                    old,
-                    new,
-                    Ranges(extents_within(place, mine)),
-                    told or (lambda _: None),
-                )
-                found.append(_compared(walk, place, mine))
+            found.append(_compare_place(before, after, (was, place), mine, told=told))
         elif not place.is_filesystem:
             reason = after.why_unknown(place)
             if was is not None and was.is_filesystem:
                 reason = reason or _WENT
             if mine or (reason and not place.opaque_reason):
-                found.append(_untold(place, mine, reason, None))
+                found.append(_untold(place, mine, reason))
     for place in were.values():
         mine = intersect(rest, place.extents)
         rest = subtract(rest, place.extents)
         if place.is_filesystem:
-            found.append(_untold(place, mine, _WENT, before.tree_at(place.name)))
+            found.append(_untold(place, mine, _WENT))
         elif mine:
-            found.append(_untold(place, mine, before.why_unknown(place), None))
+            found.append(_untold(place, mine, before.why_unknown(place)))
     if rest:
         found.append(FilesystemChanges(place=ELSEWHERE, other_bytes=total_bytes(rest)))
     return tuple(found)
 
 
-def _why_not_compared(old: Tree | None, new: Tree | None) -> str:
-    if new is None:
-        return "its filesystem is not read in the later snapshot"
-    if old is None:
-        return "there is no filesystem here that is read in the older snapshot"
-    if (old.identity.kind, old.identity.uuid) != (new.identity.kind, new.identity.uuid):
-        return f"it was another filesystem: {old.identity.kind} {old.identity.uuid}"
-    if old.place.pieces == new.place.pieces:
+def _why_not_compared(there: Place | None, place: Place) -> str:
+    """Return why two places are not of one filesystem; empty if they may be."""
+    if there is None or not there.is_filesystem:
+        return "there was no filesystem here that is read"
+    if there.pieces == place.pieces:
         return ""
-    sizes = old.place.size, new.place.size
-    if sizes[0] != sizes[1]:
-        return f"it was {format_size(sizes[0])} large, and is {format_size(sizes[1])}"
+    if there.size != place.size:
+        return f"it was {format_size(there.size)} large, and is {format_size(place.size)}"
     return "it lay elsewhere on the disk"
 
 
-def _untold(place: Place, changed: Extents, reason: str, tree: Tree | None) -> FilesystemChanges:
-    content = "" if place.content is None else str(place.content)
+def _untold(place: Place, changed: Extents, reason: str) -> FilesystemChanges:
     return FilesystemChanges(
         place=place.name,
-        kind=content if tree is None else tree.identity.kind,
-        label="" if tree is None else tree.identity.label,
+        kind="" if place.content is None else str(place.content),
         other_bytes=total_bytes(changed),
         reason=reason,
         skipped=(reason,) if reason else (),
     )
 
 
-def _compared(walk: _Walk, place: Place, changed: Extents) -> FilesystemChanges:
-    """Walk through both trees; `changed` are extents of the disk in that place."""
-    old, new = walk.before, walk.after
+def _compare_place(
+    before: SnapshotFiles,
+    after: SnapshotFiles,
+    pair: tuple[Place | None, Place],
+    changed: Extents,
+    *,
+    told: Callable[[str], None] | None,
+) -> FilesystemChanges:
+    """Compare one filesystem, by its place in either snapshot."""
+    there, place = pair
+    reason = _why_not_compared(*pair)
+    if reason or there is None:
+        return _untold(place, changed, reason)
     inside = extents_within(place, changed)
-    with ExitStack() as stack:
-        stack.enter_context(old)
-        stack.enter_context(new)
-        try:
+    try:
+        with before.tree_at(there) as old, after.tree_at(place) as new:
+            if (old.identity.kind, old.identity.uuid) != (new.identity.kind, new.identity.uuid):
+                was = f"{old.identity.kind} {old.identity.uuid}"
+                return _untold(place, changed, f"it was another filesystem: {was}")
+            walk = _Walk(old, new, Ranges(inside), told or (lambda _: None))
             old.worker.hold_against(inside)
             new.worker.hold_against(inside)
             walk.run()
             touched_before, _ = old.worker.touched()
             touched_after, free = new.worker.touched()
-        except StillblockError as error:
-            if not is_of_disk(error):
-                raise
-            return _untold(place, changed, error.message, new)
+            identity = new.identity
+    except StillblockError as error:
+        if not is_of_disk(error):
+            raise
+        return _untold(place, changed, error.message)
     of_files = union(touched_before, touched_after)
     of_nobody = subtract(inside, of_files)
     free_bytes = total_bytes(intersect(free, of_nobody))
     return FilesystemChanges(
         place=place.name,
-        kind=new.identity.kind,
-        label=new.identity.label,
+        kind=identity.kind,
+        label=identity.label,
         changes=tuple(walk.changes),
         file_bytes=total_bytes(of_files),
         metadata_bytes=total_bytes(of_nobody) - free_bytes,

@@ -95,7 +95,7 @@ class Held:
         return self._receipt
 
     @property
-    def suspect(self) -> str:
+    def suspect_reason(self) -> str:
         """Why the bytes may be others than those of the instant; empty if nothing says so."""
         snapshot = self._receipt.snapshot
         if snapshot.is_suspect:
@@ -154,19 +154,24 @@ class Held:
         lost = self.lost(extents)
         if lost:
             return Refusal(why=Why.LOST, reason=f"{format_size(total_bytes(lost))} of it are lost")
+        if damaged := self._gone(extents, self._receipt.damaged):
+            reason = f"{format_size(total_bytes(damaged))} of it fail their checksum"
+            return Refusal(why=Why.UNREADABLE, reason=reason)
         return None
 
     def lost(self, extents: Extents) -> Extents:
         """Return which of these bytes could not be kept."""
-        if not self._receipt.lost:
-            return ()
-        lost = intersect(extents, self._receipt.lost)
+        return self._gone(extents, self._receipt.lost)
+
+    def _gone(self, extents: Extents, known: Extents) -> Extents:
+        """Return which of these bytes are among those that the snapshot is known not to have."""
+        gone = intersect(extents, known) if known else ()
         if not self._is_clone:
-            return lost
+            return gone
         # What was written to a clone since is there again, block by block; only reading tells.
         return normalise(
             (at, min(end, at + BLOCK_SIZE_MIN))
-            for start, end in lost
+            for start, end in gone
             for at in range(start, end, BLOCK_SIZE_MIN)
             if not self._can_read((at, min(end, at + BLOCK_SIZE_MIN)))
         )

@@ -10,7 +10,13 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Self
 
-from stillblock.errors import NotFoundError, StillblockError, UsageError
+from stillblock.errors import (
+    ExcludedError,
+    NotFoundError,
+    SnapshotLostError,
+    StillblockError,
+    UsageError,
+)
 from stillblock.extents import intersect, normalise, subtract
 from stillblock.model import Unresolved
 from stillblock.operations.held import Refusal, Why
@@ -67,25 +73,12 @@ class SnapshotFiles:
     def tree(self, name: str | None) -> Tree:
         """Return a filesystem by name as rules have it; without one, the only one there is."""
         place = self._only() if name is None else self._named(name)
-        identity = self._facts.identity(place)
-        if isinstance(identity, Unresolved):
-            raise UnresolvedError(
-                f"{self._held.reference}: {place.name} is not read: {identity.reason}",
-                hint="make a clone and mount that",
-            )
         prefix = self._held.reference if name is None else f"{self._held.reference}:{name}"
-        return Tree(self._held, place, identity, prefix=prefix)
+        return Tree(self._held, place, prefix=prefix)
 
-    def tree_at(self, place_name: str) -> Tree | None:
-        """Return the filesystem of a place, None if nothing is read there."""
-        for place in self._facts.places.filesystems:
-            if place.name != place_name:
-                continue
-            identity = self._facts.identity(place)
-            if not isinstance(identity, Unresolved):
-                prefix = f"{self._held.reference}:{place.name}"
-                return Tree(self._held, place, identity, prefix=prefix)
-        return None
+    def tree_at(self, place: Place) -> Tree:
+        """Return the filesystem of a place."""
+        return Tree(self._held, place, prefix=f"{self._held.reference}:{place.name}")
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -170,21 +163,38 @@ class _Peeked:
 
 
 class Tree:
-    """One filesystem of a snapshot, read in a worker from the first question to `close`."""
+    """One filesystem of a snapshot. Use it in a `with` statement: it is read in a worker."""
 
-    def __init__(self, held: Held, place: Place, identity: Identity, *, prefix: str) -> None:
-        """Take what is known of it; `prefix` is what messages write before a path in it."""
+    def __init__(self, held: Held, place: Place, *, prefix: str) -> None:
+        """Say where it is; `prefix` is what messages write before a path in it."""
         assert place.content is not None, "a filesystem has a content"
         self.held: Final = held
         self.place: Final = place
-        self.identity: Final = identity
         self._prefix = prefix
         self._disk = place.disk(held)
         self.worker: Final = FileWorker(self._disk, place.content)
+        self._identity: Identity | None = None
 
     def __enter__(self) -> Self:
+        """Start the worker; raise `UnresolvedError` if the filesystem is not understood."""
         self.worker.__enter__()
+        try:
+            self._identity = self.worker.identify()
+        except UnresolvedError as error:
+            self.worker.__exit__()
+            raise UnresolvedError(
+                f"{self._prefix} is not read: {error.message}", hint="make a clone and mount that"
+            ) from error
+        except BaseException:
+            self.worker.__exit__()
+            raise
         return self
+
+    @property
+    def identity(self) -> Identity:
+        """Which filesystem it is."""
+        assert self._identity is not None, "it was entered"
+        return self._identity
 
     def __exit__(self, *details: object) -> None:
         self.worker.__exit__(*details)
@@ -206,7 +216,11 @@ class Tree:
 
     def path(self, inner: str) -> str:
         """Return how messages name a path in it."""
-        return shown(f"{self._prefix}:{inner}")
+        return shown(self.reference(inner))
+
+    def reference(self, inner: str) -> str:
+        """Return what names a path in it, as it is, for programs."""
+        return f"{self._prefix}:{inner}"
 
     def find(self, path: str, *, follows: bool = False) -> Entry:
         """Return what a path leads to, its name being the path without links."""
@@ -347,4 +361,9 @@ def kind_of(node: Node) -> str:
 
 def why_of(error: StillblockError) -> Why:
     """Return what kind of refusal an error is."""
-    return Why.UNRESOLVED if isinstance(error, UnresolvedError) else Why.UNREADABLE
+    kinds = (
+        (UnresolvedError, Why.UNRESOLVED),
+        (SnapshotLostError, Why.LOST),
+        (ExcludedError, Why.EXCLUDED),
+    )
+    return next((why for kind, why in kinds if isinstance(error, kind)), Why.UNREADABLE)

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from stillblock.model import Extent, Extents
-from stillblock.selection.files import BATCH_MAX, TARGET_BYTES_MAX, Entry, Files, Missing
+from stillblock.selection.files import (
+    BATCH_MAX,
+    TARGET_BYTES_MAX,
+    Entry,
+    Files,
+    Missing,
+    encoded,
+)
 from stillblock.selection.filesystems.filesystem import FileKind, Layout, Node, Run
 from stillblock.selection.wire import Kind, WireError, pack_document, unpack_document
 
@@ -19,6 +26,8 @@ CONTENT_BYTES_MAX: Final = 1 << 20
 TEXT_LENGTH_MAX: Final = 4096
 _NAME_BYTES_MAX: Final = 1024
 """NTFS has names of 255 UTF-16 units; links lead further (`TARGET_BYTES_MAX`)."""
+_MODIFIED_NS_MAX: Final = (1 << 62) * 10**9
+"""Seconds that every system has a number for; times beyond are not told."""
 _KINDS: Final = {str(kind): kind for kind in FileKind}
 
 
@@ -73,7 +82,7 @@ def row_of(node: Node) -> list[object]:
         node.mode,
         node.uid,
         node.gid,
-        node.modified_ns,
+        node.modified_ns if abs(node.modified_ns) <= _MODIFIED_NS_MAX else 0,
     ]
 
 
@@ -89,6 +98,8 @@ def node_of(row: object) -> Node:
         raise WireError("a node with fields that are no numbers")
     number, generation, kind, size, links, mode, uid, gid, modified_ns = row
     if size >= 1 << 63 or mode > 0o7777 or max(uid, gid) >= 1 << 32:
+        raise WireError("a node with numbers that cannot be")
+    if abs(modified_ns) > _MODIFIED_NS_MAX:
         raise WireError("a node with numbers that cannot be")
     return Node(
         number=number,
@@ -170,15 +181,28 @@ def _entry_of(row: object, *, is_path: bool) -> Entry:
     is_text = isinstance(name, str) and isinstance(digest, str) and isinstance(reason, str)
     if not is_text or not isinstance(target, str | None) or type(changed_bytes) is not int:
         raise WireError("an entry with fields of other kinds")
-    if not is_path and not is_name(name):
+    if not (is_path_of_names(name) if is_path else is_name(name)):
         raise WireError("a name that is none")
-    if target is not None and len(target) > TARGET_BYTES_MAX:
-        raise WireError("a link that leads too far")
+    if target is not None and not (len(target) <= TARGET_BYTES_MAX and _is_text(target)):
+        raise WireError("a link that leads nowhere")
     return Entry(name, node_of(node), target, changed_bytes, digest[:64], reason[:TEXT_LENGTH_MAX])
 
 
 def is_name(name: str) -> bool:
     """Whether it can be a name in a directory, and leads nowhere else."""
-    if name in {"", ".", ".."} or "/" in name or "\0" in name:
+    if name in {"", ".", ".."} or "/" in name or len(name) > _NAME_BYTES_MAX:
         return False
-    return len(name) <= _NAME_BYTES_MAX
+    return _is_text(name)
+
+
+def is_path_of_names(path: str) -> bool:
+    """Whether it is a path from the top of a filesystem that goes down only."""
+    return path == "/" or (path.startswith("/") and all(map(is_name, path[1:].split("/"))))
+
+
+def _is_text(text: str) -> bool:
+    """Whether a system can take it as a name or path: it has bytes, and none of them is NUL."""
+    try:
+        return b"\0" not in encoded(text)
+    except ValueError:
+        return False

@@ -4,6 +4,7 @@ Like every worker it fails closed: whatever it does wrong becomes `UnresolvedErr
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, TypeVar
@@ -32,6 +33,10 @@ FILES_LIMITS: Final = Limits(cpu_s=7 * 86_400)
 clock."""
 RENEWALS_MAX: Final = 3
 """Times that a worker which crashed or hung is replaced, so that one bad file costs one file."""
+ENTRIES_MAX: Final = 2_000_000
+"""In one directory, some 1 GiB of them: a damaged one may have names without end."""
+LISTING_S_MAX: Final = 1800.0
+"""For the questions about one directory."""
 
 T = TypeVar("T")
 
@@ -52,16 +57,24 @@ class FileWorker(Worker):
         return self._checked(lambda: found_of(document))
 
     def entries(self, directory: Node) -> Iterator[Entry]:
-        """Yield what a directory holds, in its own order."""
+        """Yield what a directory holds, in its own order; raise if that is beyond all measure."""
         position = 0
-        while True:
+        waited_s = 0.0
+        is_end = False
+        while not is_end:
             asked = {"node": row_of(directory), "position": position}
+            begin_s = time.monotonic()
             document, _ = self._request(Kind.LIST, asked)
+            waited_s += time.monotonic() - begin_s
             found, is_end = self._checked(partial(batch_of, document))
-            yield from found
             position += len(found)
-            if is_end or not found:
-                return
+            if not (found or is_end):
+                raise UnresolvedError("its reader gave a listing without an end")
+            if position > ENTRIES_MAX:
+                raise UnresolvedError(f"a directory has more than {ENTRIES_MAX} names")
+            if waited_s > LISTING_S_MAX:
+                raise UnresolvedError(f"a directory was not listed within {LISTING_S_MAX:g} s")
+            yield from found
 
     def layout(self, node: Node) -> Layout:
         """Return where a regular file's bytes are, from the start of the filesystem."""

@@ -3,8 +3,10 @@
 Runs in a worker; `file_questions` says how question and answer travel.
 """
 
+from base64 import b64encode
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import blake2b
 from struct import Struct
 from typing import Final, NamedTuple
@@ -23,11 +25,18 @@ from stillblock.selection.filesystems.filesystem import (
 
 BATCH_MAX: Final = 2048
 """Entries in one answer: some 400 KiB of JSON."""
+BATCH_CHARACTERS_MAX: Final = 1 << 20
+"""Of names and targets in one answer, beyond which no entry begins; each may be six bytes there."""
 LINKS_MAX: Final = 40
 """Links followed for one path; the kernel's limit."""
 TARGET_BYTES_MAX: Final = 4096
 TOUCHED_MAX: Final = 2_000_000
 """Extents of files kept in mind: some 200 MiB of a worker's memory."""
+_UNSETTLED: Final = (
+    "made, replaced or unlinked and synced since the last commit, which is all that is read; a "
+    "clone, mounted, has it, and so has a snapshot taken while it is frozen"
+)
+_NAMES_SHOWN_MAX: Final = 3
 _READ_BYTES: Final = 1 << 20
 _RUN: Final = Struct("<QQQB")
 
@@ -101,6 +110,8 @@ class Files:
         return self._entry("/".join(name for name, _ in trail) or "/", trail[-1][1])
 
     def _child(self, directory: Node, name: str) -> tuple[str, Node] | None:
+        if name in self._filesystem.unsettled(directory):
+            raise UnresolvedError(f"{name}: {_UNSETTLED}")
         is_case_sensitive = self._filesystem.identity.is_case_sensitive
         folded: tuple[str, Node] | None = None
         for found, node in self._filesystem.children(directory):
@@ -111,7 +122,9 @@ class Files:
         return folded
 
     def _target(self, node: Node) -> str:
-        target = self._filesystem.read(node, offset=0, length=TARGET_BYTES_MAX)
+        target = self._filesystem.read(node, offset=0, length=TARGET_BYTES_MAX + 1)
+        if len(target) > TARGET_BYTES_MAX or b"\0" in target:
+            raise UnresolvedError("where the link leads is damaged, or too long for this system")
         return target.decode("utf-8", "surrogateescape")
 
     # Directories --------------------------------------------------------------------------------
@@ -122,13 +135,19 @@ class Files:
         if listed is not None and listed[:2] == (directory, position):
             children = listed[2]
         else:
+            if names := self._filesystem.unsettled(directory):
+                some = ", ".join(sorted(names)[:_NAMES_SHOWN_MAX])
+                raise UnresolvedError(f"{len(names)} names in it ({some}): {_UNSETTLED}")
             children = iter(self._filesystem.children(directory))
             for _ in range(position):
                 next(children, None)
         found: list[Entry] = []
+        character_count = 0
         for name, node in children:
-            found.append(self._entry(name, node))
-            if len(found) == BATCH_MAX:
+            entry = self._entry(name, node)
+            found.append(entry)
+            character_count += len(name) + len(entry.target or "") + len(entry.reason)
+            if len(found) == BATCH_MAX or character_count >= BATCH_CHARACTERS_MAX:
                 self._listed = (directory, position + len(found), children)
                 return found, False
         return found, True
@@ -202,6 +221,24 @@ class Files:
                 length = min(_READ_BYTES, end - offset)
                 digest.update(self.read(node, offset=offset, length=length))
         return digest.hexdigest()
+
+
+def encoded(name: str) -> bytes:
+    """Return the bytes of a name or path, whatever the locale; raise `ValueError` if it has none.
+
+    What is no UTF-8 is kept as lone surrogates, see `Filesystem.children`.
+    """
+    return name.encode("utf-8", "surrogateescape")
+
+
+def base64_of(path: str) -> str:
+    """Return the bytes of a path that is no UTF-8, as JSON has them; empty for any other."""
+    with suppress(UnicodeEncodeError):
+        path.encode()
+        return ""
+    with suppress(UnicodeEncodeError):  # what has no bytes at all was refused for that
+        return b64encode(encoded(path)).decode("ascii")
+    return ""
 
 
 def _parts(path: str) -> list[str]:

@@ -55,14 +55,29 @@ class RemoteSession(Session):
         return codec.from_json(verb.result, fetch(self._socket_path, verb.method, path, body=body))
 
     def open_disk(self, snapshot: SnapshotInfo, clone: CloneInfo | None = None) -> Readable:
-        """Connect to its export like any NBD client."""
+        """Connect to its export like any NBD client, and see that it is still the one of the name.
+
+        Raise `NotFoundError` if it is not: exports are found by name, and names move.
+        """
         from stillblock.service.nbd import NbdDisk  # noqa: PLC0415 - only to read
 
         name = snapshot.reference if clone is None else clone.reference
         uris = [export.uri for export in self.exports().exports if export.name == name]
         if not uris or not uris[0]:
             raise NotFoundError(f"{name} is not offered to clients")
-        return NbdDisk(uris[0])
+        disk = NbdDisk(uris[0], needs_selection=True)
+        try:
+            # From here on the connection holds it; what it is called now, it was when we asked.
+            now = self.show_snapshot(snapshot.id)
+            is_same = now.reference == snapshot.reference
+            if clone is not None:
+                is_same &= self.show_clone(snapshot.id, clone.name).number == clone.number
+            if not is_same:
+                raise NotFoundError(f"{name} was renamed while it was opened", hint="try again")
+        except BaseException:
+            disk.close()
+            raise
+        return disk
 
     def close(self) -> None:
         """Nothing to end: the volume stays with its process."""

@@ -23,6 +23,7 @@ STATUS_BYTES_MAX: Final = 1 << 31
 """Lengths of status requests have 32 bits."""
 _REPLY_BYTES_MAX: Final = 32 << 20
 _PORT: Final = 10809
+_CONNECT_S: Final = 30.0
 _TIMEOUT_S: Final = 300.0
 """A read may wait for a slow disk, and a write for the space of a full one."""
 
@@ -52,8 +53,12 @@ class NbdError(StillblockError):
 class NbdDisk:
     """One connection to one export; usable in a `with` statement. Not thread-safe."""
 
-    def __init__(self, uri: str) -> None:
-        """Connect to an export by its URI; raise `NbdError` if that fails."""
+    def __init__(self, uri: str, *, needs_selection: bool = False) -> None:
+        """Connect to an export by its URI; raise `NbdError` if that fails.
+
+        With `needs_selection` also if the server does not tell what a snapshot selects: what it
+        does not would read as zeros, and as if it were so.
+        """
         self._export, self._socket = _connect(uri)
         self._contexts: dict[int, str] = {}
         self._is_structured = False
@@ -63,6 +68,12 @@ class NbdDisk:
         self._size_bytes = 0
         try:
             self._negotiate()
+            if needs_selection and SELECTED_CONTEXT not in self._contexts.values():
+                raise NbdError(
+                    f"{self._export}: the server does not tell what is selected "
+                    f"({SELECTED_CONTEXT})",
+                    hint="serve the volume with this version of stillblock",
+                )
         except BaseException:
             self._socket.close()
             raise
@@ -331,7 +342,8 @@ def _connect(uri: str) -> tuple[str, socket.socket]:
             made.settimeout(_TIMEOUT_S)
             made.connect(parse_qs(parts.query).get("socket", [""])[0])
             return export, made
-        made = socket.create_connection((parts.hostname or "", parts.port or _PORT))
+        address = (parts.hostname or "", parts.port or _PORT)
+        made = socket.create_connection(address, timeout=_CONNECT_S)
         made.settimeout(_TIMEOUT_S)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:

@@ -54,6 +54,8 @@ class FakeFilesystem:
     tree_error: str = ""
     open_error: str = ""
     surveys: int = 0
+    unsettled_names: tuple[str, ...] = ()
+    """In the top directory."""
 
     def __post_init__(self) -> None:
         for index, file in enumerate(self.files.values()):
@@ -88,6 +90,9 @@ class FakeFilesystem:
                 yield name, Node(number=number, kind=FileKind.DIRECTORY, size=0)
             elif not slash:
                 yield name, self._node(file)
+
+    def unsettled(self, directory: Node) -> frozenset[str]:
+        return frozenset(self.unsettled_names) if directory.number == 2 else frozenset()
 
     def _directories(self) -> list[str]:
         found = []

@@ -1,19 +1,28 @@
 """Questions about files: what paths lead to, what directories hold, what no worker may say."""
 
+import json
 from array import array
 
 import pytest
 
 from stillblock.errors import OriginIOError
+from stillblock.selection import file_worker
 from stillblock.selection.confinement import Limits
-from stillblock.selection.file_questions import batch_of, found_of, layout_of, node_of, row_of
+from stillblock.selection.file_questions import (
+    answer_about_files,
+    batch_of,
+    found_of,
+    layout_of,
+    node_of,
+    row_of,
+)
 from stillblock.selection.file_worker import RENEWALS_MAX, FileWorker
-from stillblock.selection.files import BATCH_MAX, Files, Missing
+from stillblock.selection.files import BATCH_MAX, TARGET_BYTES_MAX, Files, Missing
 from stillblock.selection.filesystems import Content, FileKind, Node, Run, UnresolvedError
 from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.filesystem import laid_out
 from stillblock.selection.filesystems.opening import READERS
-from stillblock.selection.wire import WireError
+from stillblock.selection.wire import Kind, WireError, unpack_document
 from unit.selection.fake_filesystems import FakeFile, FakeFilesystem
 from unit.selection.partition_images import MIB, blank
 
@@ -103,6 +112,50 @@ def test_a_large_directory_comes_in_batches_and_a_batch_can_be_asked_for_again()
     assert len({entry.name for entry in (*first, *rest)}) == count
 
 
+def test_links_with_the_longest_targets_fit_in_answers() -> None:
+    """A character that is no UTF-8 is six bytes of JSON."""
+    hostile = FakeFile(
+        kind=FileKind.SYMLINK, head=b"\xff" * TARGET_BYTES_MAX, size=TARGET_BYTES_MAX
+    )
+    count = BATCH_MAX
+    files = Files(FakeFilesystem({f"/l{i}": hostile for i in range(count)}))
+    names: set[str] = set()
+    is_end = False
+    while not is_end:
+        asked = {"node": row_of(FakeFilesystem().root()), "position": len(names)}
+        answer = answer_about_files(files, Kind.LIST, json.dumps(asked).encode())
+        entries, is_end = batch_of(unpack_document(answer)[0])
+        assert all(len(entry.target or "") == TARGET_BYTES_MAX for entry in entries)
+        names |= {entry.name for entry in entries}
+    assert len(names) == count
+
+
+@pytest.mark.parametrize("target", ["x" * (TARGET_BYTES_MAX + 1), "a\0b"])
+def test_a_target_that_no_system_takes_is_refused_and_neither_cut_nor_guessed(target: str) -> None:
+    files = Files(FakeFilesystem({"/l": link(target), "/f": FakeFile()}))
+    entries = {e.name: e for e in files.batch(FakeFilesystem().root(), position=0)[0]}
+    assert entries["l"].target is None
+    assert "where the link leads" in entries["l"].reason
+    with pytest.raises(UnresolvedError, match="where the link leads"):
+        files.find("/l", follows=True)
+
+
+def test_a_name_that_waits_in_a_log_is_neither_missing_nor_the_old_one() -> None:
+    filesystem = FakeFilesystem(
+        {"/old": FakeFile(), "/etc/a": FakeFile()}, unsettled_names=("new", "old")
+    )
+    files = Files(filesystem)
+    for path in ("/new", "/old"):
+        with pytest.raises(UnresolvedError, match="synced since the last commit"):
+            files.find(path, follows=True)
+    with pytest.raises(UnresolvedError, match=r"2 names in it \(new, old\)"):
+        files.batch(filesystem.root(), position=0)
+    assert isinstance(files.find("/nix", follows=True), Missing)
+    entry = files.find("/etc/a", follows=True)
+    assert not isinstance(entry, Missing)
+    assert entry.name == "/etc/a"
+
+
 def test_files_are_held_against_what_changed() -> None:
     filesystem = FakeFilesystem(
         {
@@ -169,10 +222,34 @@ def test_what_a_worker_says_comes_through() -> None:
     assert layout.by_reader == ((100, 200),)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a\0b", "x" * 2000, 7, None])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a\0b", "x" * 2000, "\ud800", 7, None])
 def test_no_worker_gives_a_name_that_leads_elsewhere(name: object) -> None:
     with pytest.raises(WireError):
         batch_of({"entries": [entry_row(name)], "is_end": True})
+
+
+@pytest.mark.parametrize(
+    "path", ["", "etc", "//", "/etc/", "/etc/..", "/./a", "/a//b", "/a/../..", "/a\0", "/\ud800"]
+)
+def test_no_worker_gives_a_path_that_does_not_go_down(path: str) -> None:
+    with pytest.raises(WireError):
+        found_of({"entry": entry_row(path)})
+
+
+@pytest.mark.parametrize("target", ["a\0b", "\ud800", "x" * 5000, 7])
+def test_no_worker_gives_a_target_that_no_system_takes(target: object) -> None:
+    with pytest.raises(WireError):
+        batch_of({"entries": [entry_row(target=target)], "is_end": True})
+
+
+def test_a_time_that_no_system_takes_is_not_told() -> None:
+    for seconds in (1 << 63, -(1 << 63)):
+        damaged = Node(number=7, kind=FileKind.REGULAR, size=1, modified_ns=seconds * 10**9)
+        assert node_of(row_of(damaged)).modified_ns == 0
+        with pytest.raises(WireError):
+            node_of([*row_of(damaged)[:-1], seconds * 10**9])
+    far = Node(number=7, kind=FileKind.REGULAR, size=1, modified_ns=30_828 * 365 * 86_400 * 10**9)
+    assert node_of(row_of(far)) == far
 
 
 @pytest.mark.parametrize(
@@ -244,6 +321,17 @@ def test_a_worker_is_asked_again_and_again(reader) -> None:
         worker.hold_against(((0, 5000),))
         assert [e.changed_bytes for e in worker.entries(FakeFilesystem().root())] == [904, 0]
         assert worker.touched() == (((4096, 5000),), ())
+
+
+def test_a_listing_without_end_ends(reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = FakeFilesystem().root()
+    with reader("endless") as worker, monkeypatch.context() as patched:
+        patched.setattr(file_worker, "ENTRIES_MAX", 5 * BATCH_MAX)
+        with pytest.raises(UnresolvedError, match=f"more than {5 * BATCH_MAX} names"):
+            list(worker.entries(root))
+        patched.setattr(file_worker, "LISTING_S_MAX", 0.0)
+        with pytest.raises(UnresolvedError, match="not listed within"):
+            list(worker.entries(root))
 
 
 def test_a_worker_that_hung_is_replaced_a_few_times_and_then_left_alone(reader) -> None:

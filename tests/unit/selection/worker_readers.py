@@ -4,6 +4,7 @@ Imported by name in worker processes.
 """
 
 import ctypes
+import itertools
 import os
 import resource
 import signal
@@ -11,11 +12,12 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from stillblock.errors import OriginIOError
 from stillblock.selection.disk import Disk
-from stillblock.selection.filesystems import UnresolvedError
+from stillblock.selection.filesystems import FileKind, Node, UnresolvedError
 from unit.selection.fake_filesystems import FakeFile, FakeFilesystem
 
 
@@ -29,6 +31,19 @@ def open_good(disk: Disk) -> FakeFilesystem:
         caveats=("a \x1b[2J caveat",),
         free_extents=((16384, 32768),),
     )
+
+
+class _Endless(FakeFilesystem):
+    """Its directories have names without end."""
+
+    def children(self, directory: Node) -> Iterator[tuple[str, Node]]:
+        """Yield one name after the other."""
+        for number in itertools.count(100):
+            yield str(number), Node(number=number, kind=FileKind.REGULAR, size=0)
+
+
+def open_endless(disk: Disk) -> FakeFilesystem:
+    return _Endless(size=disk.size)
 
 
 def open_refusing(disk: Disk) -> FakeFilesystem:

@@ -32,7 +32,7 @@ from stillblock.selection.filesystems.btrfs_items import (
     FileExtent,
     parse_entry,
 )
-from stillblock.selection.filesystems.btrfs_log import SyncedLog, read_log
+from stillblock.selection.filesystems.btrfs_log import SyncedLog, read_log, read_names
 from stillblock.selection.filesystems.btrfs_trees import Root, Trees
 from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.filesystem import (
@@ -87,7 +87,8 @@ class Btrfs:
         self._disk = CachedDisk(disk)
         self._superblock = read_superblock(self._disk)
         self._read_trees: Trees | None = None
-        self._read_log = SyncedLog((), frozenset())
+        self._read_log = SyncedLog((), frozenset(), {})
+        self._read_names: dict[tuple[int, int], frozenset[bytes]] | None = None
         self._roots: OrderedDict[int, Root] = OrderedDict()
         self._nodes: OrderedDict[int, Node] = OrderedDict()
 
@@ -133,6 +134,16 @@ class Btrfs:
                 yield name, self._node(tree, entry.number)
             elif self._is_mounted_at(entry.number, tree, inode, entry.name):
                 yield name, self._node(entry.number, self._root(entry.number).directory)
+
+    def unsettled(self, directory: Node) -> frozenset[str]:
+        """Return the names that the log of what was synced since the commit makes or unmakes."""
+        if self._read_names is None:
+            names: dict[tuple[int, int], frozenset[bytes]] = {}
+            if self._superblock.log_root:
+                names = read_names(self._trees, self._superblock)
+            self._read_names = names
+        found = self._read_names.get(_parts(directory.number), frozenset())
+        return frozenset(map(os.fsdecode, found))
 
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a regular file's data lies; compressed pieces are encoded runs."""
@@ -264,7 +275,9 @@ class Btrfs:
             value = self._trees.get(self._root(tree), (inode, INODE_ITEM, 0))
             if value is None or len(value) != _INODE.size:
                 raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
-            generation, _, size, links, uid, gid, mode, seconds, nanoseconds = _INODE.unpack(value)
+            links = _INODE.unpack(value)[3]
+            value = self._synced(tree, inode, value)
+            generation, _, size, _, uid, gid, mode, seconds, nanoseconds = _INODE.unpack(value)
             if size >= 1 << 63 or links == 0:
                 raise UnresolvedError(f"btrfs: inode {inode} of subvolume {tree} is damaged")
             node = Node(
@@ -282,6 +295,21 @@ class Btrfs:
             if len(self._nodes) > _INODES_MAX:
                 self._nodes.popitem(last=False)
         return node
+
+    def _synced(self, tree: int, inode: int, committed: bytes) -> bytes:
+        """Return the item of an inode as the log has it, if that is a whole one of the same file.
+
+        Its size, owner and times are then what a mount shows, though its content is not read here.
+        """
+        if (tree, inode) not in self._log.inodes:
+            return committed
+        value = self._trees.get(self._log.roots[tree], (inode, INODE_ITEM, 0))
+        if value is None or len(value) != _INODE.size:
+            return committed
+        (generation, *_, mode, _, _), before = _INODE.unpack(value), _INODE.unpack(committed)
+        # Of an inode that is there for its names only, the log has generation 0 and no true size.
+        is_same = generation == before[0] and stat.S_ISREG(mode) and stat.S_ISREG(before[6])
+        return value if is_same else committed
 
     # Extents of files ---------------------------------------------------------------------------
 

@@ -150,6 +150,10 @@ class ExFat:
                 f"{data.length} bytes have clusters for {length} only: it is damaged"
             )
 
+    def unsettled(self, directory: Node) -> frozenset[str]:  # noqa: ARG002
+        """Return none: it has no journal."""
+        return frozenset()
+
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a file's data lies, to the end of its chain."""
         with damage_is_unresolved("exFAT"):

@@ -129,6 +129,10 @@ class ExtFilesystem:
                     )
                 yield name, node
 
+    def unsettled(self, directory: Node) -> frozenset[str]:  # noqa: ARG002
+        """Return none: its journal is applied."""
+        return frozenset()
+
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a regular file's data lies."""
         inode = self._again(node)

@@ -193,6 +193,10 @@ class Fat:
             begin = self._boot.place(first)
             yield begin, begin + count * self._boot.cluster_size
 
+    def unsettled(self, directory: Node) -> frozenset[str]:  # noqa: ARG002
+        """Return none: it has no journal."""
+        return frozenset()
+
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a file's data lies, to the end of its chain."""
         with damage_is_unresolved("FAT"):

@@ -87,7 +87,7 @@ class Node:
     uid: int = 0
     gid: int = 0
     modified_ns: int = 0
-    """Since 1970, UTC."""
+    """Since 1970, UTC; 0 if it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +129,12 @@ class Filesystem(Protocol):
         A name's bytes that are no UTF-8 become lone surrogates, as `os.fsdecode` makes them. System
         files that no user can name (such as NTFS metadata) are not among them. A reader that finds
         a directory damaged raises, for files it cannot see may lie anywhere.
+        """
+
+    def unsettled(self, directory: Node) -> frozenset[str]:
+        """Return the names in a directory that `children` may miss, or that lead elsewhere by now.
+
+        None where the journal is applied, or where nothing waits in one.
         """
 
     def runs(self, node: Node) -> tuple[Run, ...]:

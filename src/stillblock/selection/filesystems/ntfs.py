@@ -262,6 +262,10 @@ class Ntfs:
 
     # Data ---------------------------------------------------------------------------------------
 
+    def unsettled(self, directory: Node) -> frozenset[str]:  # noqa: ARG002
+        """Return none: its log has to be empty."""
+        return frozenset()
+
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a file's data lies; that of named streams is given past its allocation."""
         with damage_is_unresolved("NTFS"):

@@ -112,6 +112,10 @@ class Xfs:
             if name not in {b".", b".."}:
                 yield os.fsdecode(name), self._node(number)
 
+    def unsettled(self, directory: Node) -> frozenset[str]:  # noqa: ARG002
+        """Return none: its log is applied."""
+        return frozenset()
+
     def runs(self, node: Node) -> tuple[Run, ...]:
         """Return where a regular file's data lies."""
         inode = self._inode(node.number)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stillblock.extents import intersect, normalise, subtract, total_bytes, union, whole
+from stillblock.selection.files import Files
 from stillblock.selection.filesystems import (
     UnresolvedError,
     open_filesystem,
@@ -263,6 +264,56 @@ def test_a_log_that_renames_a_file_leaves_its_filesystem_unresolved(tmp_path):
         open_filesystem(FileDisk(live)).root()
     with pytest.raises(UnresolvedError, match="another name"):
         open_filesystem(FileDisk(live)).fixed()
+
+
+def test_a_reader_of_files_gives_what_a_mount_finds_or_says_that_it_was_synced(tmp_path):
+    image = make(tmp_path / "image")
+    with mounted(image, options="commit=300") as top:
+        for name in ("grown", "kept", "replaced", "gone", "sub/inner", "calm/file"):
+            (top / name).parent.mkdir(exist_ok=True)
+            write(top / name, name.encode() * 3000)
+        run("btrfs", "filesystem", "sync", top)
+        (top / "gone").unlink()
+        write(top / "fresh", b"fresh" * 2000)
+        write(top / "new of replaced", b"newer" * 2000)
+        write(top / "grown", b"more" * 9000, at=4096)
+        (top / "grown").chmod(0o600)
+        write(top / "sub/fresh", b"fresh" * 2000)
+        (top / "new of replaced").rename(top / "replaced")
+        for path in ("fresh", "replaced", "grown", "sub/fresh"):
+            sync(top / path)
+        folder = os.open(top, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        live = copy_sparse(image, tmp_path / "live")
+    replayed = copy_sparse(live, tmp_path / "replayed")
+    with mounted(replayed) as top:
+        found = {str(path.relative_to(top)): path for path in top.rglob("*") if path.is_file()}
+        expected = {name: (path.stat().st_size, path.read_bytes()) for name, path in found.items()}
+    assert expected.keys() >= {"fresh", "sub/fresh"}, "the log has them"
+    assert "gone" not in expected, "the log has it"
+    assert expected["replaced"][1].startswith(b"newer"), "the log has it"
+
+    filesystem = open_filesystem(FileDisk(live))
+    files = Files(filesystem)
+    for name in ("fresh", "gone", "replaced", "sub/fresh"):
+        with pytest.raises(UnresolvedError, match="synced since the last commit"):
+            files.find(name, follows=True)
+    for name in ("kept", "grown", "sub/inner", "calm/file"):
+        entry = files.find(name, follows=True)
+        assert entry.node.size == expected[name][0], name
+        if name != "grown":
+            content = filesystem.read(entry.node, offset=0, length=entry.node.size)
+            assert content == expected[name][1]
+    with pytest.raises(UnresolvedError, match="synced since the last commit"):
+        files.layout(files.find("grown", follows=True).node)
+    for path in ("/", "/sub"):
+        with pytest.raises(UnresolvedError, match="synced since the last commit"):
+            files.batch(files.find(path, follows=True).node, position=0)
+    calm, _ = files.batch(files.find("/calm", follows=True).node, position=0)
+    assert [entry.name for entry in calm] == ["file"]
+    # What rules mean is as it was: a file of no commit has no name that could leave it out.
+    assert "/kept" in dict(walk(filesystem))
 
 
 def test_what_a_busy_filesystem_has_committed_is_what_a_mount_would_find(tmp_path):

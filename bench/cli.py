@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench import (
     clones,
+    images,
     increments,
     instants,
     machine,
@@ -18,6 +19,7 @@ from bench import (
     report,
     rounds,
     scale,
+    stalls,
     words,
 )
 from bench.errors import BenchError, UsageError
@@ -38,10 +40,10 @@ from bench.units import GIB, MIB, parse_size
 from bench.workloads import ROW_NAMES, VIEW_ROWS, Mode
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
-RUN_KINDS = ("io", "sync", "direct", "stall", "mem", "snap", "incr")
+RUN_KINDS = ("io", "sync", "direct", "stall", "stalls", "mem", "snap", "incr")
 ALL_KINDS = ("io", "sync", "direct", "stall", "mem", "incr")
 ON_DISK = frozenset({"sync", "direct"})
-SPARSE_DISK = frozenset({"stall", "mem", "snap"})
+SPARSE_DISK = frozenset({"stall", "stalls", "mem", "snap"})
 SIZE_MULTIPLE_BYTES = 16 * MIB
 FULL_SIZE_BYTES = 4 * GIB
 QUICK_SIZE_BYTES = GIB
@@ -164,6 +166,13 @@ def _clones(given: argparse.Namespace) -> int:
     return EXIT_OK if clones.measure(plan, parent=given.dir) else EXIT_FAILED
 
 
+def _images(given: argparse.Namespace) -> int:
+    plan = images.Plan(round_count=given.rounds, seconds=given.seconds)
+    if plan.round_count < 1 or plan.seconds <= 0:
+        raise UsageError("--rounds must be at least 1, --seconds more than 0")
+    return EXIT_OK if images.measure(plan, parent=given.dir) else EXIT_FAILED
+
+
 def _words(given: argparse.Namespace) -> int:
     kinds = tuple(given.filesystems.split(","))
     if unknown := sorted(set(kinds) - set(words.FILESYSTEMS)):
@@ -229,6 +238,14 @@ def _sessions(kind: str, asked: Request, place: Place) -> Iterator[Session]:
     names, round_count = asked.targets, asked.round_count
     if kind == "stall":
         return instants.measure_stalls(
+            names,
+            place=place,
+            size_bytes=asked.sparse_bytes,
+            snapshot_count=asked.snapshot_count,
+            round_count=round_count,
+        )
+    if kind == "stalls":
+        return stalls.measure_stalls(
             names,
             place=place,
             size_bytes=asked.sparse_bytes,
@@ -354,6 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scale_command(commands)
     _add_words_command(commands)
     _add_clones_command(commands)
+    _add_images_command(commands)
     return parser
 
 
@@ -363,6 +381,7 @@ _SUMMARIES = {
     "sync": "first writes with a flush each and every 32, on a disk (--disk)",
     "direct": "random reads past the page cache, on a disk (--disk)",
     "stall": "the longest gap a writer sees while snapshots are taken",
+    "stalls": "the longest write of four connections around each snapshot",
     "mem": "memory per further snapshot",
     "snap": "time to take a snapshot of sparse disks",
     "incr": "copying only what changed, after one percent did",
@@ -384,7 +403,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--qemu-aio", choices=["threads", "io_uring", "native"], help="QEMU's I/O engine")
     add("--no-verify", action="store_true", help="do not prove the snapshot's content afterwards")
     add("--burst", default="16M", help="bytes in a burst that a write buffer may absorb")
-    add("--snapshots", type=int, default=20, help="how many `stall` takes (default: 20)")
+    add("--snapshots", type=int, default=20, help="how many stall and stalls take (default: 20)")
     add("--sparse-size", default="256G", help="of the disk of stall and mem (default: 256G)")
     add("--mem-snapshots", default="10:32,100000:8", metavar="EXTENTS:SNAPSHOTS,...")
     add("--full", action="store_true", help="print every table, not one a run")
@@ -423,6 +442,16 @@ def _add_clones_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     add("--rounds", type=int, default=15, help="passes of reads, the best counts (default: 15)")
     add("--dir", type=Path, help="scratch; needs 1 GiB")
     command.set_defaults(handle=_clones)
+
+
+def _add_images_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "snapshots and clones as files: the server's tree beside nbdfuse; needs FUSE"
+    command = commands.add_parser("images", help=summary, description=summary)
+    add = command.add_argument
+    add("--rounds", type=int, default=5, help="passes through each (default: 5)")
+    add("--seconds", type=float, default=2.0, help="how long a pass takes (default: 2)")
+    add("--dir", type=Path, help="directory for the scratch files (default: memory)")
+    command.set_defaults(handle=_images)
 
 
 def _add_words_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

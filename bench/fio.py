@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench import fields
 from bench.errors import PeerError
@@ -25,6 +26,10 @@ class Job:
     request_count: int | None = None
     flush_every: int = 0
     connection_count: int = 1
+    requests_per_s: int | None = None
+    """By each connection; None: as many as there is room for."""
+    latency_log: Path | None = None
+    """Files that begin so get every request's latency, with the Unix time of its reply."""
 
 
 def command(job: Job) -> list[str]:
@@ -42,6 +47,10 @@ def command(job: Job) -> list[str]:
             line.append("--time_based")
     if job.request_count is not None:
         line.append(f"--number_ios={job.request_count}")
+    if job.requests_per_s is not None:
+        line.append(f"--rate_iops={job.requests_per_s}")
+    if job.latency_log is not None:
+        line += [f"--write_lat_log={job.latency_log}", "--log_unix_epoch=1"]
     if job.flush_every:
         line.append(f"--fsync={job.flush_every}")
     return line

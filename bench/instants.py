@@ -106,7 +106,7 @@ def _stall(target: Target, *, snapshot_count: int) -> dict[str, float]:
             stderr=sink,
         )
     try:
-        windows = _snapshot_every_second(target, writer, snapshot_count=snapshot_count)
+        windows = snapshot_every_second(target, writer, snapshot_count=snapshot_count)
         if writer.wait(WRITER_LIMIT_S):
             raise PeerError(f"the writer failed: {tail(target.log)}")
     except subprocess.TimeoutExpired as error:
@@ -122,9 +122,13 @@ def _stall(target: Target, *, snapshot_count: int) -> dict[str, float]:
     return stall_figures(stamps, windows)
 
 
-def _snapshot_every_second(
-    target: Target, writer: "subprocess.Popen[bytes]", *, snapshot_count: int
+def snapshot_every_second(
+    target: Target,
+    writer: "subprocess.Popen[bytes] | subprocess.Popen[str]",
+    *,
+    snapshot_count: int,
 ) -> list[Window]:
+    """Take and delete so many snapshots, as long as the writer runs; return when each was taken."""
     begin_s = time.monotonic() + WRITER_LEAD_S
     windows = []
     for number in range(1, snapshot_count + 1):

@@ -65,7 +65,7 @@ def result_tables(results: Results) -> list[Table]:
         run = results.run(kind)
         if run is not None:
             tables += _request_tables(run)
-    for kind in ("stall", "mem", "snap", "incr"):
+    for kind in ("stall", "stalls", "mem", "snap", "incr"):
         run = results.run(kind)
         if run is not None:
             tables += _figure_table(run)

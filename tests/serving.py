@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
 from stillblock import native
+from stillblock.cli.running import run as run_command
 from stillblock.config import Config
 from stillblock.demo.nbd_client import NbdClient
 from stillblock.service.session import Session, open_session
@@ -90,6 +92,18 @@ class Served:
             check=False,
         )
         return Ran(code=ran.returncode, out=ran.stdout, err=ran.stderr)
+
+    def here(self, *words: str) -> Ran:
+        """Run a command of ours in this process, without the time that Python takes to start.
+
+        It has to succeed.
+        """
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = run_command([*words, "--state-dir", str(self.folder / "s")])
+        ran = Ran(code=code, out=out.getvalue(), err=err.getvalue())
+        assert code == 0, f"stillblock {' '.join(words)}: exit {code}\n{ran.out}{ran.err}"
+        return ran
 
     def cli(self, *words: str) -> Ran:
         """Run a command of ours; it has to succeed."""

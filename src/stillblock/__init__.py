@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Volume,
         create,
         open,  # noqa: A004 - it reads as stillblock.open
+        snapshot_group,
     )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Volume",
     "create",
     "open",
+    "snapshot_group",
 ]
 
 

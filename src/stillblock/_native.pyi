@@ -29,7 +29,8 @@ def plain_file(
 class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
-    "excluded", "recovery_needed", "restore_running", "not_quiet", "closed", "fuse", "internal".
+    "excluded", "recovery_needed", "undecided", "restore_running", "not_quiet", "quiesce",
+    "closed", "fuse", "internal".
     """
 
 @final
@@ -67,6 +68,8 @@ class Epoch:
     """Blocks whose content is there and is known to fail its checksum."""
     damage: str
     """Why nothing of the snapshot can be read, its header being gone; empty if it is there."""
+    undecided: str
+    """Why it is not known whether the snapshot, one of a group, exists; empty if it is. Nothing of it can be read."""
     accepted: str
     """Which doubt somebody accepted, and their note; empty if nobody had to."""
     is_suspect: bool
@@ -171,7 +174,9 @@ class Volume:
         buffer_dir: str | None = None,
         buffer_bytes: int = 67108864,
         recover: Literal["refuse", "replay", "discard"] = "refuse",
-    ) -> Volume: ...
+        peers: Sequence[str] = ...,
+    ) -> Volume:
+        """Open and lock; `peers` are stores of other volumes, asked how groups ended that this one does not know."""
     @staticmethod
     def peek(*, store: str) -> tuple[str, str, int, bytes]:
         """(uuid, origin path, block size, meta) of a store without opening the volume, even while it is served."""
@@ -181,6 +186,13 @@ class Volume:
     @staticmethod
     def check_unused(*, store: str) -> None:
         """Fail if somebody has the store open, whatever is in it."""
+    @staticmethod
+    def waits_for(*, store: str) -> list[str]:
+        """Volumes, by uuid, whose stores decide groups that this one does not know the end of; even while it is served."""
+    def settle_groups(self, *, places: Sequence[str]) -> int:
+        """Ask again how groups ended, in these stores too; how many snapshots are left that may not exist."""
+    def keep_undecided(self, *, epoch: int, meta: bytes) -> None:
+        """Keep a snapshot of which nobody can tell whether it exists, with these opaque bytes."""
     def accept_origin(self, note: str) -> int:
         """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""
     def check_structure(self) -> list[tuple[bool, str]]:
@@ -218,11 +230,37 @@ class Volume:
         meta: bytes,
         pause_limit_ms: int = 2000,
         quiet_ms: int | None = None,
+        holds: Literal["device", "selected"] = "device",
         passed: Callable[[], object] | None = None,
     ) -> Instant:
         """Take a snapshot; what `low` has of the selection is given up first when the store is full.
 
-        With `quiet_ms` only if no watched write came for so long; `passed` is called once writes go on again.
+        With `quiet_ms` only if no watched write came for so long. `holds` says which writers wait: all, or those of
+        selected blocks. `passed` is called once writes go on again.
+        """
+    @staticmethod
+    def snapshot_group(
+        *,
+        group_id: str,
+        members: Sequence[
+            tuple[
+                Volume,
+                Sequence[tuple[int, int]],
+                Sequence[tuple[int, int]],
+                bytes,
+                int,
+                int | None,
+                Literal["device", "selected"],
+            ]
+        ],
+        passed: Callable[[], object] | None = None,
+        objects: Callable[[], str | None] | None = None,
+    ) -> list[Instant]:
+        """Take one snapshot of each volume, all at one instant, or none.
+
+        `group_id` has 32 hexadecimal digits and is used once. `objects` is asked once, when all is durable but the
+        decision: why there are to be no snapshots, or None. A member is a volume, its `selection`, `low`, `meta`, `pause_limit_ms`,
+        `quiet_ms` and `holds`, as in `snapshot`. The instants come back in the order of the members.
         """
     def watch_writes(self, *, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Look at writes of these ranges, or of the whole disk, from now on."""

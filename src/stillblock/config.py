@@ -74,8 +74,12 @@ class Config:
         return self.state_dir / "mounts"
 
     def images_dir(self, volume: str) -> Path:
-        """Return where a served volume's images are shown as files for mounts to lie on."""
-        return self.run_dir / f"{volume}.images"
+        """Return where a served volume's images are shown as files for mounts to lie on.
+
+        Not beside the sockets: whoever looks through those would stumble over a tree that a killed
+        server left.
+        """
+        return self.run_dir / "images" / volume
 
     @property
     def log_path(self) -> Path:

@@ -245,6 +245,13 @@ class RecoveryNeededError(StillblockError):
     blame = Blame.PEER
 
 
+class UndecidedError(StillblockError):
+    """Whether a snapshot of a group exists is decided in the store of a volume that is not here."""
+
+    code = "undecided"
+    blame = Blame.PEER
+
+
 class NotQuietError(StillblockError):
     """Writes came all the time while a quiet moment was waited for; nothing was taken."""
 
@@ -364,12 +371,14 @@ _NATIVE_KINDS: Final[dict[str, type[StillblockError]]] = {
     "unsupported_version": UnsupportedVersionError,
     "not_found": NotFoundError,
     "in_use": InUseError,
+    "undecided": UndecidedError,
     "pause_timeout": PauseTimeoutError,
     "snapshot_lost": SnapshotLostError,
     "excluded": ExcludedError,
     "recovery_needed": RecoveryNeededError,
     "restore_running": RestoreRunningError,
     "not_quiet": NotQuietError,
+    "quiesce": QuiesceError,
     "closed": ClosedError,
     "fuse": FuseError,
     "internal": InternalError,

@@ -19,17 +19,27 @@ from stillblock.model import (
     Consistency,
     Extents,
     OnFull,
+    Quiet,
     Receipt,
     RuleTerm,
     SnapshotInfo,
     StoreUsage,
     check_name,
 )
-from stillblock.operations import bookmarks, clones, narrowing, restore, snapshots, usage, volumes
+from stillblock.operations import (
+    bookmarks,
+    clones,
+    groups,
+    narrowing,
+    restore,
+    snapshots,
+    usage,
+    volumes,
+)
 from stillblock.operations.volume import EngineOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from typing_extensions import Buffer
 
@@ -96,6 +106,49 @@ def open(  # noqa: A001 - it reads as stillblock.open
         )
     options = EngineOptions(cache=cache, direct=direct, recover=recover)
     return Volume(volumes.open_volume(config, name, options))
+
+
+def snapshot_group(
+    members: Mapping[Volume, str | None],
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    include_low: Iterable[str] = (),
+    only_these: bool = False,
+    pause_limit_ms: int = PAUSE_LIMIT_MS_DEFAULT,
+    description: str = "",
+    consistency: Level | None = None,
+    or_barrier: bool | None = None,
+    quiet: native.Holds | None = None,
+    wait: bool = True,
+) -> tuple[Snapshot, ...]:
+    """Take a snapshot of each volume at one instant: all are durable when this returns, or none is.
+
+    `members` are from 2 to 64 open volumes, each with the name of its snapshot or None; the
+    snapshots come back in this order. What was acknowledged on one volume before a write to another
+    was sent is in if that write is. Everything else as in `Volume.snapshot`, for each of them.
+    """
+    request = groups.GroupRequest(
+        members=tuple(
+            groups.MemberRequest(volume=volume.name, name=name) for volume, name in members.items()
+        ),
+        terms=_terms(include, exclude, include_low),
+        only_these=only_these,
+        pause_limit_ms=pause_limit_ms,
+        description=description,
+        consistency=None if consistency is None else Consistency(consistency),
+        or_barrier=or_barrier,
+        quiet=None if quiet is None else Quiet(quiet),
+    )
+    opened = [volume._opened for volume in members]  # noqa: SLF001 - one module
+    receipts = groups.create_group(opened, request).receipts
+    taken = tuple(
+        Snapshot(volume, receipt.snapshot)
+        for volume, receipt in zip(members, receipts, strict=True)
+    )
+    for snapshot in taken if wait else ():
+        snapshot.wait_final()
+    return taken
 
 
 class Volume:
@@ -191,6 +244,7 @@ class Volume:
         description: str = "",
         consistency: Level | None = None,
         or_barrier: bool | None = None,
+        quiet: native.Holds | None = None,
         wait: bool = True,
     ) -> Snapshot:
         """Take a snapshot, durable when this returns; without a name, named by the UTC time.
@@ -198,7 +252,8 @@ class Volume:
         The terms follow the volume's standing rules, the inclusions first; with `only_these` they
         stand alone. What only `include_low` selects is given up first when the store is full. With
         `wait` its selection is final: files and free space are resolved after the instant.
-        `consistency` and `or_barrier` stand in for the volume's standing ones. Raise `RuleError`,
+        `consistency`, `or_barrier` and `quiet` (which writers wait: those of the whole "device", or
+        of "selected" blocks) stand in for the volume's standing ones. Raise `RuleError`,
         `NameTakenError`, `PauseTimeoutError` when writes could not be held within the limit,
         `QuiesceError`, `NotQuietError`, `FreezeRefusedError` when the level cannot be reached, or
         `ClosedError` when the volume is closed while a quiet moment is waited for.
@@ -213,6 +268,7 @@ class Volume:
                 description=description,
                 consistency=None if consistency is None else Consistency(consistency),
                 or_barrier=or_barrier,
+                quiet=None if quiet is None else Quiet(quiet),
             ),
         )
         taken = Snapshot(self, receipt.snapshot)

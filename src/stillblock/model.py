@@ -1,4 +1,7 @@
-"""The values that every layer speaks: sizes, names, references, volumes, snapshots, receipts."""
+"""The values that every layer speaks: sizes, names, references, volumes, snapshots, receipts.
+
+Long because they speak of one another: whoever reads one record finds its parts beside it.
+"""
 
 from __future__ import annotations
 
@@ -239,6 +242,15 @@ class Consistency(StrEnum):
     """And applications prepared for it by hooks, and filesystems, if any are named, held still."""
 
 
+class Quiet(StrEnum):
+    """Which writers wait for an instant."""
+
+    DEVICE = "device"
+    """All of them."""
+    SELECTED = "selected"
+    """Those of blocks that the snapshot selects when it is taken."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsistencySettings:
     """A volume's standing wishes about its instants; times in milliseconds."""
@@ -246,6 +258,8 @@ class ConsistencySettings:
     level: Consistency = Consistency.BARRIER
     or_barrier: bool = False
     """Fall back to `barrier` where the level cannot be reached, instead of taking nothing."""
+    quiet: Quiet = Quiet.DEVICE
+    """Which writers wait."""
     quiet_ms: int = 200
     """`idle`: for how long nothing may have been written."""
     idle_limit_ms: int = 30_000
@@ -296,6 +310,8 @@ class Quiescing:
     shortfall: str = ""
     """Why the level was not reached; empty if it was."""
     steps: tuple[QuiesceStep, ...] = ()
+    is_quiet_selected: bool = False
+    """Only writers of selected blocks waited, and only those in flight are told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,6 +441,8 @@ class SnapshotState(StrEnum):
     OK = "ok"
     SUSPECT = "suspect"
     """Something happened that could not be seen: the origin was written by others."""
+    UNDECIDED = "undecided"
+    """One of a group, and whether that exists cannot be told here; kept, and not readable."""
     NARROWING = "narrowing"
     """Taken, and held; what its rules say of files and free space is still being worked out."""
     PARTIAL = "partial"
@@ -494,6 +512,53 @@ class PackedLeftOut:
     extents: str
 
 
+class CheckOutcome(StrEnum):
+    """What became of checking a filesystem, or all of a snapshot's; from best to worst."""
+
+    LEFT_OUT = "left-out"
+    """The snapshot's rules leave it out."""
+    SOUND = "sound"
+    UNCHECKED = "unchecked"
+    """It could not be checked, which says nothing of it."""
+    DAMAGED = "damaged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesystemCheck:
+    """One filesystem of a snapshot, replayed and checked on a clone of it; or a command's word."""
+
+    place: str
+    """`disk`, `part:2` or `lv:vg/root`; empty: what a command looked at."""
+    content: str
+    """Its family, or the command."""
+    outcome: CheckOutcome
+    detail: str = ""
+    """What the checker said, or why it could not be asked."""
+    duration_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotVerification:
+    """What `snapshot verify` last found."""
+
+    verified_unix_ns: int
+    outcome: CheckOutcome
+    """The worst of all; `unchecked` if nothing was checked."""
+    checks: tuple[FilesystemCheck, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotGroup:
+    """Snapshots of several volumes with one instant."""
+
+    id: str
+    """32 hexadecimal digits."""
+    members: tuple[str, ...]
+    """What they were called at the instant, `VOL@SNAP`, in the order they were asked for."""
+    kept: str = ""
+    """On whose word this one is kept, though nobody could tell whether the group exists."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotRecord:
     """What we write beside an instant in the store; the engine keeps it as opaque bytes."""
@@ -529,6 +594,10 @@ class SnapshotRecord:
     """Of what resolved its rules."""
     digest: str = ""
     """SHA-256 of what the receipt says and must go on saying."""
+    group: SnapshotGroup | None = None
+    """With which others it has its instant in common; None: with nobody."""
+    verification: SnapshotVerification | None = None
+    """What its filesystems came to on a clone; None: nobody looked."""
 
     @property
     def is_final(self) -> bool:
@@ -640,6 +709,12 @@ class SnapshotInfo:
     """Why that is less than was asked for; empty if it is not."""
     is_final: bool = True
     """False: it is being narrowed, and cannot be read, cloned or restored yet."""
+    group: SnapshotGroup | None = None
+    """With which others it has its instant in common; None: with nobody."""
+    undecided: str = ""
+    """Why it is not known whether it exists; empty if it is. Nothing of it can be read then."""
+    verified: CheckOutcome | None = None
+    """What `snapshot verify` last found; None: nobody looked."""
     clone_count: int = 0
     """Clones of it, which go with it."""
 
@@ -682,6 +757,8 @@ class Receipt:
     """SHA-256 of all this but name, protection, description and what became of the content."""
     is_intact: bool = True
     """False: it does not come to its digest; somebody or something changed it."""
+    verification: SnapshotVerification | None = None
+    """What its filesystems came to on a clone; None: nobody looked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

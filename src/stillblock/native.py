@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 from stillblock import _native
@@ -26,6 +27,7 @@ plain_file = _native.plain_file
 
 Cache = Literal["writeback", "writethrough"]
 Recovery = Literal["refuse", "replay", "discard"]
+Holds = Literal["device", "selected"]
 OnFull = Literal["degrade", "hold", "fail"]
 ExcludedReads = Literal["zeros", "error"]
 ContextKind = Literal["selected", "changed", "dirty"]
@@ -83,6 +85,15 @@ def peek(store: Path) -> tuple[str, str, int, bytes]:
         return _native.Volume.peek(store=str(store))
 
 
+def waits_for(store: Path) -> tuple[str, ...]:
+    """Return the uuids of volumes whose stores decide groups that this one has no end of.
+
+    Even while it is served.
+    """
+    with _translated():
+        return tuple(_native.Volume.waits_for(store=str(store)))
+
+
 def inspect(store: Path, *, origin: Path | None = None) -> Inspection:
     """Look at a store that nobody has open, and at its origin; change nothing."""
     with _translated():
@@ -95,6 +106,45 @@ def check_unused(store: Path) -> None:
     """Raise `LockedError` if somebody has the store open, whatever is in it."""
     with _translated():
         _native.Volume.check_unused(store=str(store))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMember:
+    """One volume's part in a group, as for `Volume.snapshot`."""
+
+    volume: Volume
+    selection: Extents
+    low: Extents
+    meta: bytes
+    pause_limit_ms: int
+    quiet_ms: int | None = None
+    holds: Holds = "device"
+
+
+def snapshot_group(
+    group_id: str,
+    members: Sequence[GroupMember],
+    *,
+    passed: Callable[[], object] | None = None,
+    objects: Callable[[], str | None] | None = None,
+) -> list[Instant]:
+    """Take one snapshot of each volume, all at one instant, or none; in the order of the members.
+
+    From 2 to 64 volumes, each once. `group_id` has 32 hexadecimal digits and is never used again,
+    nor for a second try. `objects` is asked once everything is durable but the decision, while
+    first changes of all members wait: why there are to be no snapshots, or None. Raise
+    `QuiesceError` with that, or what `Volume.snapshot` raises.
+    """
+    with _translated():
+        return _native.Volume.snapshot_group(
+            group_id=group_id,
+            members=[
+                (m.volume.inner, m.selection, m.low, m.meta, m.pause_limit_ms, m.quiet_ms, m.holds)
+                for m in members
+            ],
+            passed=passed,
+            objects=objects,
+        )
 
 
 class _WritableDisk:
@@ -153,8 +203,12 @@ class Volume(_WritableDisk):
         buffer_dir: Path | None = None,
         buffer_bytes: int = BUFFER_BYTES_DEFAULT,
         recover: Recovery = "refuse",
+        peers: Sequence[Path] = (),
     ) -> Self:
-        """Open and lock the volume; raise `LockedError`, `RecoveryNeededError` and their like."""
+        """Open and lock the volume; raise `LockedError`, `RecoveryNeededError` and their like.
+
+        `peers` are stores of other volumes: asked about groups whose end this one does not know.
+        """
         with _translated():
             return cls(
                 _native.Volume.open(
@@ -165,8 +219,26 @@ class Volume(_WritableDisk):
                     buffer_dir=None if buffer_dir is None else str(buffer_dir),
                     buffer_bytes=buffer_bytes,
                     recover=recover,
+                    peers=[str(peer) for peer in peers],
                 )
             )
+
+    def settle_groups(self, places: Sequence[Path]) -> int:
+        """Ask again about snapshots of which it is not known whether they exist, and write it down.
+
+        `places` are stores to look in, beside where the deciding one was. Return how many are left.
+        """
+        with _translated():
+            return self.inner.settle_groups(places=[str(place) for place in places])
+
+    def keep_undecided(self, *, epoch: int, meta: bytes) -> None:
+        """Keep a snapshot of which nobody can tell any more whether it exists; `meta` replaces its.
+
+        Raise `UndecidedError` if its group is known to have failed, `NotFoundError` if it is not
+        undecided.
+        """
+        with _translated():
+            self.inner.keep_undecided(epoch=epoch, meta=meta)
 
     def accept_origin(self, note: str) -> int:
         """Take the origin as it is; return how many snapshots and bookmarks were in doubt."""
@@ -237,12 +309,14 @@ class Volume(_WritableDisk):
         meta: bytes,
         pause_limit_ms: int,
         quiet_ms: int | None = None,
+        holds: Holds = "device",
         passed: Callable[[], object] | None = None,
     ) -> Instant:
         """Take an instant; durable when it returns. `low` is given up first on a full store.
 
         With `quiet_ms` only if no watched write came for so long, else `NotQuietError`. `passed`
-        is called once writes go on again, before the snapshot is durable.
+        is called once writes go on again, before the snapshot is durable. `holds`: all writers
+        wait, or those of selected blocks.
         """
         with _translated():
             return self.inner.snapshot(
@@ -251,6 +325,7 @@ class Volume(_WritableDisk):
                 meta=meta,
                 pause_limit_ms=pause_limit_ms,
                 quiet_ms=quiet_ms,
+                holds=holds,
                 passed=passed,
             )
 

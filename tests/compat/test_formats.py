@@ -17,6 +17,7 @@ import time
 
 import pytest
 
+import stillblock
 from compat.layout import PAGE, Reader, crc32c, journal_records, numbered_names, segment, table
 from stillblock import native
 from stillblock.errors import UnsupportedVersionError
@@ -162,9 +163,36 @@ def test_every_journal_record_is_decoded_to_its_end(golden):
     assert Reader(deleted.payload).u32() == 3
 
 
+def test_the_records_of_a_group_are_as_the_page_says(tmp_path):
+    for name in ("data", "wal"):
+        origin = tmp_path / f"{name}.img"
+        origin.write_bytes(bytes(16 * BLOCK))
+        store = tmp_path / name
+        stillblock.create(name, origin=origin, store=store, state_dir=tmp_path / "s")
+    data, wal = (stillblock.open(n, state_dir=tmp_path / "s") for n in ("data", "wal"))
+    with data, wal:
+        taken = stillblock.snapshot_group({data: "now", wal: "now"})
+        group = taken[0].receipt.snapshot.group
+    members, decided = [], []
+    for name in ("data", "wal"):
+        journal = (tmp_path / name / "journal").read_bytes()
+        records = {record.name: record for record in journal_records(journal)}
+        begun = Reader(records["GroupBegun"].payload)
+        assert (begun.u32(), begun.raw(16).hex(), begun.u32()) == (1, group.id, 2)
+        members.append([(begun.raw(16), begun.u32(), begun.blob()) for _ in range(2)])
+        assert begun.is_done
+        found = Reader(records["GroupDecided"].payload)
+        decided.append((found.u32(), found.raw(16).hex(), found.u32()))
+        assert found.is_done
+    assert members[0] == members[1] == sorted(members[0])
+    paths = {str(tmp_path / name).encode() for name in ("data", "wal")}
+    assert {store for _, _, store in members[0]} == paths
+    assert decided == [(1, group.id, 1)] * 2
+
+
 def test_the_kinds_of_records_have_their_numbers():
     for page, heading, kinds in (
-        ("journal.md", "Kinds", [*range(1, 23), 24, 25]),
+        ("journal.md", "Kinds", [*range(1, 23), 24, 25, 26, 27]),
         ("log.md", "Descriptor", [*range(1, 8)]),
     ):
         assert list(numbered_names(page, heading)) == kinds

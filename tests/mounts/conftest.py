@@ -21,15 +21,25 @@ def place() -> Iterator[Path]:
         assert ours(Path(made)) == ([], [])
 
 
-@pytest.fixture
-def served() -> Iterator[Served]:
-    """A disk of 4 MiB, served; what was shown of it is gone in the end."""
+@pytest.fixture(scope="module")
+def disk_of_module() -> Iterator[Served]:
     require_fuse()
     with volume(pattern(1, 4 * MIB)) as made:
         yield made.start()
         if made.process is not None:
             made.stop()
         clear(made.folder)
+
+
+@pytest.fixture
+def served(disk_of_module: Served, place: Path) -> Iterator[Served]:
+    """A disk of 4 MiB, served, without snapshots; what is mounted below `place` goes before it."""
+    yield disk_of_module
+    for point in ours(place)[0]:
+        disk_of_module.here("unmount", point, "--force")
+    with disk_of_module.session() as session:
+        for snapshot in session.list_snapshots().snapshots:
+            session.delete_snapshot(snapshot.id, force=True)
 
 
 @pytest.fixture

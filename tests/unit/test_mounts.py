@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,27 @@ def test_a_group_of_which_one_disk_is_another_volumes_is_refused(tree, disk, mon
     volume = Following(monkeypatch, 0)
     with pytest.raises(FreezeRefusedError, match="other do not arrive"):
         prove_on_volume(tree.mount("252:0"), volume, volume_name="web", system=tree.system)
+
+
+def test_a_mount_of_an_image_is_refused_before_anything_is_read(tree, tmp_path):
+    """Whoever answers reads of an image is who would ask: killed meanwhile, it would never end."""
+    still = tmp_path / "still"
+    tree.add("loop0", "7:0", backing=still / "@monday+x.raw")
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        f"40 27 0:39 / {tmp_path} rw - ext4 /dev/x rw\n"
+        f"42 40 0:40 / {still} rw,nosuid - fuse.stillblock stillblock:web rw\n"
+    )
+    system = replace(tree.system, mountinfo=table)
+    with pytest.raises(FreezeRefusedError, match="a mount of an image"):
+        prove_on_volume(tree.mount("7:0"), Unread(), volume_name="web", system=system)
+
+
+class Unread:
+    """A volume whose reads nobody may watch."""
+
+    def watch_reads(self, *, length: int) -> None:
+        raise AssertionError(length)
+
+    def reads_seen(self) -> list[int]:
+        raise AssertionError

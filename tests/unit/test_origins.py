@@ -211,6 +211,25 @@ def test_a_mount_with_a_device_number_of_its_own_is_found_by_its_source(machine)
         origins.refuse_mounted(disk, machine.system)
 
 
+def test_an_image_that_a_server_shows_is_refused_and_a_device_on_it(machine, image):
+    device = image.stat().st_dev
+    loop = machine.loop(0, image)
+    machine.mount(f"{os.major(device)}:{os.minor(device)}", "stillblock:web", "/home/you/still")
+    for disk in (image, loop):
+        with pytest.raises(RefusedError, match="an image that a server shows"):
+            origins.refuse_image(disk, machine.system)
+
+
+def test_a_store_on_a_mounted_image_is_refused(machine, image, tmp_path):
+    loop = machine.loop(0, image)
+    device = image.stat().st_dev
+    machine.mount("0:45", str(loop), str(tmp_path.resolve()))
+    origins.refuse_on_image(tmp_path / "a" / "store", machine.system, what="store")
+    machine.mount(f"{os.major(device)}:{os.minor(device)}", "stillblock:web", "/home/you/still")
+    with pytest.raises(StoreOnVolumeError, match="that a server shows"):
+        origins.refuse_on_image(tmp_path / "a" / "store", machine.system, what="store")
+
+
 def test_swap_is_refused(machine, image):
     machine.swap(image)
     with pytest.raises(OriginMountedError, match="swapoff"):
@@ -220,6 +239,7 @@ def test_swap_is_refused(machine, image):
 def test_an_idle_disk_is_not_refused(machine, image):
     machine.mount("8:99", "/dev/elsewhere", "/")
     origins.refuse_mounted(image, machine.system)
+    origins.refuse_image(image, machine.system)
     origins.refuse_on_volume(image.parent / "new", image, machine.system, what="store")
 
 

@@ -36,6 +36,8 @@ pub struct Epoch {
     pub accepted: String,
     /// Why nothing of the snapshot can be read, its header being gone; empty if it is there.
     pub damage: String,
+    /// Why it is not known whether the snapshot exists, one of a group; empty if it is.
+    pub undecided: String,
     /// Views, restores and exports that hold it.
     pub pins: usize,
 }

@@ -56,6 +56,9 @@ pub enum Error {
     /// Writes came while quiet was asked for; the snapshot was not taken.
     #[error("{0}")]
     NotQuiet(String),
+    /// What was asked for was not held until the instant; no snapshot was taken.
+    #[error("{0}")]
+    NotHeld(String),
     /// A snapshot's content that could not be kept.
     #[error("{message}")]
     Lost {
@@ -70,6 +73,9 @@ pub enum Error {
     /// A person must decide before the volume can be opened.
     #[error("{0}")]
     RecoveryNeeded(String),
+    /// Whether a snapshot exists is decided in a store that is not there.
+    #[error("{0}")]
+    Undecided(String),
     /// Not while a restore runs.
     #[error("{0}")]
     RestoreRunning(String),
@@ -97,9 +103,11 @@ impl Error {
             Self::InUse(_) => "in_use",
             Self::PauseTimeout(_) => "pause_timeout",
             Self::NotQuiet(_) => "not_quiet",
+            Self::NotHeld(_) => "quiesce",
             Self::Lost { .. } => "snapshot_lost",
             Self::Excluded(_) => "excluded",
             Self::RecoveryNeeded(_) => "recovery_needed",
+            Self::Undecided(_) => "undecided",
             Self::RestoreRunning(_) => "restore_running",
             Self::Closed => "closed",
         }

@@ -102,6 +102,18 @@ pub enum Rule {
     RegionsKeptAtInstant,
     /// After a power cut a region left open counts as unchanged.
     RegionsWholeAfterCut,
+    /// Where only writers of selected blocks wait, they do not either.
+    SelectedWritersWait,
+    /// The gates of a group close one after the other.
+    GroupGatesTogether,
+    /// A group is decided before all headers are durable.
+    GroupHeadersFirst,
+    /// A header of a group is believed before anybody knows how the group ended.
+    GroupAsks,
+    /// A group is decided before those who may object are asked.
+    GroupObjectionsFirst,
+    /// A journal that is written anew does not say how groups ended.
+    GroupEndsKept,
 }
 
 impl Rule {
@@ -155,6 +167,12 @@ impl Rule {
         Self::RegionMarkedFirst,
         Self::RegionsKeptAtInstant,
         Self::RegionsWholeAfterCut,
+        Self::SelectedWritersWait,
+        Self::GroupGatesTogether,
+        Self::GroupHeadersFirst,
+        Self::GroupAsks,
+        Self::GroupObjectionsFirst,
+        Self::GroupEndsKept,
     ];
 }
 

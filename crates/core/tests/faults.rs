@@ -302,6 +302,7 @@ impl Run {
             buffer_bytes: 4 << 20,
             recover,
             has_background: self.has_background,
+            peers: Vec::new(),
         };
         open_on(Arc::new(host), request)
     }

@@ -63,6 +63,7 @@ fn request(dir: &Path, cache: Cache, has_background: bool) -> OpenRequest {
         buffer_bytes: 4 << 20,
         recover: Recover::Refuse,
         has_background,
+        peers: Vec::new(),
     }
 }
 

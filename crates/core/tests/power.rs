@@ -334,6 +334,7 @@ fn open_at(
         buffer_bytes: 4 << 20,
         recover,
         has_background: false,
+        peers: Vec::new(),
     };
     let (for_origin, for_store) = (Arc::clone(world), Arc::clone(world));
     let path = dir.join("disk.img");

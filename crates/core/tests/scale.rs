@@ -40,6 +40,7 @@ fn opened(dir: &Path) -> Arc<Volume> {
         buffer_bytes: 4 << 20,
         recover: Recover::Refuse,
         has_background: false,
+        peers: Vec::new(),
     })
     .expect("opened")
 }

@@ -41,6 +41,7 @@ fn each_snapshot_amid_writers_is_of_one_instant() {
         buffer_bytes: 4 << 20,
         recover: Recover::Refuse,
         has_background: true,
+        peers: Vec::new(),
     })
     .expect("open");
     let answered: Vec<AtomicU64> = (0..THREADS).map(|_| AtomicU64::new(0)).collect();

@@ -115,6 +115,7 @@ pub struct Epoch {
     lost_at_source: Ranges,
     damaged: Ranges,
     damage: String,
+    undecided: String,
     accepted: String,
     is_suspect: bool,
     suspect_reason: String,
@@ -146,6 +147,7 @@ impl Epoch {
             // What is gone for good says more than a doubt.
             suspect_reason: if state.losses.is_empty() { state.suspect } else { state.losses },
             damage: state.damage,
+            undecided: state.undecided,
             accepted: state.accepted,
         }
     }

@@ -18,13 +18,15 @@ use stillblock_core::number::to_usize;
 use stillblock_core::view::{ExcludedReads, View as CoreView};
 use stillblock_core::volume as core;
 use stillblock_core::volume::open::{self, Cache, CreateRequest, OpenRequest, Recover};
-use stillblock_core::volume::{OnFull, StorePolicy};
+use stillblock_core::volume::{OnFull, Quiet, StorePolicy};
 
 /// One read into a Python object; larger ones are the caller's loop.
 const READ_BYTES_MAX: u64 = 1 << 30;
 /// What happens to first changes when the store is full.
 const ON_FULL: [(&str, OnFull); 3] =
     [("degrade", OnFull::Degrade), ("hold", OnFull::Hold), ("fail", OnFull::Fail)];
+/// Which writers wait for an instant.
+const HOLDS: [(&str, Quiet); 2] = [("device", Quiet::Device), ("selected", Quiet::Selected)];
 /// What reading a block gives that a snapshot does not select.
 const EXCLUDED_READS: [(&str, ExcludedReads); 2] =
     [("zeros", ExcludedReads::Zeros), ("error", ExcludedReads::Error)];
@@ -51,6 +53,9 @@ pub fn read_bytes(
     }
     PyBytes::new_with(py, to_usize(length), |buffer| py.detach(|| read(buffer)).map_err(from_core))
 }
+
+/// Volume, selection, low, meta, milliseconds of pause at most, of quiet at least, who waits.
+type GroupMember = (Py<Volume>, Ranges, Ranges, Vec<u8>, u64, Option<u64>, String);
 
 #[pyclass(frozen)]
 pub struct Volume(pub Arc<core::Volume>);
@@ -89,7 +94,7 @@ impl Volume {
 
     #[staticmethod]
     #[pyo3(signature = (*, store, origin=None, cache="writeback", direct=false, buffer_dir=None,
-        buffer_bytes=67_108_864, recover="refuse"))]
+        buffer_bytes=67_108_864, recover="refuse", peers=Vec::new()))]
     #[allow(clippy::too_many_arguments)] // keywords in Python
     fn open(
         py: Python<'_>,
@@ -100,6 +105,7 @@ impl Volume {
         buffer_dir: Option<PathBuf>,
         buffer_bytes: u64,
         recover: &str,
+        peers: Vec<PathBuf>,
     ) -> PyResult<Self> {
         let caches = [("writeback", Cache::WriteBack), ("writethrough", Cache::WriteThrough)];
         let recoveries = [
@@ -116,6 +122,7 @@ impl Volume {
             buffer_bytes,
             recover: choose("recover", recover, &recoveries)?,
             has_background: true,
+            peers,
         };
         detached(py, || open::open(request)).map(Self)
     }
@@ -139,6 +146,23 @@ impl Volume {
     #[pyo3(signature = (*, store))]
     fn check_unused(py: Python<'_>, store: PathBuf) -> PyResult<()> {
         detached(py, || core::inspect::check_unused(&store))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, store))]
+    fn waits_for(py: Python<'_>, store: PathBuf) -> PyResult<Vec<String>> {
+        let info = detached(py, || open::peek(&store))?;
+        Ok(info.waits_for.into_iter().map(hex).collect())
+    }
+
+    #[pyo3(signature = (*, places))]
+    fn settle_groups(&self, py: Python<'_>, places: Vec<PathBuf>) -> PyResult<usize> {
+        detached(py, || self.0.settle_groups(&places))
+    }
+
+    #[pyo3(signature = (*, epoch, meta))]
+    fn keep_undecided(&self, py: Python<'_>, epoch: u32, meta: Vec<u8>) -> PyResult<()> {
+        detached(py, || self.0.keep_undecided(epoch, meta))
     }
 
     fn accept_origin(&self, py: Python<'_>, note: &str) -> PyResult<usize> {
@@ -244,7 +268,7 @@ impl Volume {
     }
 
     #[pyo3(signature = (*, selection, low=Vec::new(), meta, pause_limit_ms=2000, quiet_ms=None,
-        passed=None))]
+        holds="device", passed=None))]
     #[allow(clippy::too_many_arguments)] // keywords in Python
     fn snapshot(
         &self,
@@ -254,6 +278,7 @@ impl Volume {
         meta: Vec<u8>,
         pause_limit_ms: u64,
         quiet_ms: Option<u64>,
+        holds: &str,
         passed: Option<Py<PyAny>>,
     ) -> PyResult<Instant> {
         let request = core::SnapshotRequest {
@@ -262,9 +287,41 @@ impl Volume {
             meta,
             pause_limit: Duration::from_millis(pause_limit_ms),
         };
-        let told = passed.map(|call| -> Box<dyn FnOnce() + Send> { Box::new(move || tell(&call)) });
-        let moment = core::Moment { quiet: quiet_ms.map(Duration::from_millis), passed: told };
+        let quiet = quiet_ms.map(Duration::from_millis);
+        let holds = choose("holds", holds, &HOLDS)?;
+        let moment = core::Moment { quiet, holds, passed: passed.map(told) };
         detached(py, || self.0.snapshot_at(request, moment)).map(Instant::from)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, group_id, members, passed=None, objects=None))]
+    fn snapshot_group(
+        py: Python<'_>,
+        group_id: &str,
+        members: Vec<GroupMember>,
+        passed: Option<Py<PyAny>>,
+        objects: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Instant>> {
+        let id = u128::from_str_radix(group_id, 16).ok().filter(|_| group_id.len() == 32);
+        let id = id.ok_or_else(|| raise("usage", format!("{group_id:?} is no group id")))?;
+        let member = |member: GroupMember| -> PyResult<core::Member> {
+            let (volume, selection, low, meta, pause_limit_ms, quiet_ms, holds) = member;
+            let holds = choose("holds", &holds, &HOLDS)?;
+            let volume = volume.get();
+            let request = core::SnapshotRequest {
+                selection: volume.blocks(&selection)?,
+                low: volume.blocks(&low)?,
+                meta,
+                pause_limit: Duration::from_millis(pause_limit_ms),
+            };
+            let quiet = quiet_ms.map(Duration::from_millis);
+            Ok(core::Member { volume: Arc::clone(&volume.0), request, quiet, holds })
+        };
+        let members = members.into_iter().map(member).collect::<PyResult<Vec<_>>>()?;
+        let moment =
+            core::GroupMoment { passed: passed.map(told), objects: objects.map(objection) };
+        let taken = detached(py, || core::snapshot_group(id.to_be_bytes(), members, moment))?;
+        Ok(taken.into_iter().map(Instant::from).collect())
     }
 
     #[pyo3(signature = (*, ranges=None))]
@@ -542,6 +599,20 @@ impl View {
     fn close(&self) {
         self.0.close();
     }
+}
+
+fn told(call: Py<PyAny>) -> core::Told<'static> {
+    Box::new(move || tell(&call))
+}
+
+/// Whether somebody in Python objects, and why. Whoever cannot say so does.
+fn objection(call: Py<PyAny>) -> core::Objects<'static> {
+    Box::new(move || {
+        Python::attach(|py| {
+            let said = call.call0(py).and_then(|said| said.extract::<Option<String>>(py));
+            said.unwrap_or_else(|error| Some(error.to_string()))
+        })
+    })
 }
 
 /// Call back into Python from a thread of the engine; what it raises is nobody's to catch there.

@@ -1,8 +1,10 @@
-"""`stillblock snapshot`: create, list, show, receipt, rename, delete, protect, diff."""
+"""`stillblock snapshot`: create, list, show, receipt, verify, rename, delete, protect, diff."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
@@ -29,23 +31,35 @@ from stillblock.cli.output import (
     show_unresolved,
     size_exact,
 )
+from stillblock.cli.verifying import summary, verify_and_tell
+from stillblock.cli.verifying import table as verification_table
 from stillblock.errors import ExitCode, StillblockError, UsageError
 from stillblock.extents import intersect, subtract
 from stillblock.model import (
     PAUSE_LIMIT_MS_DEFAULT,
+    CheckOutcome,
     Consistency,
+    Quiet,
     Receipt,
     Reference,
     SnapshotInfo,
     SnapshotPurpose,
     SnapshotState,
+    SnapshotVerification,
     format_duration,
     format_instant,
     format_size,
 )
-from stillblock.operations.narrowing import NarrowingProgress
-from stillblock.operations.snapshots import SnapshotPlan, SnapshotRequest
+from stillblock.operations.groups import GroupRequest, MemberRequest
 from stillblock.service.session import open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stillblock.config import Config
+    from stillblock.operations.narrowing import NarrowingProgress
+    from stillblock.operations.snapshots import SnapshotPlan
+    from stillblock.service.session import Session
 
 app = new_app("snapshot")
 
@@ -53,6 +67,12 @@ _COMMON: Final = Common()
 _CHANGE: Final = Change()
 _LOST_SHOWN_MAX: Final = 32
 _NOT_FINAL: Final = "narrowing: it selects more than its rules say until they are resolved"
+_VERIFIED: Final = {
+    CheckOutcome.SOUND: "verified",
+    CheckOutcome.UNCHECKED: "verified in part",
+    CheckOutcome.DAMAGED: "VERIFICATION FAILED",
+}
+_WHO_WAITED: Final = "writers of selected blocks; others went on"
 _CHANGED: Final = "it does not come to its digest: it is not what was written down"
 
 
@@ -60,26 +80,32 @@ _CHANGED: Final = "it does not come to its digest: it is not what was written do
 def create(
     ref: str,
     /,
-    *,
+    *others: str,
     terms: Terms = (),
     only_these: bool = False,
     pause_limit: Annotated[int, Parameter(name="--pause-limit")] = PAUSE_LIMIT_MS_DEFAULT,
     description: str = "",
     consistency: Consistency | None = None,
     or_barrier: bool | None = None,
+    quiet: Quiet | None = None,
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
+    verify: bool = False,
+    verify_with: str = "",
     dry_run: bool = False,
     common: Common = _COMMON,
-) -> None:
+) -> int:
     """Take a snapshot of VOL@NAME, or of VOL under a name made of the UTC time.
 
-    The instant is at once. What the rules say of files, swap files and free space is resolved
+    Of several volumes, served by one process or by none, it takes all at one instant or none. The
+    instant is at once. What the rules say of files, swap files and free space is resolved
     afterwards on the frozen view, some seconds; then the snapshot can be read.
 
     Parameters
     ----------
     ref
         VOL@NAME or VOL.
+    others
+        More of these: a group, with one instant.
     only_these
         Use only the terms given here, not the volume's standing rules.
     pause_limit
@@ -91,39 +117,118 @@ def create(
         quiet moment; filesystem: with filesystems or the guest frozen; application: with hooks.
     or_barrier
         Where that cannot be reached, take a barrier snapshot that says so, instead of none.
+    quiet
+        Which writers wait for the instant; default: as `volume set` says. device: all of them;
+        selected: those of blocks that the snapshot selects when it is taken.
     wait
         Wait until the rules are resolved; else a serve process goes on by itself.
+    verify
+        Then check its filesystems, as `snapshot verify` does; it stays whatever is found.
+    verify_with
+        The same by a command of yours, which finds a clone as `stillblock run` shows it.
     dry_run
         Print what it would hold, and take nothing.
     """
     output = Output(common)
-    reference = Reference.parse(ref)
-    if reference.clone or reference.repository or reference.path:
-        raise UsageError(f"{ref!r} should be VOL or VOL@NAME")
-    request = SnapshotRequest(
-        name=reference.snapshot,
+    if (verify or verify_with) and not wait:
+        raise UsageError("what is to be verified is waited for: leave out --no-wait")
+    asked = GroupRequest(
+        members=tuple(_member(text) for text in (ref, *others)),
         terms=terms,
         only_these=only_these,
         pause_limit_ms=pause_limit,
         description=description,
         consistency=consistency,
         or_barrier=or_barrier,
+        quiet=quiet,
     )
-    with open_session(common.config(), reference.volume) as session:
+    if others:
+        taken = create_together(output, common.config(), asked, wait=wait, dry_run=dry_run)
+        return _verified_all(output, common, taken, verify=verify, command=verify_with)
+    request, volume = asked.of(asked.members[0].name), asked.members[0].volume
+    with open_session(common.config(), volume) as session:
         if dry_run:
             plan = session.plan_snapshot(request)
             output.result("snapshot-plan", plan, lambda out: _render_plan(out, plan))
             for note in plan.notes:
                 output.warn(note)
-            return
+            return ExitCode.OK
         receipt = session.create_snapshot(request, wait=False)
-        if wait and not receipt.snapshot.is_final:
-            text = f"{receipt.snapshot.reference} is taken; resolving its rules"
-            with output.working(text) as say:
-                receipt = session.wait_final(
-                    receipt, told=lambda progress: say(f"{text}{_reading(progress)}")
-                )
+        if wait:
+            receipt = _resolved(output, session, receipt)
     output.result("receipt", receipt, lambda out: _render_created(out, receipt))
+    _remark(output, receipt)
+    return _verified_all(output, common, (receipt,), verify=verify, command=verify_with)
+
+
+def _verified_all(
+    output: Output, common: Common, taken: Sequence[Receipt], *, verify: bool, command: str
+) -> int:
+    """Verify what was taken, if that was asked for; return the worst exit code."""
+    if not (verify or command):
+        return ExitCode.OK
+    words = shlex.split(command)
+    codes = [
+        verify_and_tell(output, common, receipt.snapshot.volume, receipt.snapshot.id, words)
+        for receipt in taken
+    ]
+    return max(codes, default=ExitCode.OK)
+
+
+def _member(text: str) -> MemberRequest:
+    reference = Reference.parse(text)
+    if reference.clone or reference.repository or reference.path:
+        raise UsageError(f"{text!r} should be VOL or VOL@NAME")
+    return MemberRequest(volume=reference.volume, name=reference.snapshot)
+
+
+def create_together(
+    output: Output, config: Config, request: GroupRequest, *, wait: bool, dry_run: bool
+) -> tuple[Receipt, ...]:
+    """Take snapshots of several volumes at one instant, and say how it went."""
+    from stillblock.service.groups import GroupSession  # noqa: PLC0415 - only for several
+
+    with GroupSession(config, request) as group:
+        if dry_run:
+            plans = group.plan()
+
+            def render_plans(out: Output) -> None:
+                for plan in plans.plans:
+                    _render_plan(out, plan)
+
+            output.result("group-plan", plans, render_plans)
+            for note in dict.fromkeys(note for plan in plans.plans for note in plan.notes):
+                output.warn(note)
+            return ()
+        taken = group.create()
+        if wait:
+            receipts = tuple(
+                _resolved(output, group.sessions[r.snapshot.volume], r) for r in taken.receipts
+            )
+            taken = replace(taken, receipts=receipts)
+
+    def render(out: Output) -> None:
+        for receipt in taken.receipts:
+            _render_created(out, receipt)
+        out.line(f"one instant, group {taken.group.id}")
+
+    output.result("group", taken, render)
+    for receipt in taken.receipts:
+        _remark(output, receipt)
+    return taken.receipts
+
+
+def _resolved(output: Output, session: Session, receipt: Receipt) -> Receipt:
+    """Return the receipt once the snapshot is final; tell how far it is."""
+    if receipt.snapshot.is_final:
+        return receipt
+    text = f"{receipt.snapshot.reference} is taken; resolving its rules"
+    with output.working(text) as say:
+        return session.wait_final(receipt, told=lambda progress: say(f"{text}{_reading(progress)}"))
+
+
+def _remark(output: Output, receipt: Receipt) -> None:
+    """Say what somebody may not have meant."""
     found = receipt.quiescing
     if found is not None and found.shortfall:
         output.warn(
@@ -131,7 +236,8 @@ def create(
             f"not {found.asked}: {found.shortfall}"
         )
     if receipt.is_default:
-        output.remark(f"nobody gave rules: {DEFAULT_TOLD.format(volume=reference.volume)}")
+        told = DEFAULT_TOLD.format(volume=receipt.snapshot.volume)
+        output.remark(f"nobody gave rules: {told}")
 
 
 @app.command(name="list")
@@ -197,6 +303,23 @@ def receipt(ref: SnapshotRef, /, *, extents: bool = False, common: Common = _COM
     with open_session(common.config(), volume) as session:
         found = session.receipt(name)
     output.result("receipt", found, lambda out: _render_receipt(out, found, with_extents=extents))
+
+
+@app.command
+def verify(
+    ref: SnapshotRef,
+    /,
+    *command: Annotated[str, Parameter(help="A command and its arguments, after --.")],
+    common: Common = _COMMON,
+) -> int:
+    """Check what a snapshot holds: replay and check each filesystem on a throw-away clone.
+
+    Neither the snapshot nor the disk change, and lists say what was found. Journals of XFS and
+    btrfs are replayed by the kernel, which needs root. Instead a command of yours may look: it
+    finds the clone as `stillblock run` shows it, and says by any exit code but 0: damaged.
+    """
+    volume, name = snapshot_of(ref)
+    return verify_and_tell(Output(common), common, volume, name, command)
 
 
 @app.command
@@ -373,6 +496,7 @@ def _flags(info: SnapshotInfo) -> str:
     notes = [
         "" if info.consistency == Consistency.BARRIER else info.consistency,
         "LESS CONSISTENT than asked" if info.shortfall else "",
+        f"group {info.group.id[:8]}" if info.group is not None else "",
         "protected" if info.is_protected else "",
         "narrowing" if info.state is SnapshotState.NARROWING else "",
         "before a restore" if info.purpose is SnapshotPurpose.SAFETY else "",
@@ -381,7 +505,9 @@ def _flags(info: SnapshotInfo) -> str:
         f"PARTIAL, LOST {format_size(info.lost_bytes)}" if info.is_partial else "",
         f"DAMAGED {format_size(info.damaged_bytes)}" if info.damaged_bytes else "",
         "DAMAGED" if info.damage else "",
+        "UNDECIDED" if info.undecided else "",
         "SUSPECT" if info.is_suspect else "",
+        "" if info.verified is None else _VERIFIED[info.verified],
     ]
     return ", ".join(filter(None, notes))
 
@@ -429,9 +555,11 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
             ("damaged", size_exact(info.damaged_bytes) if info.damaged_bytes else ""),
             ("DAMAGED", info.damage),
+            ("UNDECIDED", info.undecided),
             ("SUSPECT", info.suspect_reason),
             ("matters less", size_exact(info.low_bytes) if info.low_bytes else ""),
             ("accepted", info.accepted),
+            ("one instant with", _others(info)),
             ("consistency", info.consistency),
             ("LESS than asked", info.shortfall),
             ("notes", _flags(info)),
@@ -442,6 +570,10 @@ def _render_info(out: Output, info: SnapshotInfo, uri: str) -> None:
     _render_lost(out, info)
 
 
+def _verified(found: SnapshotVerification) -> str:
+    return f"{format_instant(found.verified_unix_ns)}: {summary(found)}"
+
+
 def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
     info, at = found.snapshot, found.narrowed_unix_ns
     out.pairs(
@@ -449,9 +581,11 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("snapshot", info.reference),
             ("id", info.id),
             ("instant", format_instant(info.created_unix_ns)),
+            ("one instant with", _others(info)),
             ("consistency", _consistency(found)),
             ("writers waited", "" if found.pause_ns is None else _pause(found)),
             ("in flight", "" if found.in_flight is None else f"{found.in_flight} writes, all in"),
+            ("who waited", _WHO_WAITED if _is_selected(found) else ""),
             ("durable after", "" if found.commit_ns is None else format_duration(found.commit_ns)),
             ("rules", rules_text(found.rules) + (" (the default)" if found.is_default else "")),
             ("state", "" if info.is_final else _NOT_FINAL),
@@ -467,10 +601,15 @@ def _render_receipt(out: Output, found: Receipt, *, with_extents: bool) -> None:
             ("lost", size_exact(info.lost_bytes) if info.lost_bytes else ""),
             ("damaged", size_exact(info.damaged_bytes) if info.damaged_bytes else ""),
             ("DAMAGED", info.damage),
+            ("UNDECIDED", info.undecided),
             ("SUSPECT", info.suspect_reason),
             ("accepted", info.accepted),
+            ("verified", "" if found.verification is None else _verified(found.verification)),
         )
     )
+    if found.verification is not None:
+        out.line()
+        verification_table(out, found.verification)
     if found.terms:
         out.line()
         show_terms(out, found.terms)
@@ -530,6 +669,20 @@ def _consistency(found: Receipt) -> str:
     if found.quiescing is None or not found.quiescing.shortfall:
         return found.consistency
     return f"{found.consistency}, not {found.quiescing.asked}: {found.quiescing.shortfall}"
+
+
+def _is_selected(found: Receipt) -> bool:
+    return found.quiescing is not None and found.quiescing.is_quiet_selected
+
+
+def _others(info: SnapshotInfo) -> str:
+    """Return the rest of its group, as they were called at the instant, and which group it is."""
+    if info.group is None:
+        return ""
+    prefix = f"{info.volume}@"
+    others = [member for member in info.group.members if not member.startswith(prefix)]
+    kept = f"; this one {info.group.kept}" if info.group.kept else ""
+    return f"{', '.join(others)} (group {info.group.id}{kept})"
 
 
 def _pause(found: Receipt) -> str:

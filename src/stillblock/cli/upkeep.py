@@ -45,10 +45,11 @@ def recover(
     replay: bool = False,
     discard: bool = False,
     accept_origin: bool = False,
+    keep_undecided: bool = False,
     note: str = "",
     change: Change = _CHANGE,
 ) -> None:
-    """Decide about the writes that a killed server left, or about an origin that others wrote to.
+    """Decide about what a killed server left, or about snapshots in doubt.
 
     Says first which blocks it is about, and how many of them the origin holds otherwise now.
 
@@ -61,19 +62,26 @@ def recover(
     accept_origin
         Take the origin as it is: snapshots that are suspect because others wrote to it are not any
         more. Their receipts keep the doubt and the note.
+    keep_undecided
+        Keep snapshots of groups that were interrupted, though the store that knows whether the
+        groups exist cannot be asked any more. They are exact; the others may be gone.
     note
-        Why, with --accept-origin.
+        Why, with --accept-origin and --keep-undecided.
     """
-    decisions = replay + discard + accept_origin
+    decisions = replay + discard + accept_origin + keep_undecided
     if decisions != 1 and not (decisions == 0 and change.dry_run):
         raise UsageError(
-            "say one of --replay, --discard and --accept-origin",
+            "say one of --replay, --discard, --accept-origin and --keep-undecided",
             hint="--dry-run alone shows what there is to decide about",
         )
     output, config, name = Output(change), change.config(), volume_of(volume)
     if accept_origin:
         with open_session(config, name) as session:
             _accept(session, output, change, note)
+        return
+    if keep_undecided:
+        with open_session(config, name) as session:
+            _keep(session, output, change, note)
         return
     if find_server(config, name) is not None:
         raise InUseError(f"{name} is served: there is nothing to recover")
@@ -182,6 +190,32 @@ def _accept(session: Session, output: Output, change: Change, note: str) -> None
         )
 
     output.result("origin-accepted", done, render_done)
+
+
+def _keep(session: Session, output: Output, change: Change, note: str) -> None:
+    # Whoever lists asks once more.
+    undecided = [s for s in session.list_snapshots().snapshots if s.undecided]
+
+    def render(out: Output) -> None:
+        if not undecided:
+            out.line(f"no snapshot of {session.volume} is undecided")
+        for snapshot in undecided:
+            out.line(f"{snapshot.reference}: {snapshot.undecided}")
+
+    if change.dry_run:
+        output.result("keep-undecided-plan", {"snapshots": undecided}, render)
+        return
+    if undecided:
+        if not change.yes and not output.is_json:
+            render(output)
+        what = counted(len(undecided), "snapshot")
+        output.confirm(change, f"Keep {what}, whatever became of the others?")
+    done = session.keep_undecided(note=note)
+
+    def render_done(out: Output) -> None:
+        out.line(f"{session.volume}: {counted(len(done.snapshots), 'snapshot')} kept")
+
+    output.result("undecided-kept", done, render_done)
 
 
 def check(

@@ -25,6 +25,7 @@ from stillblock.model import (
     Consistency,
     ConsistencySettings,
     OnFull,
+    Quiet,
     StoreUsage,
     UsageLevel,
     format_instant,
@@ -196,6 +197,7 @@ def set_(
     store_limit: Annotated[int | None, SIZE] = None,
     consistency: Annotated[Consistency | None, Parameter(group=_CONSISTENCY)] = None,
     or_barrier: Annotated[bool | None, Parameter(group=_CONSISTENCY)] = None,
+    quiet: Annotated[Quiet | None, Parameter(group=_CONSISTENCY)] = None,
     quiet_time: Annotated[int | None, Parameter(group=_CONSISTENCY)] = None,
     idle_limit: Annotated[int | None, Parameter(group=_CONSISTENCY)] = None,
     freeze_mount: Annotated[tuple[str, ...] | None, _LISTED] = None,
@@ -219,6 +221,8 @@ def set_(
         The level of its snapshots: barrier, idle, filesystem or application.
     or_barrier
         Where that cannot be reached, fall back to barrier and say so, instead of taking nothing.
+    quiet
+        Which writers wait for an instant: of the whole device, or of selected blocks.
     quiet_time
         idle: milliseconds without a write.
     idle_limit
@@ -239,6 +243,7 @@ def set_(
     wanted = ConsistencyRequest(
         level=consistency,
         or_barrier=or_barrier,
+        quiet=quiet,
         quiet_ms=quiet_time,
         idle_limit_ms=idle_limit,
         mounts=freeze_mount,
@@ -409,6 +414,7 @@ def _consistency_rows(found: ConsistencySettings) -> tuple[tuple[str, str], ...]
     is_frozen = bool(found.mounts or found.agent)
     return (
         ("consistency", level),
+        ("who waits", "writers of selected blocks" if found.quiet is Quiet.SELECTED else ""),
         ("quiet time", quiet if is_idle else ""),
         ("freezes", ", ".join(found.mounts)),
         ("freezes by agent", f"{guest} of {found.agent}" if found.agent else ""),

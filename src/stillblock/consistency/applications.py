@@ -19,7 +19,7 @@ _REPLY_S: Final = 5.0
 
 
 class Applications:
-    """The hooks of a directory: `before` in `begin`, `after` in `end`."""
+    """The hooks of a directory: `before` in `begin`, `after` from `let_go` to `end`."""
 
     def __init__(
         self, directory: Path, *, limit_ms: int, hold_ms: int, environment: dict[str, str]
@@ -30,6 +30,8 @@ class Applications:
         self._environment = environment
         self._watchdog: Watchdog | None = None
         self._begun: list[Path] = []
+        self._is_letting_go = False
+        self._is_lost = False
         self.released_ns: int | None = None
         """When the first `after` began, on the monotonic clock; None while they hold still."""
         self.shortfall = ""
@@ -58,25 +60,42 @@ class Applications:
         self._finish_alone()
         raise QuiesceError("the applications are not prepared: the process that runs hooks is gone")
 
-    def end(self) -> None:
-        """Run the hooks with `after`, if that has not happened."""
-        if self._watchdog is None:
+    def let_go(self) -> None:
+        """Have the hooks begin with `after`, if they have not; then it is known who held still."""
+        if self._watchdog is None or self._is_letting_go:
             return
+        self._is_letting_go = True
         self._watchdog.send(after=True)
         for message in self._messages():
-            if "done" in message:
-                self.released_ns = int(message["done"])
-                failed = [step.what for step in self.steps if not step.is_ok]
-                if failed:
-                    self.failure = f"hooks failed after the instant: {', '.join(failed)}"
+            if "ending" in message:
+                self.released_ns = int(message["ending"])
                 if message["why"] != "asked":
                     self.shortfall = f"hooks ended early: {message['why']}"
-                self._watchdog.close()
-                self._watchdog = None
                 return
+        self._lose()
+
+    def end(self) -> None:
+        """Wait until every hook has run with `after`; `failure` is known then."""
+        self.let_go()
+        if self._watchdog is None:
+            return
+        if not self._is_lost:
+            for message in self._messages():
+                if "done" in message:
+                    failed = [step.what for step in self.steps if not step.is_ok]
+                    if failed:
+                        self.failure = f"hooks failed after the instant: {', '.join(failed)}"
+                    self._watchdog.close()
+                    self._watchdog = None
+                    return
+            self.failure = "the process that runs hooks was killed"
+        self._finish_alone()
+
+    def _lose(self) -> None:
+        """Nobody can say any more since when they go on, nor runs the rest of the hooks."""
+        self._is_lost = True
         self.released_ns = 0
         self.shortfall = "the process that runs hooks was killed"
-        self._finish_alone()
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         """Yield what the runner says, noting the steps, until it says nothing more."""

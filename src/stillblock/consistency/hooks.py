@@ -9,7 +9,8 @@ volume and snapshot. A hook that takes longer than LIMIT_MS is killed with all i
 stayed in its session.
 
 To the server: `{"step": name, "phase": word, "took_ns": n, "problem": text, "said": text}` for each
-run, `{"ready": true}`, and `{"done": monotonic_ns, "why": word}`.
+run, `{"ready": true}`, then before the first `after` `{"ending": monotonic_ns, "why": word}`, and
+after the last one `{"done": monotonic_ns, "why": word}`.
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ def main(control: int, directory: Path, limit_ms: int, hold_ms: int) -> None:
         if select.select([control], [], [], hold_ms / 1000)[0]:
             why = "asked" if os.read(control, _MESSAGE_BYTES) else "the server was gone"
     ended_ns = time.monotonic_ns()
+    _tell(control, ending=ended_ns, why=why)
     for message in run_after(begun, environment, limit_ms):
         _tell(control, **message)
     _tell(control, done=ended_ns, why=why)

@@ -31,6 +31,8 @@ _TRIES: Final = 3
 _UNIT: Final = 4096
 """Offsets and lengths of probes: what every device reads past the page cache."""
 _DEPTH_MAX: Final = 16
+_IMAGES_KIND: Final = "fuse.stillblock "
+"""The type of trees of images in the kernel's table."""
 _UNNAMED_MAJOR: Final = 0
 """Of filesystems with a device number of their own, such as btrfs."""
 
@@ -181,12 +183,25 @@ def prove_on_volume(
             f"{mount.path} ({mount.kind} of {mount.source}) lies on no block device"
         )
     for leaf in leaves:
+        if _is_image(leaf, system):
+            # Whoever answers reads of it is who asks: killed meanwhile, it would never end.
+            raise FreezeRefusedError(
+                f"{mount.path} is a mount of an image, {leaf}, and not of the live disk"
+            )
         if not any(_arrives(leaf, volume) for _ in range(_TRIES)):
             raise FreezeRefusedError(
                 f"{mount.path} is not known to sit on volume {volume_name}: reads of {leaf} do not "
                 "arrive there",
                 hint="name a mount of what the volume's own export serves, in this mount namespace",
             )
+
+
+def _is_image(leaf: Path, system: System) -> bool:
+    """Whether it is a file of a tree of images, told by the path alone: nothing is read."""
+    lines = system.mountinfo.read_text(errors="surrogateescape").splitlines()
+    trees = (line.partition(" - ") for line in lines)
+    points = (head.split(" ")[4] for head, _, tail in trees if tail.startswith(_IMAGES_KIND))
+    return any(leaf.is_relative_to(_unescape(point)) for point in points)
 
 
 def _arrives(leaf: Path, volume: WatchedReads) -> bool:

@@ -1,8 +1,9 @@
 """The order of things around an instant: hooks, freezes, the instant, thaws, hooks.
 
-`quiesced` is the one way in. Freezes come before the gate closes, so that what they write passes
-through the volume like any write; thaws begin as soon as the gate is open again, while the snapshot
-is still being made durable. Whatever happens in between, everybody is let go.
+`quiesced` is the way in, and `quiesced_together` for a group of volumes. Freezes come before the
+gate closes, so that what they write passes through the volume like any write; thaws begin as soon
+as the gate is open again, while the snapshot is still being made durable. Whatever happens in
+between, everybody is let go (`release`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from stillblock.consistency import leftover
 from stillblock.consistency.applications import Applications
@@ -20,6 +21,7 @@ from stillblock.consistency.freeze import MountFreeze
 from stillblock.consistency.guest import GuestFreeze
 from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
+from stillblock.consistency.release import JUDGE_S, Release
 from stillblock.errors import ClosedError, NotQuietError, QuiesceError, RefusedError, UsageError
 from stillblock.model import (
     Consistency,
@@ -27,13 +29,12 @@ from stillblock.model import (
     Extents,
     QuiesceStep,
     Quiescing,
+    Quiet,
     StepKind,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-T = TypeVar("T")
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 LIMIT_MS_MIN: Final = 10
 LIMIT_MS_MAX: Final = 600_000
@@ -109,9 +110,9 @@ def check_settings(settings: ConsistencySettings) -> None:
 
 
 class Moment:
-    """An instant that is being prepared; `take` takes it, `outcome` tells how it went."""
+    """An instant that is being prepared; `quiet` takes it, `outcome` tells how it went."""
 
-    def __init__(self, occasion: Occasion, volume: WatchedVolume) -> None:
+    def __init__(self, occasion: Occasion, volume: WatchedVolume, letting_go: Release) -> None:
         self._occasion = occasion
         self._settings = occasion.settings
         self._volume = volume
@@ -120,26 +121,52 @@ class Moment:
         self._applications: Applications | None = None
         self._steps: list[QuiesceStep] = []
         self._shortfalls: list[str] = []
+        self._failures: list[str] = []
+        """Of hooks after the instant: what it holds is as right as it can be told."""
         self._watched: Extents | None = None
         self._is_watching = False
         self._passed_ns: int | None = None
-        self._releasing: threading.Thread | None = None
-        self._release_lock = threading.Lock()
+        self.letting_go = letting_go
+        """Shared by all moments of one instant."""
 
     # Before
 
-    def prepare(self) -> None:
-        """Bring everybody to hold still. What fails is a shortfall, or ends it."""
-        level = self._settings.level
-        with self._or_barrier():
-            if level is Consistency.APPLICATION and self._settings.hooks is not None:
-                self._prepare_applications(Path(self._settings.hooks))
-            if level in {Consistency.FILESYSTEM, Consistency.APPLICATION}:
+    def prepare_applications(self) -> None:
+        """Bring applications to hold still. What fails is a shortfall, or ends it."""
+        level, hooks = self._settings.level, self._settings.hooks
+        if level is Consistency.APPLICATION and hooks is not None:
+            with self._or_barrier():
+                self._prepare_applications(Path(hooks))
+
+    def prepare_freeze(self) -> None:
+        """Do what may have to wait for others, before anything is frozen."""
+        if self.is_freeze_wanted:
+            with self._or_barrier():
                 self._occasion.before_freeze()
+        else:
+            self._occasion.before_freeze()
+
+    def look_at_mounts(self) -> None:
+        """Open what is to be frozen: looking takes time, and reads. As `freeze`."""
+        if self.is_freeze_wanted:
+            with self._or_barrier():
+                self._look_at_mounts()
+
+    def freeze(self) -> None:
+        """Bring filesystems to hold still. What fails is a shortfall, or ends it."""
+        if self.is_freeze_wanted:
+            with self._or_barrier():
                 self._freeze()
         if self._shortfalls:
-            # Half of it held still for nothing.
-            self.release()
+            # Half of it held still for nothing. Applications go on later: what they write then may
+            # lie on a filesystem of another volume, which is frozen by now.
+            self.thaw()
+
+    @property
+    def is_freeze_wanted(self) -> bool:
+        """Whether filesystems are to be frozen, or a guest."""
+        levels = {Consistency.FILESYSTEM, Consistency.APPLICATION}
+        return self._settings.level in levels and not self._shortfalls
 
     def _prepare_applications(self, directory: Path) -> None:
         self._applications = Applications(
@@ -157,18 +184,19 @@ class Moment:
         finally:
             self._take_steps(self._applications)
 
-    def _freeze(self) -> None:
-        limit_ms = self._settings.freeze_limit_ms
-        # All are looked at before the first is frozen: looking takes time, and reads.
+    def _look_at_mounts(self) -> None:
         for path in self._settings.mounts:
             mount = open_checked(
                 Path(path),
                 self._volume,
                 volume_name=self._occasion.volume,
                 own_places=self._occasion.own_places,
-                timeout_s=limit_ms / 1000,
+                timeout_s=self._settings.freeze_limit_ms / 1000,
             )
             self._mounts.append(mount)
+
+    def _freeze(self) -> None:
+        limit_ms = self._settings.freeze_limit_ms
         freezes: list[MountFreeze | GuestFreeze] = [
             MountFreeze(mount, limit_ms=limit_ms) for mount in self._mounts
         ]
@@ -212,29 +240,55 @@ class Moment:
 
     # The instant
 
-    def take(self, snapshot: Callable[[int | None, Callable[[], None]], T]) -> T:
-        """Call `snapshot(quiet_ms, passed)` when it is time; raise `NotQuietError` if never.
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a quiet moment."""
+        return self._settings.level is Consistency.IDLE
 
-        Raise `ClosedError` if that was waited for until the volume closes.
-        """
-        if self._settings.level is not Consistency.IDLE:
-            return snapshot(None, self._passed)
-        begun_ns = time.monotonic_ns()
-        limit_ns = begun_ns + self._settings.idle_limit_ms * _NS_PER_MS
+    @property
+    def idle_limit_ns(self) -> int:
+        """How long it waits for one."""
+        return self._settings.idle_limit_ms * _NS_PER_MS
+
+    @property
+    def quiet_ms(self) -> int:
+        """For how long nothing may have been written."""
+        return self._settings.quiet_ms
+
+    @property
+    def is_closing(self) -> threading.Event:
+        """Set once nobody may wait for a quiet moment any longer."""
+        return self._occasion.is_closing
+
+    def watch(self) -> None:
+        """Look at the writes that have to be over."""
         self._watch(self._occasion.selection)
-        try:
-            while self._wait_quiet(limit_ns):
-                try:
-                    taken = snapshot(self._settings.quiet_ms, self._passed)
-                except NotQuietError:
-                    continue
-                self._note_idle(begun_ns, f"no write for {self._settings.quiet_ms} ms")
-                return taken
-        finally:
-            self._is_watching = False
-            self._volume.unwatch_writes()
+
+    def unwatch(self) -> None:
+        """Look no more."""
+        self._is_watching = False
+        self._volume.unwatch_writes()
+
+    def not_quiet_for_ns(self) -> int:
+        """Return how much longer it has to be quiet; 0 or less: it was for long enough."""
+        return self.quiet_ms * _NS_PER_MS - (self._volume.quiet_ns() or 0)
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if nobody may wait any longer."""
+        if self.is_closing.is_set():
+            raise ClosedError(
+                f"{self._occasion.volume} is being closed while a quiet moment was waited for; "
+                "nothing was taken"
+            )
+
+    def note_quiet(self, begun_ns: int) -> None:
+        """Write down that there was a quiet moment."""
+        self._note_idle(begun_ns, f"no write for {self.quiet_ms} ms")
+
+    def note_never_quiet(self, begun_ns: int) -> None:
+        """Write down that there was none; raise `NotQuietError` if nothing is to be taken then."""
         words = (
-            f"there was no time of {self._settings.quiet_ms} ms without a write within "
+            f"there was no time of {self.quiet_ms} ms without a write within "
             f"{self._settings.idle_limit_ms} ms"
         )
         self._note_idle(begun_ns, words, is_ok=False)
@@ -244,7 +298,6 @@ class Moment:
                 hint="ask for a shorter --quiet-time, a longer --idle-limit, or add --or-barrier",
             )
         self._shortfalls.append(words)
-        return snapshot(None, self._passed)
 
     def require_quiet(self, ranges: Extents | None) -> None:
         """For `snapshot`, which knows now what it selects: None is the whole disk.
@@ -260,21 +313,6 @@ class Moment:
         self._watched, self._is_watching = ranges, True
         self._volume.watch_writes(ranges=ranges)
 
-    def _wait_quiet(self, limit_ns: int) -> bool:
-        """Wait until it has been quiet for long enough; false if the limit comes first."""
-        wanted_ns = self._settings.quiet_ms * _NS_PER_MS
-        while True:
-            left_ns = wanted_ns - (self._volume.quiet_ns() or 0)
-            if left_ns <= 0:
-                return time.monotonic_ns() < limit_ns
-            if time.monotonic_ns() + left_ns >= limit_ns:
-                return False
-            if self._occasion.is_closing.wait(left_ns / 1e9):
-                raise ClosedError(
-                    f"{self._occasion.volume} is being closed while a quiet moment was waited "
-                    "for; nothing was taken"
-                )
-
     def _note_idle(self, begun_ns: int, detail: str, *, is_ok: bool = True) -> None:
         self._steps.append(
             QuiesceStep(
@@ -286,37 +324,46 @@ class Moment:
             )
         )
 
-    def _passed(self) -> None:
-        """Let everybody go on while the snapshot is being made durable. Called by the engine."""
+    def passed(self) -> None:
+        """Note that the instant is over."""
         self._passed_ns = time.monotonic_ns()
-        if self._freezes or self._applications is not None:
-            self._releasing = threading.Thread(target=self.release, name="release", daemon=True)
-            self._releasing.start()
 
     # After
 
-    def release(self) -> None:
-        """Thaw, then run the hooks' `after`; once, whoever calls first."""
-        with self._release_lock:
-            freezes, self._freezes = self._freezes, []
-            for freeze in reversed(freezes):
-                step = freeze.end()
-                if step is not None:
-                    self._steps.append(step)
-                self._judge(freeze.thawed_ns, freeze.shortfall)
-            mounts, self._mounts = self._mounts, []
-            for mount in mounts:
-                mount.close()
-            # A freeze that failed is not in the list: its guard may still wait for it.
-            if self._occasion.note is not None and not self._has_failed_freeze():
-                leftover.forget(self._occasion.note)
-            applications, self._applications = self._applications, None
-            if applications is not None:
-                applications.end()
-                self._take_steps(applications)
-                self._judge(applications.released_ns, applications.shortfall)
-                if applications.failure:
-                    self._shortfalls.append(applications.failure)
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody holds still."""
+        return bool(self._freezes) or self._applications is not None
+
+    def thaw(self) -> None:
+        """Thaw everything, and judge whether it was frozen until the instant."""
+        freezes, self._freezes = self._freezes, []
+        for freeze in reversed(freezes):
+            step = freeze.end()
+            if step is not None:
+                self._steps.append(step)
+            self._judge(freeze.thawed_ns, freeze.shortfall)
+        mounts, self._mounts = self._mounts, []
+        for mount in mounts:
+            mount.close()
+        # A freeze that failed is not in the list: its guard may still wait for it.
+        if self._occasion.note is not None and not self._has_failed_freeze():
+            leftover.forget(self._occasion.note)
+
+    def let_applications_go(self) -> None:
+        """Have applications go on, and judge whether they held still until the instant."""
+        if self._applications is not None:
+            self._applications.let_go()
+            self._judge(self._applications.released_ns, self._applications.shortfall)
+
+    def end_applications(self) -> None:
+        """Wait until they do."""
+        applications, self._applications = self._applications, None
+        if applications is not None:
+            applications.end()
+            self._take_steps(applications)
+            if applications.failure:
+                self._failures.append(applications.failure)
 
     def _has_failed_freeze(self) -> bool:
         kinds = {StepKind.FREEZE, StepKind.THAW}
@@ -332,11 +379,16 @@ class Moment:
         if shortfall and not is_late:
             self._shortfalls.append(shortfall)
 
-    def wait_released(self) -> None:
-        """Return once everybody was let go."""
-        if self._releasing is not None:
-            self._releasing.join()
-        self.release()
+    def objection(self) -> str:
+        """Return why less was held until the instant than may be; empty if all was.
+
+        Waits until that is known, which it is long before everybody goes on.
+        """
+        if self._settings.or_barrier or not self.letting_go.has_begun:
+            return ""
+        if not self.letting_go.wait_judged():
+            return f"it is not known after {JUDGE_S:.0f} s whether everybody held still"
+        return "; ".join(self._shortfalls)
 
     @property
     def undecided(self) -> Quiescing:
@@ -346,18 +398,20 @@ class Moment:
         return Quiescing(
             asked=asked,
             reached=Consistency.BARRIER,
+            is_quiet_selected=self._settings.quiet is Quiet.SELECTED,
             shortfall="" if is_barrier else "; ".join(self._shortfalls) or _UNDECIDED,
         )
 
     def outcome(self) -> Quiescing:
         """Return how it went, everybody being let go."""
-        self.wait_released()
+        self.letting_go.finish()
         asked = self._settings.level
         return Quiescing(
             asked=asked,
-            reached=Consistency.BARRIER if self._shortfalls else asked,
-            shortfall="; ".join(self._shortfalls),
+            reached=Consistency.BARRIER if self._shortfalls or self._failures else asked,
+            shortfall="; ".join(self._shortfalls + self._failures),
             steps=_within_budget(self._steps),
+            is_quiet_selected=self._settings.quiet is Quiet.SELECTED,
         )
 
 
@@ -377,10 +431,48 @@ def quiesced(occasion: Occasion, volume: WatchedVolume) -> Iterator[Moment]:
     Raise `UsageError`, `FreezeRefusedError` or `QuiesceError`, with nothing held still, if the
     level cannot be reached and no fallback was asked for.
     """
-    check_settings(occasion.settings)
-    moment = Moment(occasion, volume)
-    try:
-        moment.prepare()
+    with quiesced_together(((occasion, volume),)) as (moment,):
         yield moment
+
+
+@contextmanager
+def quiesced_together(
+    parts: Sequence[tuple[Occasion, WatchedVolume]],
+) -> Iterator[tuple[Moment, ...]]:
+    """Prepare one instant of several volumes, and let everybody go in the end.
+
+    Each step is done for all volumes before the next one: applications hold still, since what they
+    write meanwhile may lie on another volume of the group; then everything that takes long is done;
+    then filesystems are frozen. No gate is closed yet, so no freeze waits for one of ours. Raises
+    what `quiesced` raises.
+    """
+    for occasion, _ in parts:
+        check_settings(occasion.settings)
+    check_mix([occasion.settings.level for occasion, _ in parts])
+    letting_go = Release()
+    moments = tuple(Moment(occasion, volume, letting_go) for occasion, volume in parts)
+    letting_go.of(moments)
+    try:
+        for moment in moments:
+            moment.prepare_applications()
+        if any(moment.is_freeze_wanted for moment in moments):
+            for moment in moments:
+                moment.prepare_freeze()
+            for moment in moments:
+                moment.look_at_mounts()
+            for moment in moments:
+                moment.freeze()
+        yield moments
     finally:
-        moment.wait_released()
+        letting_go.finish()
+
+
+def check_mix(levels: Sequence[Consistency]) -> None:
+    """Raise `UsageError` for levels that cannot be held at one instant."""
+    held = {Consistency.FILESYSTEM, Consistency.APPLICATION} & set(levels)
+    if Consistency.IDLE in levels and held:
+        raise UsageError(
+            "one volume of a group waits for a quiet moment, which may take minutes, while "
+            f"another would be held still ({', '.join(sorted(held))})",
+            hint="ask for one level for all of them with --consistency",
+        )

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -118,24 +119,26 @@ def free_nbd(system: System) -> str | None:
 
 def command(*words: str, what: str) -> str:
     """Run a command of the system; return what it printed, raise `MountError` with its words."""
-    try:
-        ran = subprocess.run(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            text=True,
-            errors="replace",
-            timeout=COMMAND_S,
-        )
-    except FileNotFoundError as error:
-        raise MountError(f"{what}: the command {words[0]} is not here") from error
-    except subprocess.TimeoutExpired as error:
-        raise MountError(f"{what}: {words[0]} has not ended within {COMMAND_S:.0f} s") from error
-    if ran.returncode != 0:
-        said = " ".join((ran.stderr or ran.stdout).split())
-        raise MountError(f"{what}: {said or f'{words[0]} ended with {ran.returncode}'}")
-    return ran.stdout
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            process = subprocess.Popen(
+                list(words), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        except FileNotFoundError as error:
+            raise MountError(f"{what}: the command {words[0]} is not here") from error
+        try:
+            code = process.wait(COMMAND_S)
+        except subprocess.TimeoutExpired as error:
+            # Not waited for: one that waits for a dead disk in the kernel outlives a kill.
+            process.kill()
+            raise MountError(
+                f"{what}: {words[0]} has not ended within {COMMAND_S:.0f} s"
+            ) from error
+        output.seek(0)
+        said = output.read()
+    if code != 0:
+        raise MountError(f"{what}: {' '.join(said.split()) or f'{words[0]} ended with {code}'}")
+    return said
 
 
 def attach_loop(image: str, *, is_read_only: bool) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from stillblock.mounting.kernel import Loop, MountPoint, System
 
+_DELETED: Final = " (deleted)"
 _LOG: Final = logging.getLogger("stillblock.mounting")
 
 
@@ -63,7 +64,7 @@ def find(
     for record in known:
         loop = nbd = mount = None
         if record.image:
-            mine = [loop for loop in loops if loop.backing == record.image]
+            mine = [loop for loop in loops if _lies_on(loop, record)]
             exact = [loop for loop in mine if loop.device == record.device]
             unnamed = [loop for loop in mine if loop.device not in named]
             loop = next(iter(exact or ([] if record.device else unnamed)), None)
@@ -84,6 +85,20 @@ def find(
             mount = candidate if is_ours else None
         found.append(Found(record=record, mount=mount, loop=loop, nbd=nbd))
     return tuple(found)
+
+
+def _lies_on(loop: Loop, record: MountRecord) -> bool:
+    """Whether a loop device lies on a record's image, whatever became of its name.
+
+    The kernel adds a mark to a name that it does not find any more, as after a server was killed;
+    and of a tree that was detached it tells the path below it, which proves no more than that the
+    device is still the one that was written down.
+    """
+    backing = loop.backing.removesuffix(_DELETED)
+    if backing == record.image:
+        return True
+    is_below = backing.startswith(("/@", "/disk.")) and record.image.endswith(backing)
+    return is_below and loop.device == record.device
 
 
 def look(known: Sequence[MountRecord], system: System) -> tuple[Found, ...]:
@@ -112,7 +127,10 @@ def undo(
     if found.mount is not None:
         _unmount(found, force=force)
     if found.loop is not None:
-        kernel.detach_loop(found.loop.device)
+        # Gone with its mount, as a rule, and given to somebody else perhaps: looked at once more.
+        still = [one for one in kernel.loops(kernel.System()) if one == found.loop]
+        for one in still:
+            kernel.detach_loop(one.device)
     if found.nbd is not None:
         kernel.command("nbd-client", "-d", found.nbd, what=f"detaching {found.nbd}")
     if record.clone:

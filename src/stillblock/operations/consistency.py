@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stillblock.consistency.quiesce import Occasion, check_settings
 from stillblock.errors import UsageError
-from stillblock.model import Consistency, ConsistencySettings, Extents
+from stillblock.model import Consistency, ConsistencySettings, Extents, Quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ class ConsistencyRequest:
 
     level: Consistency | None = None
     or_barrier: bool | None = None
+    quiet: Quiet | None = None
     quiet_ms: int | None = None
     idle_limit_ms: int | None = None
     mounts: tuple[str, ...] | None = None
@@ -40,6 +41,7 @@ class ConsistencyRequest:
             settings,
             level=_or(self.level, settings.level),
             or_barrier=_or(self.or_barrier, settings.or_barrier),
+            quiet=_or(self.quiet, settings.quiet),
             quiet_ms=_or(self.quiet_ms, settings.quiet_ms),
             idle_limit_ms=_or(self.idle_limit_ms, settings.idle_limit_ms),
             freeze_limit_ms=_or(self.freeze_limit_ms, settings.freeze_limit_ms),
@@ -85,10 +87,14 @@ def set_consistency(volume: OpenVolume, request: ConsistencyRequest) -> Standing
 
 
 def settings_for(
-    volume: OpenVolume, *, level: Consistency | None, or_barrier: bool | None
+    volume: OpenVolume,
+    *,
+    level: Consistency | None,
+    or_barrier: bool | None,
+    quiet: Quiet | None,
 ) -> ConsistencySettings:
     """Return the standing settings with what one snapshot wants; raise `UsageError` if bad."""
-    wanted = ConsistencyRequest(level=level, or_barrier=or_barrier)
+    wanted = ConsistencyRequest(level=level, or_barrier=or_barrier, quiet=quiet)
     settings = wanted.applied_to(volume.settings().consistency)
     try:
         check_settings(settings)

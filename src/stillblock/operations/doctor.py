@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import native, selection
 from stillblock.model import format_size
+from stillblock.mounting import records
 from stillblock.operations.findings import Check, Level
 from stillblock.operations.state import examine_state
 
@@ -46,7 +47,9 @@ def examine(config: Config, is_served: Callable[[str], bool]) -> tuple[Check, ..
         _memlock(),
         _call_filter(),
         _device("kernel NBD client", Path("/sys/module/nbd"), "as root: modprobe nbd"),
-        _device("FUSE", Path("/dev/fuse"), "install fuse3, to mount through nbdfuse"),
+        _device("FUSE", Path("/dev/fuse"), "install fuse3, to mount and to see disks as files"),
+        _device("loop devices", Path("/dev/loop-control"), "as root, to mount: modprobe loop"),
+        _mounts(config, is_served),
         *_tools(),
     )
 
@@ -140,6 +143,20 @@ def _call_filter() -> Check:
         level=Level.MISSING,
         finding="not on this kernel or processor",
         advice="readers run with limits on memory, time and descriptors only",
+    )
+
+
+def _mounts(config: Config, is_served: Callable[[str], bool]) -> Check:
+    """Whether somebody answers for what is mounted."""
+    known = [record for record in records.read(config.mounts_dir) if not record.is_private]
+    dead = [record for record in known if not is_served(record.volume)]
+    if not dead:
+        return Check(name="mounts", level=Level.OK, finding=f"{len(known)}")
+    return Check(
+        name="mounts",
+        level=Level.WARNING,
+        finding="nobody answers for " + ", ".join(f"{r.reference} at {r.where}" for r in dead),
+        advice="serve the volume again, or `stillblock unmount` each",
     )
 
 

@@ -16,7 +16,6 @@ from stillblock.model import format_size
 from stillblock.operations.held import Refusal
 from stillblock.operations.trees import extents_within
 from stillblock.selection.filesystems.filesystem import FileKind
-from stillblock.selection.partition_table import printable
 from stillblock.selection.workers import is_of_disk
 
 if TYPE_CHECKING:
@@ -229,8 +228,6 @@ class _Walk:
     changes: list[FileChange] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     told_by_time_only: int = 0
-    _entered: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
-    """The directories of each tree that were looked into."""
 
     def run(self) -> None:
         """Compare the top and everything below it."""
@@ -238,23 +235,18 @@ class _Walk:
         self._compare("/", *roots)
         waiting: list[tuple[str, Node | None, Node | None]]
         waiting = [("/", roots[0].node, roots[1].node)]
+        # A directory has one place in a tree, or a damaged tree would have no end.
+        entered: set[tuple[bool, int]] = set()
         while waiting:
             path, old, new = waiting.pop()
             self.told(path)
-            if self._is_entered(old, new):
-                # No sound filesystem has one directory at two places; a loop would have no end.
-                self.skipped.append(f"{printable(path)}: this directory is at another path too")
+            here = {(tree, n.number) for tree, n in ((False, old), (True, new)) if n is not None}
+            if here & entered:
+                where = (self.before if new is None else self.after).path(path)
+                self.skipped.append(f"{where} is in two places, or inside itself: it is damaged")
                 continue
+            entered |= here
             waiting += reversed(self._directory(path, old, new))
-
-    def _is_entered(self, old: Node | None, new: Node | None) -> bool:
-        """Whether one of two directories was looked into before; note that they are now."""
-        is_entered = False
-        for node, entered in zip((old, new), self._entered, strict=True):
-            if node is not None:
-                is_entered |= node.number in entered
-                entered.add(node.number)
-        return is_entered
 
     def _directory(
         self, path: str, old: Node | None, new: Node | None

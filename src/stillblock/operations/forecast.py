@@ -77,7 +77,7 @@ def forecast(volume: OpenVolume) -> Forecast:
 
 def _changes(volume: OpenVolume) -> tuple[list[Extents], int]:
     """Return what changed after each instant until the next, and when the first was."""
-    final = [s.epoch for s in volume.snapshots() if s.record.is_final and not s.epoch.damage]
+    final = [s.epoch for s in volume.snapshots() if s.is_readable]
     instants = {epoch.epoch: epoch for epoch in final}
     instants |= {b.epoch.epoch: b.epoch for b in volume.bookmarks()}
     numbers = sorted(instants)

@@ -78,6 +78,8 @@ def plan_import(
     with open_catalog(config) as catalog:
         others = tuple(e for e in catalog.volumes() if e.uuid != found.uuid)
     origins.refuse_taken(origin, others, system or origins.System())
+    origins.refuse_image(origin, system or origins.System())
+    origins.refuse_on_image(store, system or origins.System(), what="store")
     return ImportPlan(
         name=name,
         uuid=found.uuid,

@@ -168,19 +168,28 @@ def _ensure_private(volume: OpenVolume) -> str:
     """Return the directory of the tree that mounts lie on."""
     directory = str(volume.images_dir)
     with volume.lock:
-        if not volume.hooks.shows_images(volume, directory):
-            volume.images_dir.mkdir(mode=0o700, exist_ok=True)
+        top = {mount.path: mount.source for mount in kernel.mount_points(kernel.System())}
+        is_there = top.get(directory) == kernel.tree_source(volume.name)
+        if not is_there or not volume.hooks.shows_images(volume, directory):
+            volume.images_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             _show(volume, directory, is_private=True)
     return directory
 
 
 def checked_directory(volume: OpenVolume, text: str) -> str:
     """Return the path of a directory that may be mounted over; raise if it would hide ours."""
-    if not os.path.isabs(text):  # noqa: PTH117 - a path of the caller's, not to be normalised yet
+    directory = os.path.normpath(text)
+    if not Path(text).is_absolute():
         raise UsageError(f"{text!r} is no absolute path")
-    directory = os.path.realpath(text)
-    if any(mount.path == directory for mount in kernel.mount_points(kernel.System())):
-        raise InUseError(f"something is mounted at {directory} already")
+    for mount in kernel.mount_points(kernel.System()):
+        if mount.path == directory:
+            raise InUseError(f"something is mounted at {directory} already")
+        # Before anything is looked at there: we would wait for our own answer, and could not even
+        # be killed while we do.
+        if mount.kind == kernel.FUSE_KIND and Path(directory).is_relative_to(mount.path):
+            raise UsageError(f"{directory} lies among images, where nothing can be mounted")
+    if os.path.realpath(directory) != directory:
+        raise UsageError(f"{directory} leads through a link; name {os.path.realpath(directory)}")
     if not Path(directory).is_dir():
         raise NotFoundError(f"{directory} is no directory", hint=f"mkdir -p {directory}")
     places = volume.own_places() | {"origin": Path(volume.engine.origin)}

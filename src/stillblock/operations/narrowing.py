@@ -234,7 +234,8 @@ def resume_narrowing(volume: OpenVolume) -> None:
     for epoch in volume.probes():
         volume.engine.delete_snapshot(epoch=epoch, force=True)
     for snapshot in volume.snapshots():
-        if not snapshot.record.is_final:
+        # One that may not exist is left alone: nothing of it can be read.
+        if not snapshot.record.is_final and not snapshot.epoch.undecided:
             volume.narrowings.start(volume, snapshot)
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Key = tuple[str, int, int]
 """`("block", major, minor)` or `("file", device, inode)`."""
 
+_TREE_SOURCE: Final = "stillblock:"
+"""What trees of images have as their source in the kernel's table."""
 _VHD_FOOTER_BYTES: Final = 512
 _VHD_COOKIE: Final = b"conectix"
 _VHD_VERSION: Final = b"\x00\x01\x00\x00"
@@ -186,8 +188,52 @@ def refuse_mounted(origin: Path, system: System) -> None:
             )
 
 
+def refuse_image(origin: Path, system: System) -> None:
+    """Raise `RefusedError` if the disk is an image that a server shows, or a device on one.
+
+    A server that waits for its own answer can neither go on nor be killed.
+    """
+    if _is_shown(footprint(origin, system).reach, system):
+        raise RefusedError(
+            f"{origin} is an image that a server shows of a volume",
+            hint="make a disk of its own of it: `stillblock clone promote`, or copy it",
+        )
+
+
+def refuse_on_image(directory: Path, system: System, *, what: str) -> None:
+    """Raise `StoreOnVolumeError` if the directory lies on a filesystem of such an image."""
+    reach = set[Key]()
+    for key in _beneath(directory, system):
+        backing = _loops(system).get(key)
+        reach |= {key, backing} if backing else {key}
+    if _is_shown(reach, system):
+        raise StoreOnVolumeError(
+            f"the {what} {directory} lies on a snapshot or clone that a server shows",
+            hint="choose a directory on a disk of this machine",
+        )
+
+
+def _is_shown(reach: Iterable[Key], system: System) -> bool:
+    """Whether one of them is a file in a tree of images."""
+    trees = {device for device, source, _ in _mounts(system) if source.startswith(_TREE_SOURCE)}
+    return any(
+        kind == "file" and ("block", os.major(device), os.minor(device)) in trees
+        for kind, device, _ in reach
+    )
+
+
 def refuse_on_volume(directory: Path, origin: Path, system: System, *, what: str) -> None:
     """Raise `StoreOnVolumeError` if the directory lies on the disk that will be served."""
+    below = _beneath(directory, system)
+    if below & footprint(origin, system).reach:
+        raise StoreOnVolumeError(
+            f"the {what} {directory} lies on {origin} itself; a write to one would cause another",
+            hint="choose a directory on another disk",
+        )
+
+
+def _beneath(directory: Path, system: System) -> set[Key]:
+    """Return what a directory, or what is there of its path, lies on."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -200,11 +246,7 @@ def refuse_on_volume(directory: Path, origin: Path, system: System, *, what: str
         source = max(points, key=lambda m: len(m[2]))[1]
         key = key_of(Path(source)) if source.startswith("/") else None
         below |= {key} if key else set()
-    if below & footprint(origin, system).reach:
-        raise StoreOnVolumeError(
-            f"the {what} {directory} lies on {origin} itself; a write to one would cause another",
-            hint="choose a directory on another disk",
-        )
+    return below
 
 
 def _mounts(system: System) -> list[tuple[Key, str, str]]:

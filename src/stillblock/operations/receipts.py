@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PLAIN_MAX: Final = 64
 """Extents that a record lists in words; more are packed: free space has tens of thousands."""
-_OF_THE_MOMENT: Final = ("name", "is_protected", "description", "digest")
+_OF_THE_MOMENT: Final = ("name", "is_protected", "description", "digest", "verification")
 """What may change while the snapshot stays what it is."""
 _EMPTY: Final[tuple[object, ...]] = (None, "", [], {})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stillblock import selection
+from stillblock.consistency import quiet
 from stillblock.consistency.quiesce import Moment, quiesced
 from stillblock.errors import ProtectedError, QuiesceError, StillblockError, UsageError
 from stillblock.extents import total_bytes
@@ -19,8 +20,10 @@ from stillblock.model import (
     Extents,
     LeftOut,
     Quiescing,
+    Quiet,
     Receipt,
     RuleTerm,
+    SnapshotGroup,
     SnapshotInfo,
     SnapshotRecord,
     TermOutcome,
@@ -38,12 +41,14 @@ from stillblock.operations.receipts import (
 )
 from stillblock.operations.records import encode_snapshot, new_id
 from stillblock.operations.rules import RulesRequest, effective_rules, explain_terms
+from stillblock.operations.undecided import ask_again
 from stillblock.operations.volume import OpenVolume, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stillblock import native
+    from stillblock.consistency.quiesce import Occasion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,8 @@ class SnapshotRequest:
     """None: the volume's standing level."""
     or_barrier: bool | None = None
     """Whether to fall back where the level cannot be reached; None: as the volume says."""
+    quiet: Quiet | None = None
+    """Which writers wait; None: as the volume says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +161,9 @@ class SnapshotList:
 
 def plan_snapshot(volume: OpenVolume, request: SnapshotRequest) -> SnapshotPlan:
     """Resolve the rules on the live disk and check the name; change nothing."""
-    settings = settings_for(volume, level=request.consistency, or_barrier=request.or_barrier)
+    settings = settings_for(
+        volume, level=request.consistency, or_barrier=request.or_barrier, quiet=request.quiet
+    )
     return _planned(volume, request, settings)
 
 
@@ -218,63 +227,86 @@ def create_snapshot(volume: OpenVolume, request: SnapshotRequest) -> Receipt:
     of consistency cannot be reached and no fallback is wanted; `ClosedError` if the volume closes
     while a quiet moment is waited for.
     """
-    settings = settings_for(volume, level=request.consistency, or_barrier=request.or_barrier)
+    settings = settings_for(
+        volume, level=request.consistency, or_barrier=request.or_barrier, quiet=request.quiet
+    )
     with ExitStack() as held:
         # Others work on while this waits for its turn, for hooks and for a quiet moment.
         if settings.level is not Consistency.BARRIER:
             held.enter_context(volume.instants.turn())
         with volume.lock:
             plan = _planned(volume, request, settings)
-            taking = _Taking(volume, request, plan, held)
-        around = occasion(
-            volume,
-            snapshot=plan.name,
-            settings=plan.consistency,
-            selection=plan.extents,
-            before_freeze=taking.prepare,
-        )
-        with quiesced(around, volume.engine) as moment:
-            instant, record = moment.take(
-                lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed)
+            taking = Taking(volume, request, plan, held, waits=has_to_wait(plan))
+        with quiesced(taking.occasion(), volume.engine) as moment:
+            instant, record = quiet.take(
+                moment,
+                lambda quiet_ms, passed: taking.take(moment, quiet_ms=quiet_ms, passed=passed),
             )
             quiescing = moment.outcome()
-        plan = taking.plan
-        if quiescing.shortfall and not plan.consistency.or_barrier:
+        if falls_short(taking.plan, quiescing):
             # Right, but not what was asked for.
             volume.engine.delete_snapshot(epoch=instant.epoch)
-            raise QuiesceError(
-                f"{volume.name}: {quiescing.asked} was not held until the instant: "
-                f"{quiescing.shortfall}; nothing was taken",
-                hint="raise the limit, or add --or-barrier to keep such a snapshot",
-            )
-        # Committed. The length of the pause is known only now; a crash here loses the number.
-        record = replace(
-            _with_quiescing(record, quiescing),
-            pause_ns=instant.pause_ns,
-            in_flight=instant.in_flight,
-            commit_ns=instant.commit_ns,
-        )
-        if record.is_final:
-            extents = volume.engine.selection(epoch=instant.epoch)
-            record = sealed(record, Instant.of(instant), extents)
-        try:
-            volume.store_record(instant.epoch, record)
-        finally:  # it is there, whatever could not be written beside it
-            volume.hooks.reconcile(volume)
-            if not record.is_final:
-                volume.narrowings.start(volume, volume.snapshot(record.id))
-        receipt = read_receipt(volume, SnapshotTarget(snapshot=record.id))
-    volume.event(
-        "snapshot_created",
-        snapshot=plan.name,
-        selected_bytes=plan.selected_bytes,
-        pause_ns=instant.pause_ns,
-        consistency=str(quiescing.reached),
-    )
+            raise not_held(volume, quiescing.asked, quiescing.shortfall)
+        receipt = keep_snapshot(volume, record, instant, quiescing)
+    note_created(volume, receipt)
     return receipt
 
 
-class _Taking:
+def has_to_wait(plan: SnapshotPlan) -> bool:
+    """Return whether somebody has to hold still, or a quiet moment to come, before the instant."""
+    return plan.consistency.level is not Consistency.BARRIER
+
+
+def falls_short(plan: SnapshotPlan, quiescing: Quiescing) -> bool:
+    """Return whether a snapshot is less consistent than it may be."""
+    return bool(quiescing.shortfall) and not plan.consistency.or_barrier
+
+
+def not_held(volume: OpenVolume, asked: Consistency, shortfall: str) -> QuiesceError:
+    """Return the error for a level that was not held until the instant."""
+    return QuiesceError(
+        f"{volume.name}: {asked} was not held until the instant: {shortfall}; nothing was taken",
+        hint="raise the limit, or add --or-barrier to keep such a snapshot",
+    )
+
+
+def keep_snapshot(
+    volume: OpenVolume, record: SnapshotRecord, instant: native.Instant, quiescing: Quiescing
+) -> Receipt:
+    """Write down how a snapshot that is committed came about, and let its narrowing begin."""
+    # The length of the pause is known only now; a crash here loses the number.
+    record = replace(
+        _with_quiescing(record, quiescing),
+        pause_ns=instant.pause_ns,
+        in_flight=instant.in_flight,
+        commit_ns=instant.commit_ns,
+    )
+    if record.is_final:
+        extents = volume.engine.selection(epoch=instant.epoch)
+        record = sealed(record, Instant.of(instant), extents)
+    try:
+        volume.store_record(instant.epoch, record)
+    finally:  # it is there, whatever could not be written beside it
+        volume.hooks.reconcile(volume)
+        if not record.is_final:
+            volume.narrowings.start(volume, volume.snapshot(record.id))
+    return read_receipt(volume, SnapshotTarget(snapshot=record.id))
+
+
+def note_created(volume: OpenVolume, receipt: Receipt) -> None:
+    """Record the event."""
+    info = receipt.snapshot
+    volume.event(
+        "snapshot_created",
+        snapshot=info.name,
+        selected_bytes=info.selected_bytes,
+        pause_ns=receipt.pause_ns or 0,
+        consistency=receipt.consistency,
+        **({} if info.group is None else {"group": info.group.id}),
+    )
+
+
+class Taking:
     """A snapshot between its plan and its instant: minutes may pass, and then the disk is another.
 
     What it selects is what the rules mean at the instant, not what they meant when it was asked
@@ -282,18 +314,24 @@ class _Taking:
     """
 
     def __init__(
-        self, volume: OpenVolume, request: SnapshotRequest, plan: SnapshotPlan, held: ExitStack
+        self,
+        volume: OpenVolume,
+        request: SnapshotRequest,
+        plan: SnapshotPlan,
+        held: ExitStack,
+        *,
+        waits: bool,
     ) -> None:
         """Reserve the name. Under the volume's lock, which `held` keeps from the instant on, and
-        from now on if nothing has to be waited for.
+        from now on if nothing has to be waited for, here or on another volume of its group.
         """
         self.plan = plan
         self._volume = volume
         self._request = request
         self._held = held
         self._known: selection.Known | None = None
-        self._waits = plan.consistency.level is not Consistency.BARRIER
-        if self._waits:
+        self._waits = waits
+        if waits:
             volume.instants.coming = plan.name
         else:
             self._hold()
@@ -304,25 +342,47 @@ class _Taking:
         self._known = selection.Known()
         self._look_again()
 
+    def occasion(self) -> Occasion:
+        """Return what its instant is prepared with."""
+        return occasion(
+            self._volume,
+            snapshot=self.plan.name,
+            settings=self.plan.consistency,
+            selection=self.plan.extents,
+            before_freeze=self.prepare,
+        )
+
     def take(
         self, moment: Moment, *, quiet_ms: int | None, passed: Callable[[], None]
     ) -> tuple[native.Instant, SnapshotRecord]:
         """Take it. Raise `NotQuietError` where it was not quiet, or other ranges have to be."""
         with self._volume.lock:
-            if self._waits:
-                self._look_again()
-                moment.require_quiet(ranges_to_watch(self._volume, self.plan.extents))
-            record = _record_of(self.plan, self._request)
+            record = self.settle(moment)
             instant = self._volume.engine.snapshot(
                 selection=self.plan.extents,
                 low=self.plan.low,
-                meta=encode_snapshot(_with_quiescing(record, moment.undecided)),
+                meta=first_meta(record, moment),
                 pause_limit_ms=self.plan.pause_limit_ms,
                 quiet_ms=quiet_ms,
+                holds=self.plan.consistency.quiet.value,
                 passed=passed,
             )
-            self._hold()  # it is there, and nobody finds it before its record is whole
+            self.hold()
         return instant, record
+
+    def settle(self, moment: Moment, *, group: SnapshotGroup | None = None) -> SnapshotRecord:
+        """Return what is written of it, with `plan` as of now. Under the volume's lock.
+
+        Raise `NotQuietError` where other ranges have to be quiet than were.
+        """
+        if self._waits:
+            self._look_again()
+            moment.require_quiet(ranges_to_watch(self._volume, self.plan.extents))
+        return _record_of(self.plan, self._request, group)
+
+    def hold(self) -> None:
+        """Keep the lock: it is there, and nobody finds it before its record is whole."""
+        self._hold()
 
     def _look_again(self) -> None:
         plan = self.plan
@@ -338,7 +398,14 @@ class _Taking:
         self._held.enter_context(self._volume.lock)
 
 
-def _record_of(plan: SnapshotPlan, request: SnapshotRequest) -> SnapshotRecord:
+def first_meta(record: SnapshotRecord, moment: Moment) -> bytes:
+    """Return what is written with the instant, before anybody knows how it went."""
+    return encode_snapshot(_with_quiescing(record, moment.undecided))
+
+
+def _record_of(
+    plan: SnapshotPlan, request: SnapshotRequest, group: SnapshotGroup | None
+) -> SnapshotRecord:
     record = SnapshotRecord(
         name=plan.name,
         id=new_id(),
@@ -349,6 +416,7 @@ def _record_of(plan: SnapshotPlan, request: SnapshotRequest) -> SnapshotRecord:
         is_default=plan.is_default,
         notes=plan.notes,
         versions=versions(),
+        group=group,
     )
     return with_left_out(record, plan.left_out)
 
@@ -359,6 +427,7 @@ def _with_quiescing(record: SnapshotRecord, quiescing: Quiescing) -> SnapshotRec
 
 def list_snapshots(volume: OpenVolume) -> SnapshotList:
     """Return every snapshot, oldest first."""
+    ask_again(volume)
     counts = clone_counts(volume)
     return SnapshotList(
         volume=volume.name,
@@ -371,6 +440,7 @@ def list_snapshots(volume: OpenVolume) -> SnapshotList:
 
 def show_snapshot(volume: OpenVolume, target: SnapshotTarget) -> SnapshotInfo:
     """Return one snapshot."""
+    ask_again(volume)
     snapshot = volume.snapshot(target.snapshot)
     count = clone_counts(volume).get(snapshot.epoch.epoch, 0)
     return replace(snapshot_info(volume, snapshot), clone_count=count)
@@ -404,6 +474,7 @@ def read_receipt(volume: OpenVolume, target: SnapshotTarget) -> Receipt:
         digest=record.digest,
         is_intact=not can_be_checked
         or digest_of(record, Instant.of(epoch), extents) == record.digest,
+        verification=record.verification,
     )
 
 
@@ -543,4 +614,7 @@ def snapshot_info(volume: OpenVolume, snapshot: Snapshot) -> SnapshotInfo:
         consistency=record.consistency,
         shortfall="" if record.quiescing is None else record.quiescing.shortfall,
         is_final=record.is_final,
+        group=record.group,
+        undecided=epoch.undecided,
+        verified=None if record.verification is None else record.verification.outcome,
     )

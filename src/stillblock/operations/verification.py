@@ -245,7 +245,7 @@ def judge(volume: OpenVolume, findings: tuple[Finding, ...]) -> CheckReport:
         SnapshotFinding(
             snapshot=s.record.name,
             state=s.state,
-            reason=s.epoch.damage or s.epoch.suspect_reason,
+            reason=s.epoch.undecided or s.epoch.damage or s.epoch.suspect_reason,
             damaged=tuple(s.epoch.damaged),
             lost=tuple(s.epoch.lost),
         )

@@ -183,8 +183,15 @@ class Snapshot:
     record: SnapshotRecord
 
     @property
+    def is_readable(self) -> bool:
+        """Whether there is something to read: it exists, its header too, and it is final."""
+        return self.record.is_final and not self.epoch.damage and not self.epoch.undecided
+
+    @property
     def state(self) -> SnapshotState:
         """The worst that is known of it."""
+        if self.epoch.undecided:
+            return SnapshotState.UNDECIDED
         if self.epoch.damage or self.epoch.damaged:
             return SnapshotState.DAMAGED
         if self.epoch.lost:
@@ -237,6 +244,7 @@ class OpenVolume:
                 buffer_dir=chosen.buffer_dir,
                 buffer_bytes=chosen.buffer_bytes,
                 recover=chosen.recover,
+                peers=_other_stores(config, name),
             )
         volume = cls(config, entry, engine)
         volume._buffer_dir = chosen.buffer_dir
@@ -333,6 +341,10 @@ class OpenVolume:
             for entry in catalog.volumes():
                 places[f"store of {entry.name}"] = Path(entry.store)
         return places
+
+    def other_stores(self) -> tuple[Path, ...]:
+        """Return the stores of all other volumes on the list."""
+        return _other_stores(self._config, self.name)
 
     # What the store remembers
 
@@ -474,6 +486,11 @@ class OpenVolume:
                 catalog.record(self.name, kind, **detail)
         except CatalogError as error:
             _LOG.warning("event not recorded: volume=%s kind=%s: %s", self.name, kind, error)
+
+
+def _other_stores(config: Config, name: str) -> tuple[Path, ...]:
+    with Catalog(config.catalog_path) as catalog:
+        return tuple(Path(entry.store) for entry in catalog.volumes() if entry.name != name)
 
 
 @contextmanager

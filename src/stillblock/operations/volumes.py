@@ -44,6 +44,7 @@ from stillblock.operations.registry import (
     registering,
 )
 from stillblock.operations.rules import default_rules, expanded, explain_on
+from stillblock.operations.undecided import check_nobody_asks
 from stillblock.operations.usage import check_limit
 from stillblock.operations.volume import EngineOptions, OpenVolume
 
@@ -134,6 +135,8 @@ def plan_add(config: Config, request: AddRequest, system: origins.System | None 
     origins.refuse_on_volume(store, origin, system, what="store")
     origins.refuse_on_volume(config.state_dir, origin, system, what="state directory")
     origins.refuse_mounted(origin, system)
+    origins.refuse_image(origin, system)
+    origins.refuse_on_image(store, system, what="store")
     _check_store_new(store)
     rules = expanded(request.rules, selection.Presets(config.presets_dir))
     with open_raw(origin) as disk:
@@ -193,6 +196,7 @@ def plan_remove(config: Config, name: str, *, keep_store: bool = False) -> Remov
         entry = catalog.volume(name)
     snapshots: tuple[str, ...] = ()
     if not keep_store and Path(entry.store).exists():
+        check_nobody_asks(config, name)
         with OpenVolume.open(config, name) as volume:
             snapshots = tuple(s.record.name for s in volume.snapshots())
     return RemovePlan(
@@ -209,6 +213,7 @@ def remove_volume(config: Config, plan: RemovePlan) -> RemovePlan:
     store = Path(plan.store)
     with registering(config), open_catalog(config) as catalog:
         if plan.deletes_store and store.exists():
+            check_nobody_asks(config, plan.name)
             # Opening proves that nobody serves it; closing completes the origin.
             with OpenVolume.open(config, plan.name):
                 pass

@@ -28,7 +28,14 @@ from stillblock.errors import (
     StillblockError,
     UsageError,
 )
-from stillblock.service.verbs import Verb, all_verbs
+from stillblock.operations.groups import (
+    GroupPlan,
+    GroupReceipt,
+    GroupRequest,
+    create_group,
+    plan_group,
+)
+from stillblock.service.verbs import GROUPS_PATH, PLAN_GROUP_PATH, Verb, all_verbs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -45,6 +52,9 @@ BODY_BYTES_MAX: Final = 1024 * 1024
 EVENT_POLL_S: Final = 0.5
 """Events are for people to watch; a local SQLite query costs well under a millisecond."""
 _VOLUME_PATH: Final = "/v1/volumes/{volume}"
+
+
+_GROUP_VERBS: Final = ((GROUPS_PATH, create_group), (PLAN_GROUP_PATH, plan_group))
 
 
 class Host(Protocol):
@@ -69,6 +79,7 @@ def create_app(host: Host) -> Starlette:
         Route("/v1/volumes", _volumes(host), methods=["GET"]),
         Route("/v1/events", _events(host), methods=["GET"]),
     ]
+    routes += [Route(path, _group(host, run), methods=["POST"]) for path, run in _GROUP_VERBS]
     routes += [
         Route(_VOLUME_PATH + verb.path, _endpoint(host, verb), methods=[verb.method])
         for verb in all_verbs()
@@ -99,6 +110,28 @@ def _endpoint(host: Host, verb: Verb[Any, Any]) -> Callable[[Request], Awaitable
             raise UsageError(f"{verb.name}: {error}") from error
         result = await run_in_threadpool(verb.run, volume, asked)
         return _json(codec.document(verb.name, result))
+
+    return endpoint
+
+
+def _group(
+    host: Host, run: Callable[[list[OpenVolume], GroupRequest], object]
+) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            asked = codec.from_json(GroupRequest, _parse(await _body(request), "body"))
+        except codec.CodecError as error:
+            raise UsageError(f"group: {error}") from error
+        served = host.volumes()
+        missing = [m.volume for m in asked.members if m.volume not in served]
+        if missing:
+            raise UsageError(
+                f"this process serves {', '.join(sorted(served)) or 'nothing'} and not "
+                f"{', '.join(missing)}: one instant needs one process",
+                hint="stop them, and serve all with one `stillblock serve`",
+            )
+        volumes = [served[member.volume] for member in asked.members]
+        return _json(codec.document("group", await run_in_threadpool(run, volumes, asked)))
 
     return endpoint
 
@@ -165,6 +198,17 @@ async def _index(_: Request) -> Response:
             "result": _shape(verb.result),
         }
         for verb in all_verbs()
+    ]
+    described += [
+        {
+            "name": run.__name__,
+            "method": "POST",
+            "path": path,
+            "summary": (run.__doc__ or "").splitlines()[0],
+            "request": _shape(GroupRequest),
+            "result": _shape(result),
+        }
+        for (path, run), result in zip(_GROUP_VERBS, (GroupReceipt, GroupPlan), strict=True)
     ]
     return _json(codec.document("index", {"routes": described}))
 

@@ -15,7 +15,7 @@ from stillblock.errors import InUseError, NotFoundError, StillblockError
 from stillblock.model import ExportInfo, format_instant, format_size
 from stillblock.operations.clones import Clone, clones_of, is_promoted
 from stillblock.operations.disks import SnapshotDisk
-from stillblock.service.images import ImageTree
+from stillblock.service.image_tree import ImageTree
 
 if TYPE_CHECKING:
     from stillblock.model import Extents
@@ -276,9 +276,9 @@ class ExportServer:
             self._trees.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
-        # Of a snapshot without its header nothing can be read; one that is narrowed selects more
-        # than it will.
-        there = (s for s in volume.snapshots() if s.record.is_final and not s.epoch.damage)
+        # Of a snapshot without its header nothing can be read, nor of one that may not exist; one
+        # that is narrowed selects more than it will.
+        there = (s for s in volume.snapshots() if s.is_readable)
         snapshots = {f"{volume.name}@{s.record.name}": s for s in there}
         instants = instants_of(volume)
         by_epoch: dict[int | None, str] = {s.epoch.epoch: name for name, s in snapshots.items()}

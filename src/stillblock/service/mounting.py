@@ -56,7 +56,7 @@ def mount_images(config: Config, volume: str, directory: Path) -> Mounted:
     """Show everything that a served volume has as files in a directory. Needs no root."""
     session = _server(config, volume)
     with records.locked(config.mounts_dir):
-        shown = session.show_images(_absolute(directory))
+        shown = session.show_images(os.path.realpath(directory))
         found = _look(config, volume)
     for one in found:
         if one.record.directory == shown.directory and one.is_whole:
@@ -91,7 +91,7 @@ def mount_filesystem(
     is_written = is_writable or (reference.clone is not None and not is_read_only)
     has_own_clone = is_writable or replays
     with _making(config, reference, MountKind.FILESYSTEM) as (session, making):
-        target = _absolute(directory)
+        target = os.path.realpath(directory)
         making.note(is_read_only=not is_written)
         clone = making.throw_away() if has_own_clone else reference.clone
         source = session.mount_source(
@@ -113,7 +113,7 @@ def mount_filesystem(
             reference=source.reference,
         )
         making.note(
-            directory=os.path.realpath(target),
+            directory=target,
             image=source.image,
             filesystem=how.kind or "",
         )
@@ -122,6 +122,8 @@ def mount_filesystem(
         if has_new_fsid:
             kernel.command("btrfstune", "-f", "-m", device, what=f"a new fsid for {device}")
         kernel.mount(device, making.record.directory, kind=how.kind, options=how.options)
+        # In use from now on, it goes with the mount, whoever unmounts it.
+        kernel.detach_loop(device)
         return making.made(source)
 
 
@@ -254,11 +256,6 @@ def _server(config: Config, volume: str) -> RemoteSession:
             hint=f"start `stillblock serve {volume}` and leave it running",
         )
     return RemoteSession(socket_path, volume)
-
-
-def _absolute(directory: Path) -> str:
-    """Return the path without following links: the server does that, where it mounts."""
-    return os.path.abspath(directory)  # noqa: PTH100 - resolve() follows them
 
 
 def _need_root(what: str) -> None:

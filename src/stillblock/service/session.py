@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from stillblock.errors import NarrowingError
 from stillblock.operations.bookmarks import BookmarkList, BookmarkRequest, BookmarkTarget
+from stillblock.operations.checking import FilesystemList, VerificationRequest
 from stillblock.operations.clones import (
     CloneChange,
     CloneChanged,
@@ -39,6 +40,7 @@ from stillblock.operations.snapshots import (
     SnapshotRequest,
     SnapshotTarget,
 )
+from stillblock.operations.undecided import KeepRequest, Kept
 from stillblock.operations.verification import (
     CheckReport,
     VerifyProgress,
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
         Receipt,
         RestoreProgress,
         SnapshotInfo,
+        SnapshotVerification,
         StoreUsage,
         VolumeInfo,
     )
@@ -148,6 +151,10 @@ class Session(abc.ABC):
     def accept_origin(self, *, note: str = "") -> Accepted:
         """Take an origin that others wrote to as it is."""
         return self.call(verbs.ACCEPT_ORIGIN, AcceptRequest(note=note))
+
+    def keep_undecided(self, *, note: str = "") -> Kept:
+        """Keep snapshots of which nobody can tell whether their groups exist."""
+        return self.call(verbs.KEEP_UNDECIDED, KeepRequest(note=note))
 
     def check_structure(self) -> CheckReport:
         """Return what is wrong with the store, short of reading all content."""
@@ -252,6 +259,17 @@ class Session(abc.ABC):
         """Refuse deletion, or allow it again."""
         return self.call(
             verbs.PROTECT_SNAPSHOT, ProtectRequest(snapshot=snapshot, is_protected=is_protected)
+        )
+
+    def list_filesystems(self, snapshot: str) -> FilesystemList:
+        """Return the filesystems of a snapshot."""
+        return self.call(verbs.LIST_FILESYSTEMS, SnapshotTarget(snapshot=snapshot))
+
+    def keep_verification(self, snapshot: str, verification: SnapshotVerification) -> SnapshotInfo:
+        """Keep in the receipt what a snapshot's filesystems came to."""
+        return self.call(
+            verbs.KEEP_VERIFICATION,
+            VerificationRequest(snapshot=snapshot, verification=verification),
         )
 
     def plan_delete(self, snapshot: str) -> DeletePlan:
@@ -375,6 +393,11 @@ class LocalSession(Session):
         if clone is not None:
             return self._opened.engine.open_clone(number=clone.number)
         return self._opened.engine.view(epoch=snapshot.epoch)
+
+    @property
+    def opened(self) -> OpenVolume:
+        """The volume itself."""
+        return self._opened
 
     @property
     def is_remote(self) -> bool:

@@ -22,6 +22,7 @@ from stillblock.model import (
 )
 from stillblock.operations import (
     bookmarks,
+    checking,
     clones,
     consistency,
     explaining,
@@ -34,6 +35,7 @@ from stillblock.operations import (
     rules,
     snapshots,
     statistics,
+    undecided,
     usage,
     verification,
     volumes,
@@ -46,6 +48,10 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+
+GROUPS_PATH: Final = "/v1/groups"
+"""POST takes snapshots of several volumes, all served here, at one instant."""
+PLAN_GROUP_PATH: Final = "/v1/plans/group"
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -158,6 +164,15 @@ ACCEPT_ORIGIN: Final = Verb(
     request=recovery.AcceptRequest,
     result=recovery.Accepted,
     run=recovery.accept_origin,
+)
+KEEP_UNDECIDED: Final = Verb(
+    name="keep_undecided",
+    method="POST",
+    path="/keep-undecided",
+    summary="Keep snapshots of which nobody can tell whether their groups exist.",
+    request=undecided.KeepRequest,
+    result=undecided.Kept,
+    run=undecided.keep_undecided,
 )
 CHECK_STRUCTURE: Final = Verb(
     name="check_structure",
@@ -320,6 +335,24 @@ PROTECT_SNAPSHOT: Final = Verb(
     request=snapshots.ProtectRequest,
     result=SnapshotInfo,
     run=snapshots.protect_snapshot,
+)
+LIST_FILESYSTEMS: Final = Verb(
+    name="list_filesystems",
+    method="GET",
+    path="/snapshots/{snapshot}/filesystems",
+    summary="The filesystems of a snapshot.",
+    request=snapshots.SnapshotTarget,
+    result=checking.FilesystemList,
+    run=checking.list_filesystems,
+)
+KEEP_VERIFICATION: Final = Verb(
+    name="keep_verification",
+    method="POST",
+    path="/snapshots/{snapshot}/verification",
+    summary="Keep in the receipt what a snapshot's filesystems came to.",
+    request=checking.VerificationRequest,
+    result=SnapshotInfo,
+    run=checking.keep_verification,
 )
 PLAN_DELETE: Final = Verb(
     name="plan_delete",

@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from bench import registry
+from bench import registry, stalls
 from bench.cli import main
 from bench.errors import UsageError
 from bench.instants import Window, scattered_extents, stall_figures
@@ -123,6 +123,15 @@ def test_a_stall_is_the_longest_gap_that_touches_the_snapshot():
     found = stall_figures(stamps, [Window(begin_s=1.02, end_s=1.03)])
     assert found["max_ms"] == pytest.approx(940.0)
     assert found["quiet_p99_ms"] == pytest.approx(250.0)
+
+
+def test_a_clients_stall_is_its_longest_write_under_way_around_the_snapshot():
+    # 4 ms from 10.000 on, 50 ms from 10.010 on, and 900 ms long before.
+    log = ["9500, 900000000, 1, 4096, 0, 0\n", "10004, 4000000, 1, 4096, 0, 0\n"]
+    log.append("10060, 50000000, 1, 4096, 4096, 0\n")
+    found = stalls.stall_figures(list(stalls.writes_of(log)), [Window(begin_s=10.02, end_s=10.03)])
+    assert found["max_ms"] == pytest.approx(50.0)
+    assert found["quiet_p99_ms"] == pytest.approx(0.0)
 
 
 def test_scattered_extents_are_in_order_and_apart():

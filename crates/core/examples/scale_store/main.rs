@@ -97,6 +97,7 @@ fn opened(directory: &Path) -> Result<Arc<Volume>> {
         buffer_bytes: 64 << 20,
         recover: Recover::Refuse,
         has_background: false,
+        peers: Vec::new(),
     })
 }
 

@@ -365,6 +365,8 @@ fn is_of_an_epoch(kind: u8) -> bool {
             | kind::ACCEPTED
             | kind::GIVEN_UP
             | kind::RESTORED
+            | kind::GROUP_BEGUN
+            | kind::GROUP_DECIDED
     )
 }
 

@@ -38,6 +38,11 @@ impl Clock {
         Self(Duration::from_nanos(NOW_NS.get()))
     }
 
+    /// Time from an earlier moment to this one.
+    pub fn saturating_duration_since(&self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+
     /// Time since.
     pub fn elapsed(&self) -> Duration {
         Self::now().0.saturating_sub(self.0)
@@ -64,6 +69,17 @@ pub fn breathe() {
 /// Run `work` as a thread of the simulation.
 pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
     shuttle::thread::Builder::new().name(name.into()).spawn(work)
+}
+
+/// Do all of it at once, each part in a thread of the simulation.
+pub fn run_together<T: Send, W: FnOnce() -> T + Send>(works: Vec<W>) -> Vec<T> {
+    shuttle::thread::scope(|scope| {
+        let threads: Vec<_> = works.into_iter().map(|work| scope.spawn(work)).collect();
+        let end = |thread: shuttle::thread::ScopedJoinHandle<'_, T>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(end).collect()
+    })
 }
 
 /// As `parking_lot::Mutex`.

@@ -126,29 +126,55 @@ impl Words {
 
 /// True if something was deleted or narrowed and its space is still to be given back: then it matters
 /// what was selected before, and how far it is.
-fn owes_space(outlines: &[Outline]) -> bool {
-    let is_decision = |o: &Outline| {
-        let kinds = [kind::NARROWED, kind::NARROWED_AS, kind::DELETED, kind::BOOKMARK_DELETED];
-        kinds.contains(&o.kind)
-    };
+fn owes_space(seen: &Seen, outlines: &[Outline]) -> Result<bool> {
     let freed = outlines.iter().rposition(|o| o.kind == kind::FREED);
-    outlines.iter().rposition(is_decision) > freed
+    for outline in &outlines[freed.map_or(0, |at| at + 1)..] {
+        let is_decision = match outline.kind {
+            kind::NARROWED | kind::NARROWED_AS | kind::DELETED | kind::BOOKMARK_DELETED => true,
+            // As a deletion, if the group never was.
+            kind::GROUP_DECIDED => {
+                matches!(seen.entry(outline)?, Entry::GroupDecided { is_committed: false, .. })
+            }
+            _ => false,
+        };
+        if is_decision {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// By epoch, the records of groups whose end is not said.
+fn undecided_groups(outlines: &[Outline]) -> BTreeMap<u32, usize> {
+    let mut begun = BTreeMap::new();
+    for (at, outline) in outlines.iter().enumerate() {
+        match outline.kind {
+            kind::GROUP_BEGUN => drop(begun.insert(outline.epoch, at)),
+            kind::GROUP_DECIDED => drop(begun.remove(&outline.epoch)),
+            _ => {}
+        }
+    }
+    begun
 }
 
 /// What of a journal matters, `earlier` being what its first record says if it was compacted before.
 fn plan(outlines: &[Outline], standing: &Standing, earlier: &Compacted) -> Plan {
-    let mut words: BTreeMap<u32, Words> =
-        standing.live.iter().map(|&epoch| (epoch, Words::default())).collect();
+    let begun = undecided_groups(outlines);
+    // Whoever may turn out to be live is as good as live.
+    let live = standing.live.iter().chain(begun.keys());
+    let mut words: BTreeMap<u32, Words> = live.map(|&epoch| (epoch, Words::default())).collect();
     let mut plan = Plan::default();
     let mut last: BTreeMap<u8, usize> = BTreeMap::new();
     let mut aborted = Vec::new();
-    let first_live = standing.live.first().copied().unwrap_or(u32::MAX);
+    let first_live = words.keys().next().copied().unwrap_or(u32::MAX);
     for (at, outline) in outlines.iter().enumerate() {
         let (kind, epoch) = (outline.kind, outline.epoch);
         let is_known = epoch <= standing.epoch_max;
         match kind {
-            kind::COMPACTED | kind::FREED | kind::FREEING => {}
-            kind::CREATED => drop(plan.kept.insert(at)),
+            kind::COMPACTED | kind::FREED | kind::FREEING | kind::GROUP_BEGUN => {}
+            kind::GROUP_DECIDED if is_broken(Rule::GroupEndsKept) => {}
+            // How a group ended other stores may ask, as long as there are any.
+            kind::CREATED | kind::GROUP_DECIDED => drop(plan.kept.insert(at)),
             kind::OPENED => {
                 last.remove(&kind::CLOSED);
                 last.insert(kind, at);
@@ -189,9 +215,10 @@ fn plan(outlines: &[Outline], standing: &Standing, earlier: &Compacted) -> Plan 
         }
     }
     plan.kept.extend(last.into_values());
+    plan.kept.extend(begun.values());
     plan.kept.extend(words.values().flat_map(Words::kept));
     let aborted = ExtentSet::from_unsorted(aborted).union(&earlier.aborted);
-    let live = standing.live.iter().map(|&epoch| number(epoch)).collect();
+    let live = words.keys().map(|&epoch| number(epoch)).collect();
     let mut epoch_max = standing.epoch_max;
     if is_broken(Rule::HighestEpochKept) {
         epoch_max = standing.live.last().copied().unwrap_or(0);
@@ -286,7 +313,7 @@ impl Volume {
         let Some((seen, standing)) = self.look_at_journal(effort)? else { return Ok(()) };
         let is_over = || self.state.lock().is_closed;
         let outlines = outlines_of(&seen, &is_over)?;
-        if owes_space(&outlines) {
+        if owes_space(&seen, &outlines)? {
             return Ok(());
         }
         let mut plan = plan(&outlines, &standing, &compacted_before(&seen, &outlines)?);

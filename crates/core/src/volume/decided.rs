@@ -7,13 +7,13 @@ use crate::error::Result;
 use crate::extent::{Extent, ExtentSet};
 use crate::index::Record;
 use crate::index::memory::Memory;
-use crate::journal::{Compacted, Entry, OriginIdentity, StorePolicy};
+use crate::journal::{Compacted, Entry, Group, OriginIdentity, StorePolicy};
 use crate::log::format::{Kind, LOST_AT_SOURCE};
 use crate::log::scan::{FoundBatch, Scan, open_regions, scan};
 use crate::log::writer::Segments;
 use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// The journal, folded.
@@ -31,6 +31,8 @@ pub(super) struct Decided {
     restores_ended: BTreeSet<u32>,
     /// Of a compacted journal: the highest epoch it speaks of, and the restore that was not done.
     compacted: Option<(u32, u32)>,
+    /// Of a compacted journal: instants at which nothing begins any more.
+    gone: ExtentSet,
     pub(super) lost: Vec<(u32, ExtentSet)>,
     /// Copies that were given up, by epoch.
     pub(super) given_up: Vec<(u32, ExtentSet)>,
@@ -42,6 +44,10 @@ pub(super) struct Decided {
     /// Something was deleted or narrowed and its space not given back yet.
     pub(super) owes_space: bool,
     pub(super) epoch_max: u32,
+    /// Groups begun here whose end this journal does not tell, by epoch.
+    pub(super) groups: BTreeMap<u32, Group>,
+    /// Why their end is not known elsewhere either.
+    pub(super) doubts: BTreeMap<u32, String>,
     pub(super) entries: Vec<Entry>,
     /// Sequence number of the first of them.
     pub(super) first_sequence: u64,
@@ -85,6 +91,15 @@ impl Decided {
                 self.owes_space = true;
                 self.epoch_max = self.epoch_max.max(*epoch);
             }
+            Entry::GroupBegun { epoch, group } => {
+                self.groups.insert(*epoch, group.clone());
+                self.epoch_max = self.epoch_max.max(*epoch);
+            }
+            Entry::GroupDecided { epoch, is_committed, .. } => {
+                self.groups.remove(epoch);
+                self.owes_space |= !is_committed;
+                self.epoch_max = self.epoch_max.max(*epoch);
+            }
             Entry::Freed => self.owes_space = false,
             Entry::Resized { bytes, .. } => self.size_bytes = *bytes,
             Entry::Aborted { epoch } => {
@@ -115,6 +130,7 @@ impl Decided {
     fn take_compacted(&mut self, compacted: &Compacted) {
         self.epoch_max = self.epoch_max.max(compacted.epoch_max);
         self.compacted = Some((compacted.epoch_max, compacted.restoring));
+        self.gone.clone_from(&compacted.gone);
         self.aborted = self.aborted.union(&compacted.aborted);
     }
 
@@ -150,13 +166,16 @@ impl Decided {
         let (mut snapshots, mut bookmarks) = (BTreeSet::new(), BTreeSet::new());
         for entry in &self.entries {
             match entry {
-                Entry::EpochMeta { epoch, .. } | Entry::Narrowed { epoch, .. } => {
+                Entry::EpochMeta { epoch, .. }
+                | Entry::Narrowed { epoch, .. }
+                | Entry::GroupDecided { epoch, is_committed: true, .. } => {
                     snapshots.insert(*epoch);
                 }
                 Entry::Bookmarked { epoch, .. } => {
                     bookmarks.insert(*epoch);
                 }
-                Entry::Deleted { epoch } => {
+                Entry::Deleted { epoch }
+                | Entry::GroupDecided { epoch, is_committed: false, .. } => {
                     snapshots.remove(epoch);
                 }
                 Entry::BookmarkDeleted { epoch } => {
@@ -168,8 +187,12 @@ impl Decided {
         let headers = scan.segments.values().filter_map(|s| s.epoch_header.as_ref());
         let known: BTreeSet<u32> = headers.map(|header| header.epoch).collect();
         let live = snapshots.union(&bookmarks).copied();
-        live.filter(|epoch| !known.contains(epoch) && !self.aborted.contains(u64::from(*epoch)))
-            .collect()
+        // How a group ended is kept for others when nothing begins here any more.
+        let is_gone = |epoch: u32| {
+            let number = u64::from(epoch);
+            self.aborted.contains(number) || self.gone.contains(number)
+        };
+        live.filter(|epoch| !known.contains(epoch) && !is_gone(*epoch)).collect()
     }
 
     fn without_header(&self) -> Epoch {
@@ -206,7 +229,10 @@ impl Decided {
         let is_decision = |entry: &Entry| {
             matches!(
                 entry,
-                Entry::Narrowed { .. } | Entry::Deleted { .. } | Entry::BookmarkDeleted { .. }
+                Entry::Narrowed { .. }
+                    | Entry::Deleted { .. }
+                    | Entry::BookmarkDeleted { .. }
+                    | Entry::GroupDecided { is_committed: false, .. }
             )
         };
         let decided = self.entries.iter().rposition(is_decision);
@@ -243,6 +269,13 @@ impl Decided {
         }
         for entry in entries {
             apply(&mut epochs, entry);
+        }
+        for (epoch, group) in &self.groups {
+            let found = epochs.0.get_mut(epoch).filter(|found| found.selection.is_some());
+            if let Some(found) = found {
+                let why = self.doubts.get(epoch).cloned();
+                found.undecided = why.unwrap_or_else(|| group.where_it_is_decided());
+            }
         }
         // Noted at an earlier opening; what showed it may be gone.
         let all = self.all_blocks();
@@ -298,10 +331,11 @@ pub(super) fn apply(epochs: &mut Epochs, entry: &Entry) {
                 found.selection = Some(Arc::new(selection.clone()));
             }
         }
-        Entry::Deleted { epoch } => {
+        Entry::Deleted { epoch } | Entry::GroupDecided { epoch, is_committed: false, .. } => {
             if let Some(found) = epochs.0.get_mut(epoch) {
                 found.selection = None;
                 found.damage.clear();
+                found.undecided.clear();
             }
         }
         Entry::Bookmarked { epoch, meta } => {

@@ -45,6 +45,11 @@ pub trait Host: Send + Sync {
     fn make_directory(&self, path: &Path) -> io::Result<()>;
     /// Keep other processes out of a store.
     fn lock_store(&self, store: &Path) -> Result<Held>;
+    /// Keep out whoever opens a store, for a moment: to ask it something while nobody has it open.
+    /// Whoever opens it meanwhile waits. An error as of [`Self::lock_store`].
+    fn lock_to_ask(&self, store: &Path) -> Result<Held> {
+        self.lock_store(store)
+    }
     /// Open the served disk, and keep others from writing to it.
     fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>>;
     /// The one name of a path.
@@ -157,16 +162,18 @@ impl Host for System {
     }
 
     fn lock_store(&self, store: &Path) -> Result<Held> {
-        let path = store.join(LOCK_NAME);
-        let opened = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Box::new(file)),
-            Err(_) => Err(Error::Locked(format!(
-                "the store {} is open in another process; use that one, or stop it",
-                store.display()
-            ))),
+        match try_lock(store) {
+            Err(Error::Locked(_)) => {}
+            other => return Ok(Box::new(other?)),
         }
+        // Somebody who only asks has it for a moment; nobody else has the directory.
+        let _nobody_asks = lock_directory(store)?;
+        Ok(Box::new(try_lock(store)?))
+    }
+
+    fn lock_to_ask(&self, store: &Path) -> Result<Held> {
+        let asking = lock_directory(store)?;
+        Ok(Box::new((try_lock(store)?, asking)))
     }
 
     fn open_origin(&self, path: &Path, direct: bool) -> Result<Arc<dyn OriginDevice>> {
@@ -236,6 +243,29 @@ pub(super) fn identify(file: &File) -> io::Result<OriginIdentity> {
         bytes: meta.len(),
         modified_unix_ns: seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
     })
+}
+
+/// The lock of whoever has a store open.
+fn try_lock(store: &Path) -> Result<File> {
+    let path = store.join(LOCK_NAME);
+    let opened = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = opened.map_err(Error::store(format!("opening {}", path.display())))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(_) => Err(Error::Locked(format!(
+            "the store {} is open in another process; use that one, or stop it",
+            store.display()
+        ))),
+    }
+}
+
+/// Wait for the lock of whoever asks a store that nobody has open.
+fn lock_directory(store: &Path) -> Result<File> {
+    let failed = || Error::store(format!("locking {}", store.display()));
+    let directory = File::open(store).map_err(failed())?;
+    let locked = rustix::fs::flock(&directory, FlockOperation::LockExclusive);
+    locked.map_err(|error| failed()(error.into()))?;
+    Ok(directory)
 }
 
 /// Others must not write to the origin: QEMU and ourselves respect a lock of the whole file.

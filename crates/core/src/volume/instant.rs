@@ -6,6 +6,7 @@
 //! the snapshot acknowledged.
 
 use super::commit::FrozenClasses;
+use super::gate::{Guarded, Quiet};
 use super::restore::PreparedRestore;
 use super::watch::Moment;
 use super::{Committer, Restoring, State, Volume};
@@ -14,17 +15,17 @@ use crate::epochs::Epoch;
 use crate::error::{Error, Result};
 use crate::extent::ExtentSet;
 use crate::journal::Entry;
-use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader};
+use crate::log::format::{EPOCH_HEADER_BYTES_MAX, EpochHeader, RestoreHeader};
 use crate::number::to_u64;
 use crate::sabotage::{Rule, is_broken};
-use crate::sync::{Clock, MutexGuard, unix_ns};
+use crate::sync::{Clock, unix_ns};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Rounds in which the buffer and the origin are drained before the gate closes, so that little is
 /// left after.
-const DRAIN_ROUNDS: u32 = 2;
+pub(super) const DRAIN_ROUNDS: u32 = 2;
 
 /// What to keep, and how long writers may be held.
 pub struct SnapshotRequest {
@@ -55,15 +56,43 @@ pub struct Instant {
     pub commit: Duration,
 }
 
+/// An instant that is about to be taken.
+pub(super) struct Prepared {
+    pub(super) epoch: u32,
+    pub(super) selection: Arc<ExtentSet>,
+    low: Arc<ExtentSet>,
+    meta: Vec<u8>,
+    /// Writes of which blocks wait.
+    pub(super) guarded: Guarded,
+    pub(super) pause_limit: Duration,
+    /// Space for originals in the file of its epoch.
+    room_pages: u64,
+}
+
+/// The bitmaps of the new epoch, made before the gate closes.
+pub(super) struct NextBits {
+    unsettled: Bitmap,
+    pending: Bitmap,
+    none_covered: Bitmap,
+}
+
+/// The header of an epoch that is durable.
+pub(super) struct WrittenHeader {
+    segment: u32,
+    restore: Option<RestoreHeader>,
+    /// Regions of the epoch before of which the log took nothing.
+    unrecorded: Vec<u64>,
+}
+
 /// The moment itself: what the flip saw.
-struct Flip {
+pub(super) struct Flip {
     /// Bits of the blocks that had slots.
     frozen: FrozenClasses,
     /// The last write before the instant.
     upto: u64,
     size_bytes: u64,
     created_unix_ns: u64,
-    pause: Duration,
+    pub(super) pause: Duration,
     in_flight: u64,
 }
 
@@ -91,6 +120,38 @@ impl Volume {
         restore: Option<&PreparedRestore>,
         moment: Moment<'_>,
     ) -> Result<Instant> {
+        let prepared = self.prepare_instant(committer, request, moment.holds)?;
+        let drained = self.drain_before_instant(committer);
+        let flipped = drained.and_then(|()| self.flip(&prepared, moment.quiet));
+        let flip = match flipped {
+            Ok(flip) => flip,
+            Err(error) => {
+                Self::forget_instant(committer);
+                return Err(error);
+            }
+        };
+        committer.epoch_max = prepared.epoch;
+        let opened = Clock::now();
+        if let Some(passed) = moment.passed {
+            passed();
+        }
+        match self.write_header(committer, &prepared, &flip, restore) {
+            Ok(header) => self.begin_epoch(committer, &prepared, &flip, header),
+            Err(error) => {
+                return Err(self.abort_instant(committer, &prepared, error));
+            }
+        }
+        Ok(self.end_instant(committer, &prepared, &flip, opened))
+    }
+
+    /// What can be done before the gate closes, but draining: a file for the new epoch, with a name
+    /// that is durable.
+    pub(super) fn prepare_instant(
+        &self,
+        committer: &mut Committer,
+        request: SnapshotRequest,
+        holds: Quiet,
+    ) -> Result<Prepared> {
         // Half of what can be read back: a restore lists its blocks beside the selection.
         let low = Arc::new(request.low.intersection(&request.selection));
         let parts = request.selection.as_slice().len() + low.as_slice().len() + 64;
@@ -107,50 +168,44 @@ impl Volume {
         self.undo_instant(committer)?;
         committer.journal.heal()?;
         let room_pages = self.prepare_epoch(committer, header_bytes)?;
-        let drained = self.drain_before_instant(committer);
-        let flipped = drained.and_then(|()| {
-            let on_flip = |state: &mut State| Self::note_flip(state, room_pages);
-            self.flip(epoch, &selection, request.pause_limit, moment.quiet, on_flip)
-        });
-        let flip = match flipped {
-            Ok(flip) => flip,
-            Err(error) => {
-                // If it stays it is an empty file without a header: a scan knows it for what it is,
-                // and removes it.
-                let _ = committer.log.discard_epoch();
-                committer.log.forget_prepared();
-                return Err(error);
+        let SnapshotRequest { meta, pause_limit, .. } = request;
+        let guarded = match holds {
+            Quiet::Device => Guarded::All,
+            Quiet::Selected if is_broken(Rule::SelectedWritersWait) => {
+                Guarded::Blocks(Arc::default())
             }
+            Quiet::Selected => Guarded::Blocks(Arc::clone(&selection)),
         };
-        committer.epoch_max = epoch;
-        let opened = Clock::now();
-        if let Some(passed) = moment.passed {
-            passed();
-        }
-        let committed = self.commit_instant(
-            committer,
-            epoch,
-            room_pages,
-            &flip,
-            &selection,
-            &low,
-            &request.meta,
-            restore,
-        );
-        if let Err(error) = committed {
-            return Err(self.abort_instant(committer, epoch, &selection, error));
-        }
+        Ok(Prepared { epoch, selection, low, meta, guarded, pause_limit, room_pages })
+    }
+
+    /// There was no instant.
+    pub(super) fn forget_instant(committer: &mut Committer) {
+        // If it stays it is an empty file without a header: a scan knows it for what it is, and
+        // removes it.
+        let _ = committer.log.discard_epoch();
+        committer.log.forget_prepared();
+    }
+
+    /// It is durable: tell of it.
+    pub(super) fn end_instant(
+        &self,
+        committer: &mut Committer,
+        prepared: &Prepared,
+        flip: &Flip,
+        opened: Clock,
+    ) -> Instant {
         self.want_upkeep();
         // Its estimates are corrected by what is there now.
         self.recount(committer);
-        Ok(Instant {
-            epoch,
+        Instant {
+            epoch: prepared.epoch,
             size_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             pause: flip.pause,
             in_flight: flip.in_flight,
             commit: opened.elapsed(),
-        })
+        }
     }
 
     /// Snapshots with equal selections share one copy in memory.
@@ -163,107 +218,135 @@ impl Volume {
     /// Writes go on while most of what an instant has to wait for is done.
     fn drain_before_instant(&self, committer: &mut Committer) -> Result<()> {
         for _ in 0..DRAIN_ROUNDS {
-            let sequence = self.state.lock().buffer.last_sequence();
-            let epoch = committer.epoch;
-            self.commit_until(committer, epoch, sequence, None)?;
-            if !is_broken(Rule::OriginDurableAtInstant) {
-                self.sync_origin()?;
-            }
+            self.drain_once(committer)?;
         }
         Ok(())
+    }
+
+    pub(super) fn drain_once(&self, committer: &mut Committer) -> Result<()> {
+        let sequence = self.state.lock().buffer.last_sequence();
+        let epoch = committer.epoch;
+        self.commit_until(committer, epoch, sequence, None)?;
+        if is_broken(Rule::OriginDurableAtInstant) { Ok(()) } else { self.sync_origin() }
     }
 
     /// The instant: no I/O from the closing of the gate to its opening, but what is in flight
     /// already.
-    fn flip(
-        &self,
-        epoch: u32,
-        selection: &Arc<ExtentSet>,
-        limit: Duration,
-        quiet: Option<Duration>,
-        on_flip: impl FnOnce(&mut State),
-    ) -> Result<Flip> {
+    fn flip(&self, prepared: &Prepared, quiet: Option<Duration>) -> Result<Flip> {
+        let next = self.next_bits(&prepared.selection);
+        let closed = Clock::now();
+        let closing = self.close_gate(&prepared.guarded, quiet);
+        let drained = closing.and_then(|count| self.wait_drained(prepared, closed).map(|()| count));
+        match drained {
+            Ok(in_flight) => {
+                let mut flip = self.switch(prepared, next, in_flight, unix_ns());
+                flip.pause = self.open_gate(closed);
+                Ok(flip)
+            }
+            Err(error) => {
+                self.open_gate(closed);
+                Err(error)
+            }
+        }
+    }
+
+    /// Bits change only in the hands of the committer role, which is ours: what is made of them here
+    /// is what they are at the flip, where both bitmaps are swapped in.
+    pub(super) fn next_bits(&self, selection: &ExtentSet) -> NextBits {
         let blocks = self.block_count(self.size_bytes());
         let tracked = self.epochs.read().tracked().union(selection);
         let unsettled = Bitmap::from_set(blocks, &tracked);
-        // Bits change only in the hands of the committer role, which is ours: what is made of them
-        // here is what they are at the flip, where both bitmaps are swapped in.
         let mut pending = self.state.lock().pending.clone();
         pending.merge(&Bitmap::from_set(blocks, selection));
         let none_covered = Bitmap::new(blocks);
-
-        let mut state = self.state.lock();
-        let closed = Clock::now();
-        state.is_gate_closed = true;
-        let in_flight = state.straight_in_flight;
-        let is_quiet = quiet.map_or(Ok(()), |wanted| state.check_quiet(wanted));
-        let drained = is_quiet.and_then(|()| self.wait_drained(&mut state, closed, limit));
-        if let Err(error) = drained {
-            state.is_gate_closed = false;
-            drop(state);
-            self.gate_opened.notify_all();
-            return Err(error);
-        }
-        let is_drained = state.straight_in_flight == 0 || is_broken(Rule::DrainBeforeInstant);
-        assert!(is_drained, "P2: no write is in flight at the instant");
-        let frozen = state.freeze_classes();
-        state.regions.end_epoch(none_covered);
-        let old_unsettled = std::mem::replace(&mut state.unsettled, unsettled);
-        let old_pending = std::mem::replace(&mut state.pending, pending);
-        for &block in frozen.keys() {
-            let value = selection.contains(block);
-            state.pending.assign(crate::extent::Extent::single(block), value);
-        }
-        state.epoch = epoch;
-        on_flip(&mut state);
-        let upto = state.buffer.last_sequence();
-        let size_bytes = state.size_bytes;
-        let created_unix_ns = unix_ns();
-        state.is_gate_closed = false;
-        let pause = closed.elapsed();
-        drop(state);
-        self.gate_opened.notify_all();
-        drop((old_unsettled, old_pending));
-        self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
-        Ok(Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight })
+        NextBits { unsettled, pending, none_covered }
     }
 
-    /// Wait for straight writes in flight; they hold no slot and must reach the origin before the
-    /// instant.
-    fn wait_drained(
+    /// No write that has to wait is admitted from here on; tells how many are in flight. It stays
+    /// closed, whatever is returned, until [`Self::open_gate`].
+    pub(super) fn close_gate(&self, guarded: &Guarded, quiet: Option<Duration>) -> Result<u64> {
+        let mut state = self.state.lock();
+        state.gate.close(guarded.clone());
+        quiet.map_or(Ok(()), |wanted| state.check_quiet(wanted))?;
+        Ok(to_u64(state.in_flight.count(guarded)))
+    }
+
+    /// Writes go on; tells for how long they did not.
+    pub(super) fn open_gate(&self, closed: Clock) -> Duration {
+        self.state.lock().gate.open();
+        let pause = closed.elapsed();
+        self.gate_opened.notify_all();
+        self.counters.pause_ns_max.fetch_max(nanoseconds(pause), Ordering::Relaxed);
+        pause
+    }
+
+    /// From here on everything belongs to the new epoch. The gate is closed and nothing in flight.
+    pub(super) fn switch(
         &self,
-        state: &mut MutexGuard<'_, State>,
-        closed: Clock,
-        limit: Duration,
-    ) -> Result<()> {
-        while state.straight_in_flight > 0 && !is_broken(Rule::DrainBeforeInstant) {
-            let waited = self.drained.wait_until(state, closed + limit);
-            if waited.timed_out() && state.straight_in_flight > 0 {
+        prepared: &Prepared,
+        next: NextBits,
+        in_flight: u64,
+        created_unix_ns: u64,
+    ) -> Flip {
+        let mut state = self.state.lock();
+        let count = state.in_flight.count(&prepared.guarded);
+        let is_drained = count == 0 || is_broken(Rule::DrainBeforeInstant);
+        assert!(is_drained, "P2: no write to selected blocks is in flight at the instant");
+        let frozen = state.freeze_classes();
+        state.regions.end_epoch(next.none_covered);
+        let old_unsettled = std::mem::replace(&mut state.unsettled, next.unsettled);
+        let old_pending = std::mem::replace(&mut state.pending, next.pending);
+        // Writes still in flight are recorded in the epoch that ends. One that took a slot now could
+        // bring back what it read before they landed (P1).
+        {
+            let State { in_flight, unsettled, .. } = &mut *state;
+            in_flight.iter().for_each(|blocks| unsettled.assign(blocks, false));
+        }
+        for &block in frozen.keys() {
+            let value = prepared.selection.contains(block);
+            state.pending.assign(crate::extent::Extent::single(block), value);
+        }
+        state.epoch = prepared.epoch;
+        Self::note_flip(&mut state, prepared.room_pages);
+        let upto = state.buffer.last_sequence();
+        let size_bytes = state.size_bytes;
+        drop(state);
+        drop((old_unsettled, old_pending));
+        let pause = Duration::ZERO;
+        Flip { frozen, upto, size_bytes, created_unix_ns, pause, in_flight }
+    }
+
+    /// Wait for straight writes in flight to guarded blocks; they hold no slot and must reach the
+    /// origin before the instant. `docs/adr/0013-quiet-selected.md` says why others need not.
+    pub(super) fn wait_drained(&self, prepared: &Prepared, closed: Clock) -> Result<()> {
+        let limit = prepared.pause_limit;
+        let mut state = self.state.lock();
+        loop {
+            let count = state.in_flight.count(&prepared.guarded);
+            if count == 0 || is_broken(Rule::DrainBeforeInstant) {
+                return Ok(());
+            }
+            if Clock::now() >= closed + limit {
                 return Err(Error::PauseTimeout(format!(
-                    "{} writes did not finish within the pause limit of {} ms; no snapshot was \
-                     taken, \
-                     writes go on; try again or raise --pause-limit",
-                    state.straight_in_flight,
+                    "{count} writes did not finish within the pause limit of {} ms; no snapshot \
+                     was taken, writes go on; try again or raise --pause-limit",
                     limit.as_millis()
                 )));
             }
+            self.drained.wait_until(&mut state, closed + limit);
         }
-        Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)] // the parts of one commit, gathered by its only caller
-    fn commit_instant(
+    /// What was written before goes to the old epoch, and the origin is made durable; then the
+    /// header is: **the commit of an instant**, unless it is one of a group.
+    pub(super) fn write_header(
         &self,
         committer: &mut Committer,
-        epoch: u32,
-        room_pages: u64,
+        prepared: &Prepared,
         flip: &Flip,
-        selection: &Arc<ExtentSet>,
-        low: &Arc<ExtentSet>,
-        meta: &[u8],
         restore: Option<&PreparedRestore>,
-    ) -> Result<()> {
-        let before = committer.epoch;
+    ) -> Result<WrittenHeader> {
+        let (before, epoch) = (committer.epoch, prepared.epoch);
         if is_broken(Rule::HeaderBeforeNewer) {
             self.commit_until(committer, epoch, u64::MAX, None)?;
         }
@@ -279,30 +362,41 @@ impl Volume {
             predecessor: before,
             created_unix_ns: flip.created_unix_ns,
             origin_bytes: flip.size_bytes,
-            selection: (**selection).clone(),
+            selection: (*prepared.selection).clone(),
             restore: restore.clone(),
-            meta: meta.to_vec(),
-            low: (**low).clone(),
+            meta: prepared.meta.clone(),
+            low: (*prepared.low).clone(),
         };
-        let committed = committer.log.commit_epoch(epoch, &header.encode(), room_pages);
+        let committed = committer.log.commit_epoch(epoch, &header.encode(), prepared.room_pages);
         let segment = committed.map_err(Error::store("writing the epoch header"))?;
+        Ok(WrittenHeader { segment, restore, unrecorded })
+    }
 
-        committer.segments.insert(segment, epoch);
+    /// The header is durable: what comes now is recorded in the new epoch.
+    pub(super) fn begin_epoch(
+        &self,
+        committer: &mut Committer,
+        prepared: &Prepared,
+        flip: &Flip,
+        header: WrittenHeader,
+    ) {
+        let (before, epoch, selection) = (committer.epoch, prepared.epoch, &prepared.selection);
+        committer.segments.insert(header.segment, epoch);
         committer.settled.0.insert(epoch, Arc::clone(selection));
         committer.epoch = epoch;
-        self.keep_ended(before, &unrecorded);
+        self.keep_ended(before, &header.unrecorded);
         self.index.write().close_epoch(before);
         let info = Epoch {
             origin_bytes: flip.size_bytes,
             created_unix_ns: flip.created_unix_ns,
             selection: Some(Arc::clone(selection)),
-            low: Arc::clone(low),
-            meta: meta.to_vec(),
+            low: Arc::clone(&prepared.low),
+            meta: prepared.meta.clone(),
             ..Epoch::default()
         };
         let mut epochs = self.epochs.write();
         epochs.0.insert(epoch, info);
-        if let Some(restore) = restore {
+        if let Some(restore) = header.restore {
             if let Some(source) = epochs.0.get_mut(&restore.source_epoch) {
                 source.pins += 1;
             }
@@ -325,27 +419,25 @@ impl Volume {
             });
             self.kick(&mut state);
         }
-        Ok(())
     }
 
     /// The instant never came: its slots and bits belong to the old epoch again. Its header may be
     /// durable in spite of the error. Until that is removed or denied nothing may be recorded, and
     /// what it selects stays unsettled, so that no write reaches the origin that it would not know
     /// of: if the process ends before, the instant has come (P2).
-    fn abort_instant(
+    pub(super) fn abort_instant(
         &self,
         committer: &mut Committer,
-        epoch: u32,
-        selection: &ExtentSet,
+        prepared: &Prepared,
         error: Error,
     ) -> Error {
-        committer.to_undo = Some(epoch);
+        committer.to_undo = Some(prepared.epoch);
         let before = committer.epoch;
         {
             let blocks = self.block_count(self.size_bytes());
             // Made before the state is locked: the registry comes first in the order of locks.
             let (mut unsettled, pending) = self.bits(before, blocks);
-            unsettled.merge(&Bitmap::from_set(blocks, selection));
+            unsettled.merge(&Bitmap::from_set(blocks, &prepared.selection));
             let mut state = self.state.lock();
             state.store_failure = format!("a failed snapshot could not be undone: {error}");
             state.epoch = before;
@@ -364,6 +456,8 @@ impl Volume {
     pub(super) fn undo_instant(&self, committer: &mut Committer) -> Result<()> {
         let Some(epoch) = committer.to_undo else { return Ok(()) };
         let is_removed = committer.log.discard_epoch().is_ok();
+        // Other members may ask how it ended for as long as there are any.
+        committer.note_group_or_owe(epoch, false);
         match committer.journal.append(&Entry::Aborted { epoch }) {
             Err(error) if !is_removed => return Err(error.into()),
             Ok(()) | Err(_) => committer.log.forget_prepared(),

@@ -10,7 +10,8 @@
 //! - [`room`] allocates log space ahead and applies the policy of a full store; [`loss`] chooses what
 //!   is lost, and says so.
 //! - [`regions`] opens and closes regions, where changes need no record of their own.
-//! - [`instant`] takes snapshots; [`release`] narrows and deletes them; [`restore`] puts them back.
+//! - [`gate`] admits writes; [`instant`] takes snapshots, [`group`] of several volumes at once; [`release`] narrows and
+//!   deletes them; [`restore`] puts them back.
 //!
 //! **The committer role.** Whoever holds [`Volume::committer`] is the only one to append to the
 //! log, to decide in the journal, to change bits downwards and to begin epochs. Any thread may take
@@ -27,6 +28,8 @@ mod commit;
 mod compaction;
 mod decided;
 mod freeing;
+mod gate;
+mod group;
 pub mod host;
 mod increment;
 pub mod inspect;
@@ -48,6 +51,8 @@ mod upkeep;
 mod watch;
 mod write;
 
+pub use gate::Quiet;
+pub use group::{GroupMoment, Member, Objects, snapshot_group};
 pub use instant::{Instant, SnapshotRequest, nanoseconds};
 pub(crate) use past::Patience;
 pub(crate) use read::push_status;
@@ -55,7 +60,7 @@ pub use release::EpochInfo;
 pub use restore::{RestoreRequest, RestoreStatus};
 pub use room::{LIMIT_BYTES_MIN, StoreUsage};
 pub use upkeep::Effort;
-pub use watch::Moment;
+pub use watch::{Moment, Told};
 
 pub use crate::journal::{OnFull, StorePolicy};
 
@@ -95,10 +100,10 @@ const ADMIT_BYTES_MIN: u64 = 4 << 20;
 struct State {
     /// Writes admitted now belong to it.
     epoch: u32,
-    /// No write may be admitted: an instant is being taken.
-    is_gate_closed: bool,
+    /// Which writes may be admitted.
+    gate: gate::Gate,
     /// Writes on their way to the origin without a slot.
-    straight_in_flight: u64,
+    in_flight: gate::InFlight,
     /// The next write is a first change of the epoch and must be recorded.
     unsettled: Bitmap,
     /// Its old content must be preserved too.
@@ -173,6 +178,8 @@ pub(crate) struct Committer {
     resting_regions: Vec<u64>,
     /// An epoch in which regions that a process before left open could not be closed.
     barred_regions: Option<u32>,
+    /// Groups begun here whose end the journal does not say, by epoch.
+    groups: BTreeMap<u32, group::OpenGroup>,
 }
 
 /// What only whoever does upkeep touches.
@@ -285,6 +292,8 @@ pub struct Volume {
     background: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the volume is open: the store belongs to this process.
     store_lock: Mutex<Option<Held>>,
+    /// Stores to look in for how a group ended.
+    peers: Mutex<BTreeSet<PathBuf>>,
     /// The origin belongs to others from now on: nothing may be read through this volume any more
     /// (P2).
     is_released: AtomicBool,
@@ -366,6 +375,19 @@ impl Volume {
     /// Take the role, unless the volume is closed.
     pub(crate) fn role(&self) -> Result<MutexGuard<'_, Committer>> {
         let committer = self.committer.lock();
+        if self.state.lock().is_closed { Err(Error::Closed) } else { Ok(committer) }
+    }
+
+    /// The same, unless somebody else keeps it for longer.
+    fn role_until(&self, deadline: Clock) -> Result<MutexGuard<'_, Committer>> {
+        let left = deadline.saturating_duration_since(Clock::now());
+        let Some(committer) = self.committer.try_lock_for(left) else {
+            return Err(Error::PauseTimeout(format!(
+                "the volume with the store {} has been busy for too long; no snapshot was taken; \
+                 try again when its disks have less to do",
+                self.store_path.display()
+            )));
+        };
         if self.state.lock().is_closed { Err(Error::Closed) } else { Ok(committer) }
     }
 

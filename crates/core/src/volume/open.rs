@@ -2,6 +2,7 @@
 //! written before it is decided what there is.
 
 use super::decided::{Decided, epochs_with_losses, restoring_of};
+use super::group::OpenGroup;
 use super::host::{Held, Host, OriginDevice, System, bytes_of, hex, path_of, random_uuid};
 use super::load::{Loaded, load_index};
 use super::recover::{Leftovers, Past};
@@ -85,6 +86,8 @@ pub struct OpenRequest {
     pub recover: Recover,
     /// Commit in a thread of its own; without it every wait does the work itself (simulation).
     pub has_background: bool,
+    /// Stores of other volumes: asked about groups whose end this one does not know.
+    pub peers: Vec<PathBuf>,
 }
 
 /// What a store says of itself.
@@ -98,6 +101,8 @@ pub struct StoreInfo {
     pub block_size: u64,
     /// Opaque bytes.
     pub meta: Vec<u8>,
+    /// Volumes whose stores decide groups that this one has begun and does not know the end of.
+    pub waits_for: Vec<[u8; 16]>,
 }
 
 /// Make a store for an origin; tells the volume's identity.
@@ -160,6 +165,7 @@ pub fn peek(store: &Path) -> Result<StoreInfo> {
         uuid: decided.uuid,
         origin: path_of(&decided.origin),
         block_size: decided.block_size,
+        waits_for: decided.groups.values().map(|group| group.members[0].uuid).collect(),
         meta: decided.meta,
     })
 }
@@ -198,6 +204,8 @@ struct Parts {
     journal: Journal,
     scan: Scan,
     loaded: Loaded,
+    /// How groups ended that the journal does not tell of yet.
+    settled: Vec<Entry>,
     host: Arc<dyn Host>,
     origin: Arc<dyn OriginDevice>,
     origin_share: Option<u64>,
@@ -214,11 +222,12 @@ pub fn open(request: OpenRequest) -> Result<Arc<Volume>> {
 /// As [`open`], on any machine.
 pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>> {
     let store_lock = lock_existing(&*host, &request.store)?;
-    let (journal, decided) = read_decisions(host.directory(&request.store), &request.store)?;
+    let (journal, mut decided) = read_decisions(host.directory(&request.store), &request.store)?;
     let origin_path = request.origin.clone().unwrap_or_else(|| path_of(&decided.origin));
     let origin = host.open_origin(&origin_path, request.direct)?;
     let segments = Arc::new(Segments::new(host.directory(&request.store.join(LOG_DIRECTORY))));
     let mut scan = scan_headers(&segments, decided.uuid, &decided.aborted)?;
+    let settled = decided.settle_groups(&*host, &scan, &request.peers);
     let looking = || Error::store("looking for room");
     let need = origin.needs_beside(&request.store).map_err(looking())?;
     let free = segments.directory().free_bytes().map_err(looking())?;
@@ -231,6 +240,7 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
         journal,
         scan,
         loaded,
+        settled,
         host,
         origin,
         origin_share,
@@ -244,7 +254,8 @@ pub fn open_on(host: Arc<dyn Host>, request: OpenRequest) -> Result<Arc<Volume>>
 impl Parts {
     fn assemble(mut self) -> Result<Arc<Volume>> {
         let boot = self.host.boot_id()?;
-        let doubt = Past { losses: self.unrecorded_losses(), ..self.examine(boot)? };
+        let groups = std::mem::take(&mut self.settled);
+        let doubt = Past { losses: self.unrecorded_losses(), groups, ..self.examine(boot)? };
         let buffer_path = self.buffer_path();
         let (opened, buffer_bytes) = (self.request.has_background, self.request.buffer_bytes);
         let (recover, is_failed) = (self.request.recover, !self.decided.origin_failure.is_empty());
@@ -427,6 +438,7 @@ impl Parts {
             regions_looked: Clock::now(),
             resting_regions: Vec::new(),
             barred_regions: None,
+            groups: decided.groups.iter().map(|(&e, g)| (e, OpenGroup::new(g.clone()))).collect(),
         };
         let state = first_state(&decided, epoch, restoring)?;
         let volume = Volume {
@@ -465,6 +477,7 @@ impl Parts {
             has_background: request.has_background,
             background: Mutex::default(),
             store_lock: Mutex::new(Some(store_lock)),
+            peers: Mutex::new(request.peers.into_iter().collect()),
             is_released: AtomicBool::new(false),
             counters: Counters::default(),
         };
@@ -488,8 +501,8 @@ fn first_state(decided: &Decided, epoch: u32, restoring: Option<Restoring>) -> R
     let arena = private_arena(decided.block_size, 0)?;
     Ok(State {
         epoch,
-        is_gate_closed: false,
-        straight_in_flight: 0,
+        gate: super::gate::Gate::default(),
+        in_flight: super::gate::InFlight::default(),
         unsettled: Bitmap::new(block_count),
         pending: Bitmap::new(block_count),
         restoring,
@@ -573,7 +586,7 @@ impl Volume {
         let upto = {
             let mut state = self.state.lock();
             state.is_closed = true;
-            while state.straight_in_flight > 0 {
+            while !state.in_flight.is_empty() {
                 self.drained.wait_for(&mut state, std::time::Duration::from_millis(10));
             }
             state.buffer.last_sequence()

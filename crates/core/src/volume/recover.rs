@@ -19,6 +19,8 @@ pub(super) struct Past {
     pub(super) left: Option<(PathBuf, LeftBuffer)>,
     /// Epochs in which records are gone, with every block.
     pub(super) losses: Vec<(u32, ExtentSet)>,
+    /// How groups ended that the journal does not tell of yet.
+    pub(super) groups: Vec<Entry>,
     /// What its memory says was written in regions.
     pub(super) regions: Vec<LeftRegion>,
 }
@@ -69,6 +71,9 @@ impl Volume {
             rewritten.map_err(Error::store("making the end of the log durable"))?;
         }
         self.origin.sync().map_err(Error::origin("sync at opening"))?;
+        for entry in &past.groups {
+            committer.journal.append(entry)?;
+        }
         // Before anything is recorded: a first change made from here on must not be taken for the
         // one that is gone (P2).
         for (epoch, blocks) in past.losses {

@@ -39,7 +39,7 @@ pub(super) struct TrackedOnly {
 impl State {
     /// A write of these blocks goes to the origin now.
     pub(super) fn begin_straight(&mut self, blocks: Extent) {
-        self.straight_in_flight += 1;
+        self.in_flight.begin(blocks);
         if !is_broken(Rule::RegionMarkedFirst) {
             self.regions.mark(blocks);
         }

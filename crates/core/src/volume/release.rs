@@ -1,6 +1,7 @@
 //! Letting go: deleting and narrowing snapshots, bookmarks, and what changed between instants. The
 //! space goes back in `freeing`.
 
+use super::gate::Guarded;
 use super::{Committer, Volume};
 use crate::epochs::{Bookmark, Epoch};
 use crate::error::{Error, Result};
@@ -42,8 +43,16 @@ fn unknown(epoch: u32, what: &str) -> Error {
     Error::NotFound(format!("epoch {epoch} has no {what}"))
 }
 
-/// What a snapshot without its header selects is not known: everything asked of it is an error.
-fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
+/// What a snapshot without its header selects is not known, nor whether one of an undecided group
+/// exists: everything asked of it is an error.
+pub(super) fn check_header(number: u32, epoch: &Epoch) -> Result<()> {
+    if !epoch.undecided.is_empty() {
+        return Err(Error::Undecided(format!(
+            "snapshot {number}: {}; open the volume where that store is, or delete the snapshot; \
+             if nobody can tell any more, volume recover --keep-undecided keeps it",
+            epoch.undecided
+        )));
+    }
     if epoch.damage.is_empty() {
         return Ok(());
     }
@@ -110,6 +119,7 @@ impl Volume {
     pub fn set_epoch_meta(&self, epoch: u32, meta: Vec<u8>) -> Result<()> {
         let mut committer = self.role()?;
         self.check_snapshot(epoch)?;
+        self.check_decided(epoch)?;
         committer.journal.append(&Entry::EpochMeta { epoch, meta: meta.clone() })?;
         if let Some(found) = self.epochs.write().0.get_mut(&epoch) {
             found.meta = meta;
@@ -140,6 +150,9 @@ impl Volume {
         let mut committer = self.role()?;
         let old = {
             let epochs = self.epochs.read();
+            if let Some(found) = epochs.0.get(&epoch) {
+                check_header(epoch, found)?;
+            }
             let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
             found.ok_or_else(|| unknown(epoch, "snapshot"))?
         };
@@ -211,7 +224,8 @@ impl Volume {
                  --force"
             )));
         }
-        if !is_broken(Rule::RecordBeforeFree) {
+        let is_gone = committer.end_group_before_deletion(epoch)?;
+        if !is_gone && !is_broken(Rule::RecordBeforeFree) {
             committer.journal.append(&Entry::Deleted { epoch })?;
         }
         {
@@ -219,6 +233,7 @@ impl Volume {
             if let Some(found) = epochs.0.get_mut(&epoch) {
                 found.selection = None;
                 found.damage.clear();
+                found.undecided.clear();
             }
             epochs.drop_dead();
         }
@@ -294,7 +309,7 @@ impl Volume {
     /// What is settled stays so, blocks of open regions included, which no index knows: writes may
     /// be on their way straight to them, and a write that took a slot now could bring back what it
     /// read before those came (P1).
-    fn note_decision(&self, committer: &mut Committer) {
+    pub(super) fn note_decision(&self, committer: &mut Committer) {
         committer.decisions += 1;
         let blocks = self.block_count(self.size_bytes());
         let (mut unsettled, pending) = self.bits(committer.epoch, blocks);
@@ -460,7 +475,7 @@ impl Volume {
                 restoring.blocks.grow(blocks);
             }
         }
-        state.is_gate_closed = false;
+        state.gate.open();
         drop(state);
         self.gate_opened.notify_all();
         recorded?;
@@ -475,7 +490,7 @@ impl Volume {
             {
                 let mut state = self.state.lock();
                 if !state.buffer.has(block) {
-                    state.is_gate_closed = true;
+                    state.gate.close(Guarded::All);
                     return Ok(());
                 }
             }

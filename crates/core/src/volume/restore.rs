@@ -95,6 +95,9 @@ impl Volume {
     fn restorable(&self, epoch: u32) -> Result<Arc<ExtentSet>> {
         let source = {
             let epochs = self.epochs.read();
+            if let Some(found) = epochs.0.get(&epoch) {
+                super::release::check_header(epoch, found)?;
+            }
             let found = epochs.0.get(&epoch).and_then(|e| e.selection.clone());
             found.ok_or_else(|| Error::NotFound(format!("epoch {epoch} has no snapshot")))?
         };

@@ -2,6 +2,7 @@
 
 mod clones;
 mod full;
+mod groups;
 mod journal;
 mod moments;
 mod narrowing;
@@ -204,6 +205,7 @@ impl Scene {
             buffer_bytes: 8 << 20,
             recover: Recover::Refuse,
             has_background: false,
+            peers: Vec::new(),
         }
     }
 

@@ -109,9 +109,10 @@ impl Volume {
             let mut committer = self.role()?;
             self.close_regions_in_turns(&mut committer, 0)?;
         }
+        // None of these waits for the others' success.
+        let settled = self.settle_groups(&[]);
         self.free_space()?;
         let mut upkeep = self.upkeep.lock();
-        // Neither waits for the other's success.
         let compacted = self.compact_journal(&mut upkeep, effort);
         self.read_damaged_anew(&mut upkeep, Patience::Wait)?;
         self.mending(&mut upkeep, |upkeep| {
@@ -119,7 +120,7 @@ impl Volume {
             self.file_closed(upkeep, effort)?;
             self.merge_layers(upkeep, effort)
         })?;
-        compacted
+        compacted.and(settled.map(drop))
     }
 
     /// Wake the thread that does it.

@@ -3,6 +3,7 @@
 //! Both serve whoever quiesces the users of a disk before an instant. Nothing is looked at unless
 //! somebody asked for it.
 
+use super::gate::Quiet;
 use super::{State, Volume};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, ExtentSet};
@@ -14,15 +15,20 @@ use std::time::Duration;
 /// Offsets that are remembered; whoever probes with reads makes far fewer.
 const SEEN_MAX: usize = 256;
 
+/// Somebody who is told that an instant has passed.
+pub type Told<'a> = Box<dyn FnOnce() + Send + 'a>;
+
 /// What an instant waits for and whom it tells.
 #[derive(Default)]
 pub struct Moment<'a> {
     /// Fail, with nothing taken, unless no watched write was admitted for so long when the gate
     /// closes. Needs [`Volume::watch_writes`].
     pub quiet: Option<Duration>,
+    /// Which writers wait.
+    pub holds: Quiet,
     /// Called once the gate is open again, before the snapshot is durable: whoever held still for
     /// the instant may go on. Not called if there was no instant.
-    pub passed: Option<Box<dyn FnOnce() + Send + 'a>>,
+    pub passed: Option<Told<'a>>,
 }
 
 /// Which writes are looked at, and when the last one came.
@@ -73,7 +79,7 @@ impl State {
             Error::Usage("an instant that waits for quiet needs writes to be watched".into())
         })?;
         let is_whole = self.watched_writes.as_ref().is_some_and(|w| w.blocks.is_none());
-        if quiet >= wanted && !(is_whole && self.straight_in_flight > 0) {
+        if quiet >= wanted && (!is_whole || self.in_flight.is_empty()) {
             return Ok(());
         }
         Err(Error::NotQuiet(format!(

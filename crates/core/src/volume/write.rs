@@ -162,7 +162,7 @@ impl Volume {
     /// The state, once the gate is open and writes of these blocks are accepted.
     fn admit(&self, blocks: Extent) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state.lock();
-        while state.is_gate_closed {
+        while state.gate.holds(blocks) {
             self.gate_opened.wait(&mut state);
         }
         if state.is_closed {
@@ -178,8 +178,9 @@ impl Volume {
         if is_broken(Rule::RegionMarkedFirst) {
             state.regions.mark(blocks);
         }
-        state.straight_in_flight -= 1;
-        if state.is_gate_closed && state.straight_in_flight == 0 {
+        state.in_flight.end(blocks);
+        let is_waited_for = state.is_closed || state.gate.is_closed();
+        if is_waited_for && state.gate.is_drained(&state.in_flight) {
             self.drained.notify_all();
         }
     }

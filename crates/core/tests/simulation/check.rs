@@ -102,6 +102,7 @@ pub fn request(way: Way, recover: Recover) -> OpenRequest {
         buffer_bytes: 1 << 20,
         recover,
         has_background: way.has_background,
+        peers: Vec::new(),
     }
 }
 

@@ -237,9 +237,32 @@ pub struct World {
     media: BTreeMap<u64, Arc<Medium>>,
     directories: BTreeMap<PathBuf, Names>,
     next: u64,
+    /// Directories that are disks of their own: each loses its power in its own way.
+    disks: Vec<PathBuf>,
 }
 
 impl World {
+    /// From now on what is in this directory is on a disk of its own.
+    pub fn put_on_a_disk(&mut self, directory: &Path) {
+        self.disks.push(directory.to_path_buf());
+    }
+
+    /// All media that have, or had, a name on one of the disks, with the disk.
+    fn on_disks(&self) -> BTreeMap<u64, &PathBuf> {
+        let mut found = BTreeMap::new();
+        for disk in &self.disks {
+            for (_, names) in self.directories.iter().filter(|(path, _)| path.starts_with(disk)) {
+                let added = names.unsynced.iter().filter_map(|change| match change {
+                    NameChange::Add(_, id) => Some(*id),
+                    NameChange::Remove(_) => None,
+                });
+                let known = names.now.values().chain(names.durable.values()).copied();
+                found.extend(known.chain(added).map(|id| (id, disk)));
+            }
+        }
+        found
+    }
+
     pub fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -312,17 +335,27 @@ impl World {
         }
     }
 
-    /// What is left when the power goes now: of each disk its own part.
+    /// What is left when the power goes now: of each file its own part, or of each disk all that it
+    /// was given, or nothing but what was synced.
     pub fn cut(&self, dice: &mut Dice) -> Self {
-        let mut after = Self { next: self.next, ..Self::default() };
+        let mut after = Self { next: self.next, disks: self.disks.clone(), ..Self::default() };
         let profiles = [0, 100, 50, 90, 15];
-        for (&id, medium) in &self.media {
-            let survival = profiles[dice.below(profiles.len())];
-            after.media.insert(id, Arc::new(medium.cut(survival, dice)));
+        let mut whole: BTreeMap<&PathBuf, usize> = BTreeMap::new();
+        for disk in &self.disks {
+            if dice.chance(60) {
+                whole.insert(disk, profiles[dice.below(2)]);
+            }
+        }
+        let on_disks = self.on_disks();
+        let of_disk = |id: &u64| on_disks.get(id).and_then(|disk| whole.get(disk)).copied();
+        for (id, medium) in &self.media {
+            let survival = of_disk(id).unwrap_or_else(|| profiles[dice.below(profiles.len())]);
+            after.media.insert(*id, Arc::new(medium.cut(survival, dice)));
         }
         for (path, names) in &self.directories {
             let mut now = names.durable.clone();
-            let survival = profiles[dice.below(profiles.len())];
+            let disk = whole.iter().find(|(disk, _)| path.starts_with(disk));
+            let survival = disk.map_or_else(|| profiles[dice.below(profiles.len())], |(_, s)| *s);
             for change in &names.unsynced {
                 match change {
                     NameChange::Add(name, id) if dice.chance(survival) => {

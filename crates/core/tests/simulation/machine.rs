@@ -3,6 +3,7 @@
 
 use crate::dice::Dice;
 use crate::disk::{Change, Medium, PAGE, World};
+use crate::group::Pair;
 use crate::model::Model;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -60,6 +61,12 @@ pub struct Machine {
     slot_count: u32,
     /// What its clients did and were told.
     pub model: Mutex<Model>,
+    /// The same of clients of two volumes.
+    pub pair: Mutex<Pair>,
+    /// Stores that are open.
+    locked: Arc<Mutex<BTreeSet<PathBuf>>>,
+    /// Identities given out.
+    random_count: AtomicU64,
     /// Where it was stopped, if anybody looks.
     stops: Mutex<Option<Vec<Stop>>>,
     dice: Mutex<Dice>,
@@ -80,6 +87,7 @@ pub struct Stop {
     boot: u8,
     slot_count: u32,
     pub model: Model,
+    pub pair: Pair,
     pub had_faults: bool,
     pub is_origin_failed: bool,
 }
@@ -112,6 +120,9 @@ impl Machine {
             boot,
             slot_count,
             model: Mutex::new(model),
+            pair: Mutex::default(),
+            locked: Arc::default(),
+            random_count: AtomicU64::new(0),
             stops: Mutex::new(None),
             dice: Mutex::new(dice),
             is_told: AtomicBool::new(std::env::var_os("STILLBLOCK_TRACE").is_some()),
@@ -125,6 +136,18 @@ impl Machine {
 
     pub fn model(&self) -> MutexGuard<'_, Model> {
         held(&self.model)
+    }
+
+    pub fn pair(&self) -> MutexGuard<'_, Pair> {
+        held(&self.pair)
+    }
+
+    /// One more disk.
+    pub fn add_disk(&self, name: &str, content: &[u8]) {
+        let mut world = self.world();
+        let id = world.add(Medium::holding(content));
+        world.link(Path::new("/"), name, id);
+        world.sync_names(Path::new("/"));
     }
 
     pub fn world(&self) -> MutexGuard<'_, World> {
@@ -172,6 +195,7 @@ impl Machine {
             boot: self.boot,
             slot_count: self.slot_count,
             model: held(&self.model).clone(),
+            pair: held(&self.pair).clone(),
             had_faults: self.has_met_faults(),
             is_origin_failed: self.is_origin_failed.load(Ordering::Relaxed),
         }
@@ -310,7 +334,9 @@ impl Stop {
         let model = self.model.clone();
         let mut world = self.world.clone();
         world.complete_all();
-        Arc::new(Machine::made(world, left, self.boot, self.slot_count, model, dice))
+        let made = Machine::made(world, left, self.boot, self.slot_count, model, dice);
+        *made.pair() = self.pair.clone();
+        Arc::new(made)
     }
 
     /// The machine after the power came back.
@@ -324,6 +350,7 @@ impl Stop {
         }
         let made =
             Machine::made(world, BTreeMap::new(), self.boot + 1, self.slot_count, model, dice);
+        *made.pair() = self.pair.clone();
         Arc::new(made)
     }
 }
@@ -495,6 +522,18 @@ impl Directory for SimDirectory {
 /// The machine as the engine meets it.
 pub struct SimHost(pub Arc<Machine>);
 
+/// A store that is open.
+struct Lock {
+    locked: Arc<Mutex<BTreeSet<PathBuf>>>,
+    store: PathBuf,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        held(&self.locked).remove(&self.store);
+    }
+}
+
 struct SimOrigin(SimStorage);
 
 impl OriginDevice for SimOrigin {
@@ -513,7 +552,8 @@ impl Host for SimHost {
         Ok([self.0.boot; 16])
     }
     fn random(&self) -> Result<[u8; 16]> {
-        Ok([7; 16])
+        let count = self.0.random_count.fetch_add(1, Ordering::Relaxed);
+        Ok([u8::try_from(7 + count).expect("few"); 16])
     }
     fn directory(&self, path: &Path) -> Arc<dyn Directory> {
         Arc::new(SimDirectory { machine: Arc::clone(&self.0), path: path.to_path_buf() })
@@ -521,8 +561,11 @@ impl Host for SimHost {
     fn make_directory(&self, _: &Path) -> io::Result<()> {
         Ok(())
     }
-    fn lock_store(&self, _: &Path) -> Result<Held> {
-        Ok(Box::new(()))
+    fn lock_store(&self, store: &Path) -> Result<Held> {
+        if !held(&self.0.locked).insert(store.to_path_buf()) {
+            return Err(Error::Locked(format!("{} is open", store.display())));
+        }
+        Ok(Box::new(Lock { locked: Arc::clone(&self.0.locked), store: store.to_path_buf() }))
     }
     fn open_origin(&self, path: &Path, _: bool) -> Result<Arc<dyn OriginDevice>> {
         let name = path.to_string_lossy();

@@ -12,11 +12,14 @@ mod clones;
 mod dice;
 mod disk;
 mod exhaustive;
+mod group;
 mod machine;
 mod model;
 mod program;
 
-use check::{Stops, Tally, check_all};
+use check::{Stops, Tally, Way, check_all};
+use dice::Dice;
+use machine::Stop;
 use program::Faults;
 use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
@@ -68,12 +71,13 @@ const GROUP: usize = 8;
 fn stopped_everywhere(
     seed: u64,
     program: impl Fn() -> Result<Stops, String> + Send + Sync + 'static,
+    check: fn(&[Stop], Way, Dice) -> Result<Tally, String>,
 ) -> Result<Tally, String> {
     let Stops { way, all: mut stops, mut dice, mut tally } = scheduled(seed, program)?;
     while !stops.is_empty() {
         let group = stops.split_off(stops.len().saturating_sub(GROUP));
         let (seed, dice) = (dice.next(), dice.fork());
-        tally.add(&scheduled(seed, move || check_all(&group, way, dice.clone()))?);
+        tally.add(&scheduled(seed, move || check(&group, way, dice.clone()))?);
     }
     Ok(tally)
 }
@@ -109,7 +113,9 @@ fn run_all<P: std::fmt::Debug + Clone>(
 }
 
 fn run_seeds(seeds: impl Iterator<Item = u64>, faults: Faults) -> Tally {
-    run_all(seeds, |seed| stopped_everywhere(seed, move || program::run(seed, faults, usize::MAX)))
+    run_all(seeds, |seed| {
+        stopped_everywhere(seed, move || program::run(seed, faults, usize::MAX), check_all)
+    })
 }
 
 #[test]
@@ -122,11 +128,26 @@ fn with_faults_nothing_is_wrong_that_does_not_say_so() {
     run_seeds(seeds(40), Faults::Any);
 }
 
+#[test]
+fn a_group_is_whole_or_not_there_and_of_one_moment_after_a_stop_at_every_step() {
+    let program = |seed| move || group::run(seed, Faults::None, usize::MAX);
+    let run = |seed| stopped_everywhere(seed, program(seed), group::check_all);
+    let tally = run_all(seeds(30), run);
+    assert!(tally.stops >= 5_000, "every step is a stop: {tally:?}");
+}
+
+#[test]
+fn with_faults_a_group_is_whole_or_not_there() {
+    let program = |seed| move || group::run(seed, Faults::Any, 120);
+    run_all(seeds(40), |seed| stopped_everywhere(seed, program(seed), group::check_all));
+}
+
 /// All short programs that begin with one of these; at least `stops_min` stops.
 fn run_programs(firsts: &[exhaustive::Step], stops_min: u64) {
     let programs = firsts.iter().flat_map(|&first| exhaustive::programs(first));
-    let tally =
-        run_all(programs, |program| stopped_everywhere(1, move || exhaustive::run(&program)));
+    let tally = run_all(programs, |program| {
+        stopped_everywhere(1, move || exhaustive::run(&program), check_all)
+    });
     assert!(tally.stops >= stops_min, "every step is a stop: {tally:?}");
 }
 
@@ -142,7 +163,9 @@ fn every_other_short_program_survives_a_stop_at_every_step() {
 
 #[test]
 fn every_short_program_on_a_clone_survives_a_stop_at_every_step() {
-    let run = |program: Vec<clones::Step>| stopped_everywhere(1, move || clones::run(&program));
+    let run = |program: Vec<clones::Step>| {
+        stopped_everywhere(1, move || clones::run(&program), check_all)
+    };
     let tally = run_all(clones::programs().into_iter(), run);
     assert!(tally.stops >= 25_000, "every step is a stop: {tally:?}");
 }
@@ -185,7 +208,20 @@ fn notice(rules: impl Iterator<Item = Rule>) {
         std::panic::set_hook(Box::new(|_| {}));
         break_rule(Some(rule));
         let caught = (1..=limit).find_map(|seed| {
-            let ran = stopped_everywhere(seed, move || program::run(seed, faults_for(rule), 40));
+            let ran = match rule {
+                Rule::GroupGatesTogether
+                | Rule::GroupHeadersFirst
+                | Rule::GroupAsks
+                | Rule::GroupObjectionsFirst
+                | Rule::GroupEndsKept => {
+                    let program = move || group::run(seed, faults_for(rule), 40);
+                    stopped_everywhere(seed, program, group::check_all)
+                }
+                _ => {
+                    let program = move || program::run(seed, faults_for(rule), 40);
+                    stopped_everywhere(seed, program, check_all)
+                }
+            };
             ran.err().map(|why| (seed, why))
         });
         break_rule(None);

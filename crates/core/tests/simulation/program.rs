@@ -17,7 +17,9 @@ use std::time::Duration;
 use stillblock_core::error::{Error, Result as EngineResult};
 use stillblock_core::extent::{Extent, ExtentSet};
 use stillblock_core::volume::open::{CreateRequest, create_on};
-use stillblock_core::volume::{Effort, RestoreRequest, SnapshotRequest, StorePolicy, Volume};
+use stillblock_core::volume::{
+    Effort, Moment, Quiet, RestoreRequest, SnapshotRequest, StorePolicy, Volume,
+};
 
 /// Simulated time is cheap; nobody is to fail because of it.
 const LONG: Duration = Duration::from_secs(60);
@@ -212,7 +214,7 @@ fn keeper(session: &Session, dice: &mut Dice, steps: usize) -> Result<(), String
             }
             Habit::Deletions if dice.chance(75) => {
                 let all = session.machine.model().all_blocks();
-                if let Some(epoch) = take_snapshot(session, all)? {
+                if let Some(epoch) = take_snapshot(session, all, pick_quiet(dice))? {
                     delete_one(session, epoch)?;
                 }
                 continue;
@@ -259,7 +261,7 @@ pub fn pick_snapshot(model: &Model, dice: &mut Dice) -> Option<u32> {
 /// Take a snapshot and leave its bookmark only: what is written then is tracked and not preserved.
 fn leave_bookmark(session: &Session) -> Result<(), String> {
     let all = session.machine.model().all_blocks();
-    let Some(epoch) = take_snapshot(session, all)? else { return Ok(()) };
+    let Some(epoch) = take_snapshot(session, all, Quiet::Device)? else { return Ok(()) };
     look_at(session, epoch)?;
     bookmark_one(session, epoch)?;
     delete_one(session, epoch)
@@ -271,13 +273,22 @@ fn snapshot(session: &Session, dice: &mut Dice) -> Result<(), String> {
         // Most blocks stay tracked only.
         selection = selection.intersection(&pick_few(&session.machine.model(), dice));
     }
-    match take_snapshot(session, selection)? {
+    match take_snapshot(session, selection, pick_quiet(dice))? {
         Some(epoch) if dice.chance(70) => look_at(session, epoch),
         _ => Ok(()),
     }
 }
 
-fn take_snapshot(session: &Session, selection: ExtentSet) -> Result<Option<u32>, String> {
+/// Which writers wait for an instant.
+pub fn pick_quiet(dice: &mut Dice) -> Quiet {
+    if dice.chance(50) { Quiet::Selected } else { Quiet::Device }
+}
+
+fn take_snapshot(
+    session: &Session,
+    selection: ExtentSet,
+    holds: Quiet,
+) -> Result<Option<u32>, String> {
     {
         let mut model = session.machine.model();
         if model.snapshots.len() > 6 {
@@ -286,12 +297,9 @@ fn take_snapshot(session: &Session, selection: ExtentSet) -> Result<Option<u32>,
         model.begin_snapshot(selection.clone());
     }
     let meta = Vec::new();
-    let taken = session.volume.snapshot(SnapshotRequest {
-        selection,
-        low: ExtentSet::new(),
-        meta,
-        pause_limit: LONG,
-    });
+    let request = SnapshotRequest { selection, low: ExtentSet::new(), meta, pause_limit: LONG };
+    let moment = Moment { holds, ..Moment::default() };
+    let taken = session.volume.snapshot_at(request, moment);
     session.machine.tell(|| format!("snapshot: {taken:?}"));
     let done = session.must("a snapshot", taken);
     let Some(taken) = done? else {

@@ -1,8 +1,8 @@
-//! What a compacted journal says, against what the whole one says.
+//! A journal written anew against the whole one, over random lives of a volume.
 
 use super::*;
 use crate::epochs::Epochs;
-use crate::journal::{Journal, OnFull, OriginIdentity, Settled, StorePolicy};
+use crate::journal::{Group, GroupMember, Journal, OnFull, OriginIdentity, Settled, StorePolicy};
 use crate::log::format::{EpochHeader, RestoreHeader, SegmentHeader};
 use crate::log::scan::{FoundSegment, Scan};
 use crate::storage::FileDirectory;
@@ -45,6 +45,10 @@ enum Step {
     Recover,
     Reopen,
     Restored,
+    GroupBegun,
+    GroupWithoutHeader,
+    GroupCommitted,
+    GroupDenied,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -68,6 +72,10 @@ fn step() -> impl Strategy<Value = Step> {
         Recover,
         Reopen,
         Restored,
+        GroupBegun,
+        GroupWithoutHeader,
+        GroupCommitted,
+        GroupDenied,
     ];
     prop::sample::select([&often[..], &others[..]].concat())
 }
@@ -155,10 +163,28 @@ impl Life {
         self.scan.segments.insert(epoch, FoundSegment { header, epoch_header });
     }
 
+    fn begin_group(&mut self) {
+        let epoch = self.highest + 1;
+        let member = |uuid: u8| GroupMember { uuid: [uuid; 16], epoch, store: b"/s".to_vec() };
+        let id = [u8::try_from(epoch % 250).expect("small"); 16];
+        let group = Group { id, members: vec![member(1), member(7)] };
+        self.say(&Entry::GroupBegun { epoch, group });
+    }
+
+    /// Of the oldest group whose end is not known.
+    fn end_group(&mut self, is_committed: bool) {
+        let groups = self.decided().groups;
+        if let Some((&epoch, group)) = groups.first_key_value() {
+            self.say(&Entry::GroupDecided { epoch, id: group.id, is_committed });
+        }
+    }
+
     fn run(&mut self, step: Step, seed: u8) {
         let epochs = self.epochs();
         let live: Vec<u32> = epochs.0.keys().copied().collect();
-        let snapshots: Vec<u32> = epochs.snapshots().map(|(epoch, _)| epoch).collect();
+        let is_decided = |epoch: u32| epochs.0[&epoch].undecided.is_empty();
+        let known = epochs.snapshots().map(|(epoch, _)| epoch);
+        let snapshots: Vec<u32> = known.filter(|&epoch| is_decided(epoch)).collect();
         let pick = |of: &[u32]| of.get(usize::from(seed) % of.len().max(1)).copied();
         let is_held = |epoch: u32| epoch == self.restoring || epoch + 1 == self.restoring;
         let snapshot = pick(&snapshots).filter(|&epoch| !is_held(epoch));
@@ -205,7 +231,8 @@ impl Life {
                     2 => ExtentSet::from_extent(Extent::new(0, end)),
                     _ => blocks(seed),
                 };
-                let epoch = self.highest;
+                // Records are of epochs that have begun.
+                let epoch = self.scan.segments.keys().next_back().copied().unwrap_or(0);
                 let is_lost = matches!(step, Step::Lost);
                 let lost = Entry::Lost { epoch, blocks: blocks.clone() };
                 self.say(&if is_lost { lost } else { Entry::GivenUp { epoch, blocks } });
@@ -232,6 +259,16 @@ impl Life {
             (Step::Fail, _) => self.say(&Entry::OriginFailed { reason: meta }),
             (Step::Recover, _) => self.say(&Entry::Recovered),
             (Step::Reopen, _) => self.reopen(),
+            (Step::GroupBegun, _) => {
+                self.begin_group();
+                self.header(None, seed);
+            }
+            (Step::GroupWithoutHeader, _) => {
+                self.begin_group();
+                self.highest += 1;
+            }
+            (Step::GroupCommitted, _) => self.end_group(true),
+            (Step::GroupDenied, _) => self.end_group(false),
             _ => {}
         }
     }
@@ -246,7 +283,7 @@ impl Life {
         self.say(&Entry::Freed);
         let seen = self.journal.seen();
         let outlines = outlines_of(&seen, &|| false).expect("read");
-        assert!(!owes_space(&outlines));
+        assert!(!owes_space(&seen, &outlines).expect("read"));
         let earlier = compacted_before(&seen, &outlines).expect("read");
         let mut plan = plan(&outlines, &self.standing(), &earlier);
         plan.merge_losses(&seen, &outlines, &|| false).expect("read");
@@ -283,8 +320,12 @@ impl Life {
         };
         let restoring = restoring_of(&self.scan, &decided, BLOCKS + 300);
         let restoring = restoring.map(|r| (r.safety_epoch, r.blocks.to_set()));
+        let is_of_group = |entry: &&Entry| matches!(entry, Entry::GroupDecided { .. });
+        let ends: Vec<&Entry> = decided.entries.iter().filter(is_of_group).collect();
         format!(
-            "{epochs:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {restoring:?} {} {} {} {:?}",
+            "{ends:?} {:?} {epochs:?} \
+             {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {restoring:?} {} {} {} {:?}",
+            decided.groups,
             sum(&decided.lost),
             sum(&decided.given_up),
             decided.policy,

@@ -1,0 +1,180 @@
+"""Whoever is killed or stopped with something mounted: afterwards nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mounted import clear, formatted, ours
+from processes import wait_until
+from serving import Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.usefixtures("rooted")]
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Served]:
+    """An ext4 disk with a snapshot and a clone."""
+    with formatted("ext4") as served:
+        served.start()
+        served.snapshot("monday", "--only-these", "--include", "all")
+        served.here("clone", "create", "web@monday+x")
+        yield served
+        if served.process is not None:
+            served.stop()
+        clear(served.folder)
+
+
+@pytest.fixture
+def disk(made: Served) -> Iterator[Served]:
+    """It, served, with nothing mounted."""
+    if made.process is None:
+        made.start()
+    yield made
+    clear(made.folder)
+
+
+def everything(served: Served, place: Path) -> dict[str, Path]:
+    """Mount all there is to mount."""
+    points = {name: place / name for name in ("images", "ro", "throw", "x")}
+    for point in points.values():
+        point.mkdir(exist_ok=True)
+    served.here("mount", "--images", "web", str(points["images"]))
+    served.here("mount", "web@monday", str(points["ro"]))
+    served.here("mount", "web@monday", str(points["throw"]), "--writable")
+    served.here("mount", "web@monday+x", str(points["x"]))
+    served.here("attach", "web@monday")
+    (points["x"] / "kept").write_text("kept")
+    (points["throw"] / "lost").write_text("lost")
+    return points
+
+
+def clones(served: Served) -> list[str]:
+    return [c["name"] for c in served.here("clone", "list", "web", "--json").json["clones"]]
+
+
+def check_clean(served: Served, place: Path) -> None:
+    assert ours(place) == ([], [])
+    assert ours(served.folder) == ([], [])
+    assert not list((served.folder / "s" / "mounts").glob("*.json"))
+    assert not (served.folder / "s" / "run" / "images" / "web").exists()
+
+
+def test_a_server_that_was_killed_cleans_up_when_it_starts_again(disk, place):
+    points = everything(disk, place)
+    held = os.open(points["x"] / "kept", os.O_RDONLY)  # somebody still uses one of them
+    try:
+        disk.kill()
+        listed = disk.try_cli("mount", "--json")
+        assert listed.code == 3
+        assert not any(one["is_whole"] for one in listed.json["mounts"])
+        doctor = disk.try_cli("doctor", "--json")
+        assert doctor.out, doctor.err
+        checks = {check["name"]: check for check in doctor.json["checks"]}
+        assert f"web@monday at {points['ro']}" in checks["mounts"]["finding"]
+        disk.start()
+        assert clones(disk) == ["x"]
+        assert disk.here("mount", "--json").json["mounts"] == []
+        assert ours(place)[0] == []
+    finally:
+        os.close(held)
+    assert wait_until(lambda: ours(disk.folder) == ([], []))
+    check_clean(disk, place)
+    disk.here("mount", "web@monday+x", str(points["x"]))
+    disk.here("unmount", str(points["x"]))
+
+
+def test_a_stop_unmounts_and_what_was_written_to_a_clone_is_kept(disk, place):
+    before = disk.read(), disk.read("monday")
+    points = everything(disk, place)
+    refused = disk.try_cli("volume", "release", "web")
+    assert refused.code == 1
+    assert "--force" in refused.err
+    ended = disk.stop()
+    assert ended.code == 0, ended.err
+    check_clean(disk, place)
+    disk.start()
+    assert clones(disk) == ["x"]
+    disk.here("mount", "web@monday+x", str(points["x"]))
+    assert (points["x"] / "kept").read_text() == "kept"
+    assert (disk.read(), disk.read("monday")) == before
+    held = os.open(points["x"], os.O_RDONLY)
+    try:
+        busy = disk.try_cli("unmount", str(points["x"]))
+        assert busy.code == 1
+        assert "is in use" in busy.err
+        assert (points["x"] / "kept").read_text() == "kept"
+        (points["x"] / "more").write_text("synced by force")
+        disk.here("volume", "release", "web", "--force")
+    finally:
+        os.close(held)
+    assert disk.process is not None
+    disk.process.wait(timeout=30)
+    disk.process.communicate()
+    disk.process = None
+    assert wait_until(lambda: ours(disk.folder) == ([], []))
+    check_clean(disk, place)
+    disk.start()
+    disk.here("mount", "web@monday+x", str(points["x"]), "--read-only")
+    assert (points["x"] / "more").read_text() == "synced by force"
+    disk.here("unmount", "web@monday+x")
+
+
+@pytest.mark.long
+def test_mounts_of_a_killed_server_can_be_unmounted_without_one(disk, place):
+    points = everything(disk, place)
+    disk.kill()
+    for point in points.values():
+        disk.here("unmount", str(point))
+    disk.here("detach", "web@monday")
+    check_clean(disk, place)
+    disk.start()
+    assert clones(disk) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "attach_loop",
+        *(
+            pytest.param(s, marks=pytest.mark.long)
+            for s in ("create_clone", "mount_source", "mount")
+        ),
+    ],
+)
+def test_a_command_killed_at_any_step_is_cleaned_up_by_the_server(disk, place, step):
+    point = place / "ro"
+    point.mkdir()
+    script = f"""
+import os, signal, sys
+from stillblock.mounting import kernel
+from stillblock.service import client, session
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+def after(place, name):
+    real = getattr(place, name)
+    def run(*words, **options):
+        real(*words, **options)
+        die()
+    setattr(place, name, run)
+place = session.Session if {step!r} in ("create_clone", "mount_source") else kernel
+after(place, {step!r})
+from stillblock.cli import main
+sys.argv = ["stillblock", "mount", "web@monday", {str(point)!r}, "--writable"]
+main()
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", script], env=disk.environment, cwd=disk.folder, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, step
+    # A mount that is whole stays, whoever made it: it is what was asked for.
+    if step == "mount":
+        disk.here("unmount", str(point))
+    assert wait_until(lambda: not list((disk.folder / "s" / "mounts").glob("*.json"))), step
+    check_clean(disk, place)
+    assert clones(disk) == ["x"], step

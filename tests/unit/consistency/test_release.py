@@ -1,0 +1,79 @@
+"""The order in which everybody is let go after an instant of several volumes."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+
+from stillblock.consistency.release import Release
+
+
+@dataclass
+class Held:
+    """Notes what is asked of it; a thaw waits for `may_thaw`."""
+
+    name: str
+    order: list[str]
+    fails: str = ""
+    may_thaw: threading.Event = field(default_factory=threading.Event)
+
+    def thaw(self) -> None:
+        assert self.may_thaw.wait(10)
+        self._note("thaw")
+
+    def let_applications_go(self) -> None:
+        self._note("go")
+
+    def end_applications(self) -> None:
+        self._note("end")
+
+    def _note(self, what: str) -> None:
+        self.order.append(f"{what} {self.name}")
+        if what == self.fails:
+            raise OSError(f"{what} of {self.name} failed")
+
+
+def two(**fails: str) -> tuple[Release, list[str], list[Held]]:
+    order: list[str] = []
+    held = [Held(name, order, fails=fails.get(name, "")) for name in ("data", "wal")]
+    release = Release()
+    release.of(held)
+    return release, order, held
+
+
+def test_all_thaw_before_any_application_goes_on_and_all_go_on_before_any_is_waited_for():
+    release, order, (data, wal) = two()
+    release.begin()
+    # One that takes long to thaw keeps no other frozen.
+    wal.may_thaw.set()
+    while order != ["thaw wal"]:
+        assert release.has_begun
+    data.may_thaw.set()
+    assert release.wait_judged()
+    release.finish()
+    assert order == ["thaw wal", "thaw data", "go data", "go wal", "end data", "end wal"]
+    release.finish()
+    assert len(order) == 6, "once"
+
+
+def test_without_an_instant_they_are_let_go_in_the_end():
+    release, order, held = two()
+    for one in held:
+        one.may_thaw.set()
+    release.finish()
+    assert not release.has_begun
+    assert sorted(order[:2]) == ["thaw data", "thaw wal"]
+    assert order[2:] == ["go data", "go wal", "end data", "end wal"]
+
+
+@pytest.mark.parametrize("what", ["thaw", "go", "end"])
+def test_one_that_fails_is_told_and_keeps_nobody_from_going_on(what: str):
+    release, order, held = two(data=what)
+    for one in held:
+        one.may_thaw.set()
+    release.begin()
+    with pytest.raises(OSError, match=f"{what} of data failed"):
+        release.finish()
+    assert len(order) == 6

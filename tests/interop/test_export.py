@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import pytest
 
 from processes import wait_gone
 from serving import BLOCK, MIB, Served, pattern, run, volume
+from stillblock.errors import Blame
 from stillblock.model import RuleTerm
+from stillblock.operations.exporting import ExportError, ExportPlan
 from stillblock.operations.snapshots import SnapshotRequest
+from stillblock.service.qemu_images import QemuImage
 
 pytestmark = [pytest.mark.needs("qemu-img", "qemu-nbd"), pytest.mark.slow]
 
@@ -82,17 +86,6 @@ def test_raw_images_and_streams_are_the_snapshot_whether_it_is_served_or_not(
     assert "exists already; it is not overwritten" in again.err
 
 
-def test_a_snapshot_in_doubt_is_exported_with_a_warning(tmp_path: Path) -> None:
-    with volume(pattern(11, MIB)) as served:
-        served.snapshot("monday")
-        with served.origin.open("r+b") as disk:
-            disk.write(b"past the server")
-        ran = served.cli("export", "web@monday", str(tmp_path / "x.raw"))
-        assert "web@monday is SUSPECT: " in ran.err
-        ran = served.cli("export", "web@monday", str(tmp_path / "y.raw"), "--json")
-        assert ran.json["suspect_reason"]
-
-
 def test_a_clone_is_exported_with_what_was_written_to_it(
     week: tuple[Served, bytes], tmp_path: Path
 ) -> None:
@@ -104,6 +97,83 @@ def test_a_clone_is_exported_with_what_was_written_to_it(
     assert (tmp_path / "back").read_bytes() == expected
 
 
+def test_a_clone_that_somebody_uses_is_not_copied_torn(
+    week: tuple[Served, bytes], tmp_path: Path
+) -> None:
+    served, _ = week
+    with served.client("monday+try"):
+        refused = served.try_cli("export", "web@monday+try", str(tmp_path / "x.raw"))
+    assert refused.code == 1
+    assert "web@monday+try is in use by 1 clients" in refused.err
+    # Somebody comes, writes and stays while it is copied.
+    script = f"""
+from stillblock.cli import export, main
+from stillblock.demo.nbd_client import NbdClient
+copy_data = export.copy_data
+def copying(*words, **more):
+    export.client = NbdClient(socket_path={served.socket!r}, export="web@monday+try")
+    copy_data(*words, **more)
+export.copy_data = copying
+raise SystemExit(main(["export", "web@monday+try", {str(tmp_path / "x.raw")!r}]))
+"""
+    torn = subprocess.run(
+        [sys.executable, "-c", script],
+        env=served.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert torn.returncode == 1
+    assert "the image is of no one moment" in torn.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_is_not_written_where_it_harms(week: tuple[Served, bytes], tmp_path: Path) -> None:
+    served, _ = week
+    before = sorted(os.listdir(served.store))
+    refused = served.try_cli("export", "web@monday", str(served.store / "x.raw"))
+    assert refused.code == 1
+    assert "lies in the store of web" in refused.err
+    assert sorted(os.listdir(served.store)) == before
+    for path in (served.origin, served.store / "x.raw"):
+        with path.open("ab") as out:
+            into = subprocess.run(
+                [sys.executable, "-m", "stillblock", "export", "web@monday", "-"],
+                env=served.environment,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        assert into.returncode == 1
+        assert b"is the disk of web itself" in into.stderr or b"in the store" in into.stderr
+    (served.store / "x.raw").unlink()
+
+
+def test_a_target_that_is_full_is_blamed_and_nothing_else(tmp_path: Path) -> None:
+    plan = ExportPlan(
+        reference="web@monday",
+        size_bytes=64 * MIB,
+        data=((0, 64 * MIB),),
+        left_out_bytes=0,
+        lost=(),
+    )
+
+    def fill(image: QemuImage) -> None:
+        assert image._process is not None
+        resource.prlimit(image._process.pid, resource.RLIMIT_FSIZE, (8 * MIB, 8 * MIB))
+        for at in range(0, 32 * MIB, MIB):
+            image.write(memoryview(pattern(at, MIB)), offset=at)
+        image.finish()
+
+    with (
+        pytest.raises(ExportError, match=r"^\S+/x.qcow2: .* free there") as failed,
+        QemuImage(tmp_path / "x.qcow2", plan, form="qcow2") as image,
+    ):
+        fill(image)
+    assert failed.value.blame is Blame.DISK
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("form", ["vmdk", "vdi", "vhdx"])
 def test_other_formats_of_qemu_hold_the_same(
@@ -112,7 +182,24 @@ def test_other_formats_of_qemu_hold_the_same(
     served, _ = week
     image = tmp_path / "image"
     served.cli("export", "web@monday", str(image), "--format", form)
+    assert b".partial" not in image.read_bytes(), "a descriptor inside says how it is called"
     run("qemu-img", "compare", "-f", "raw", "-F", form, served.uri("monday"), str(image))
+
+
+def test_a_suspect_snapshot_is_given_with_a_word_and_exit_code_3(tmp_path: Path) -> None:
+    with volume(pattern(9, 2 * MIB)) as served:
+        served.snapshot("monday")
+        with served.origin.open("r+b") as disk:
+            disk.write(b"behind its back")
+        served.snapshot("tuesday")
+        told = served.try_cli("export", "web@monday", str(tmp_path / "x.raw"), "--json")
+        assert told.code == 3
+        assert told.json["suspect_reason"]
+        told = served.try_cli("export", "web@monday", str(tmp_path / "y.raw"))
+        assert "web@monday is SUSPECT: " in told.err
+        compared = served.try_cli("snapshot", "diff", "web@monday", "web@tuesday", "--files")
+        assert compared.code == 3
+        assert "web@monday is SUSPECT: " in compared.err
 
 
 def test_what_is_lost_is_no_image_but_if_asked_for(tmp_path: Path) -> None:
@@ -184,7 +271,7 @@ def stopping(self, data, *, offset):
     os.kill(os.getpid(), signal.SIGKILL)
 qemu_images.QemuImage.write = stopping
 from stillblock.cli import main
-main(["export", "web@monday", {str(image)!r}])
+raise SystemExit(main(["export", "web@monday", {str(image)!r}]))
 """
     ended = subprocess.run(
         [sys.executable, "-c", script],
@@ -200,3 +287,15 @@ main(["export", "web@monday", {str(image)!r}])
     again = served.try_cli("export", "web@monday", str(image))
     assert again.code == 1
     assert "x.qcow2.partial exists already; remove it" in again.err
+    other = str(tmp_path / "y.qcow2")
+    asked = script.replace("SIGKILL", "SIGTERM").replace(str(image), other)
+    ended = subprocess.run(
+        [sys.executable, "-c", asked],
+        env=served.environment | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 130
+    assert wait_gone([int(ended.stdout)])
+    assert os.listdir(tmp_path) == ["x.qcow2.partial"]

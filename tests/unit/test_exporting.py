@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from stillblock import native
 from stillblock.errors import InUseError, OriginIOError, RefusedError, SnapshotLostError
 from stillblock.extents import subtract
 from stillblock.model import Extents
-from stillblock.operations import exporting
+from stillblock.operations import exporting, placing
 from stillblock.operations.exporting import (
     ExportError,
     ExportPlan,
@@ -226,6 +227,46 @@ def test_it_can_be_broken_off_and_resumed_many_times(disk: FakeDisk, tmp_path: P
     assert to.read_bytes() == disk.content
 
 
+@pytest.mark.parametrize("at", [2 * K, 310 * K])
+def test_what_somebody_wrote_into_a_hole_is_not_trusted(
+    disk: FakeDisk, tmp_path: Path, at: int
+) -> None:
+    """A partial image that was mounted to have a look."""
+    to = tmp_path / "disk.raw"
+    partial = broken_off(held_of(disk), to, after=500 * K)
+    with partial.open("r+b") as file:
+        file.seek(at)
+        file.write(b"FOREIGN")
+    exported(held_of(disk), to, resume=True)
+    assert to.read_bytes() == disk.content
+
+
+def test_a_hole_for_what_was_lost_is_kept_only_while_it_is_told_as_lost(
+    disk: FakeDisk, tmp_path: Path
+) -> None:
+    to = tmp_path / "disk.raw"
+    lost = ((200 * K, 204 * K),)
+    plan = plan_export(held_of(disk, lost=lost), allow_lost=True)
+
+    def broken(image: RawImage) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            copy_data(held_of(disk), plan, image, told=stopped)
+
+    def stopped(done: int, _: int) -> None:
+        if done > 400 * K:
+            raise KeyboardInterrupt
+
+    image = RawImage(to, plan, instant=held_of(disk).reference)
+    image.open()
+    broken(image)
+    image.close()
+    again = RawImage(to, plan, instant=held_of(disk).reference)
+    assert again.open(resume=True) > 300 * K, "it is still lost, and said so"
+    again.close()
+    assert exported(held_of(disk), to, resume=True) == STEP, "it is there after all"
+    assert to.read_bytes() == disk.content
+
+
 def test_another_instant_is_not_mixed_in(disk: FakeDisk, tmp_path: Path) -> None:
     to = tmp_path / "disk.raw"
     partial = broken_off(held_of(disk), to)
@@ -265,6 +306,109 @@ def test_a_name_that_was_taken_meanwhile_stays_whose_it_is(disk: FakeDisk, tmp_p
     assert to.read_bytes() == b"somebody's"
 
 
+# Whose file it is --------------------------------------------------------------------------------
+
+
+def no_rename(monkeypatch: pytest.MonkeyPatch, *, code: int = errno.EINVAL) -> None:
+    def rename(old: Path, _: Path) -> None:
+        raise OSError(code, os.strerror(code), str(old))
+
+    monkeypatch.setattr(placing, "_rename_new", rename)
+
+
+def no_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(old: Path, _: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(old))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.parametrize("lacking", [(), ("rename",), ("rename", "link")])
+def test_an_image_gets_its_name_whatever_the_filesystem_offers_and_takes_nobodys(
+    disk: FakeDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...]
+) -> None:
+    if "rename" in lacking:
+        no_rename(monkeypatch)
+    if "link" in lacking:
+        no_link(monkeypatch)
+    to = tmp_path / "disk.raw"
+    exported(held_of(disk), to)
+    assert to.read_bytes() == disk.content
+    assert list(tmp_path.iterdir()) == [to]
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    with pytest.raises(FileExistsError):
+        placing.put_in_place(other, to)
+    assert to.read_bytes() == disk.content
+    assert other.read_bytes() == b"other"
+
+
+def test_a_disk_that_is_full_is_no_filesystem_that_lacks_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_rename(monkeypatch, code=errno.ENOSPC)
+    (tmp_path / "a").write_bytes(b"a")
+    with pytest.raises(OSError, match="No space left"):
+        placing.put_in_place(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_image_in_use_whose_other_name_was_left_is_not_resumed(
+    disk: FakeDisk, tmp_path: Path
+) -> None:
+    """Killed between its two names, then moved and booted."""
+    to = tmp_path / "disk.raw"
+    partial = broken_off(held_of(disk), to)
+    used = tmp_path / "vm.raw"
+    os.link(partial, used)
+    with used.open("r+b") as file:
+        file.seek(10 * K)
+        file.write(b"guest's")
+    before = used.read_bytes()
+    with pytest.raises(RefusedError, match="has another name too"):
+        exported(held_of(disk), to, resume=True)
+    used.rename(to)
+    with pytest.raises(RefusedError, match=r"whole already, and .*partial another name of it"):
+        exported(held_of(disk), to, resume=True)
+    assert to.read_bytes() == before
+
+
+def test_an_image_that_was_finished_while_it_was_opened_is_not_resumed(
+    disk: FakeDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / "disk.raw"
+    held = held_of(disk)
+    plan = plan_export(held)
+    first = RawImage(to, plan, instant=held.reference)
+    first.open()
+    copy_data(held, plan, first)
+    second = RawImage(to, plan, instant=held.reference)
+    lock = second._lock
+
+    def finished_before() -> None:
+        first.finish()
+        first.close()
+        lock()
+
+    monkeypatch.setattr(second, "_lock", finished_before)
+    with pytest.raises(RefusedError):
+        second.open(resume=True)
+    assert not second.close()
+    assert to.read_bytes() == disk.content
+
+
+def test_a_file_that_is_called_like_the_list_of_steps_stays(disk: FakeDisk, tmp_path: Path) -> None:
+    to, steps = tmp_path / "disk.raw", tmp_path / "disk.raw.partial.steps"
+    steps.write_bytes(b"somebody's")
+    with pytest.raises(RefusedError, match="no list of steps"):
+        exported(held_of(disk), to)
+    assert [(path, path.read_bytes()) for path in tmp_path.iterdir()] == [(steps, b"somebody's")]
+    steps.unlink()
+    broken_off(held_of(disk), to).unlink()
+    exported(held_of(disk), to)
+    assert list(tmp_path.iterdir()) == [to]
+
+
 def test_two_exports_do_not_write_one_image(disk: FakeDisk, tmp_path: Path) -> None:
     to = tmp_path / "disk.raw"
     held = held_of(disk)
@@ -295,7 +439,7 @@ def test_a_clone_is_not_resumed_and_nothing_of_it_stays(disk: FakeDisk, tmp_path
 def test_a_disk_that_fails_leaves_what_can_be_resumed_once_it_works(tmp_path: Path) -> None:
     disk = FakeDisk(content(), lost=LOST)
     to = tmp_path / "disk.raw"
-    with pytest.raises(OriginIOError):
+    with pytest.raises(OriginIOError, match="volume scrub web` finds all that is damaged"):
         exported(held_of(disk), to)
     assert not to.exists()
     disk.lost = ()
@@ -309,3 +453,12 @@ def test_a_plan_tells_what_there_is_to_copy(disk: FakeDisk) -> None:
     assert plan.data_bytes == SIZE - (8 + 220 + 40) * K
     assert plan.left_out_bytes == 40 * K
     assert os.fspath(plan.reference) == "web@monday"
+    assert not plan.is_doubtful
+
+
+def test_a_suspect_snapshot_says_so_in_its_plan(disk: FakeDisk) -> None:
+    receipt = held_of(disk).receipt
+    info = replace(receipt.snapshot, is_suspect=True, suspect_reason="written by others")
+    plan = plan_export(Held(disk, replace(receipt, snapshot=info)))
+    assert (plan.suspect_reason, plan.is_doubtful) == ("written by others", True)
+    assert plan_export(Held(disk, replace(receipt, is_intact=False))).is_doubtful

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NoReturn, Self
 
 import pytest
 
-from stillblock.errors import OriginIOError
-from stillblock.extents import Ranges
-from stillblock.model import Extents
-from stillblock.operations.file_changes import Change, _is_same, _Walk, extents_within
-from stillblock.operations.held import Refusal, Why
+from stillblock.cli import file_diff
+from stillblock.cli.options import Common
+from stillblock.cli.output import Output
+from stillblock.errors import OriginIOError, UsageError
+from stillblock.extents import Ranges, intersect
+from stillblock.model import Extents, Reference
+from stillblock.operations.file_changes import (
+    ELSEWHERE,
+    Change,
+    FileDiff,
+    FilesystemChanges,
+    _is_same,
+    _Walk,
+    compare_files,
+)
+from stillblock.operations.held import Held, Refusal, Why
+from stillblock.operations.trees import extents_within
 from stillblock.selection.files import Entry
 from stillblock.selection.filesystems import FileKind, Node, Run, UnresolvedError
-from stillblock.selection.filesystems.filesystem import Layout
+from stillblock.selection.filesystems.filesystem import Identity, Layout
+from stillblock.selection.filesystems.signatures import Content
 from stillblock.selection.places import Place
 from stillblock.service.nbd import NbdError
+from unit.test_held import RECEIPT, FakeDisk
 
 ROOT = Node(number=2, kind=FileKind.DIRECTORY, size=0, mode=0o755)
 FILE = Node(number=10, kind=FileKind.REGULAR, size=8192, mode=0o644, modified_ns=5)
+IDENTITY = Identity(kind="ext4", label="", uuid="1", block_size=4096, size=8192)
+PLACE = Place(name="part:1", pieces=((0, 8192),), content=Content.EXT)
 EXCLUDED = Refusal(why=Why.EXCLUDED, reason="left out by path:/f")
 
 
@@ -35,6 +54,10 @@ class FakeTree:
     content: bytes = bytes(8192)
     refusal: Refusal | None = None
     error: Exception | None = None
+    left_out_of_it: Extents = ()
+    top: Node = ROOT
+    place: Place = PLACE
+    identity: Identity = IDENTITY
     worker: FakeTree = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +67,26 @@ class FakeTree:
         return f"web@monday:{inner}"
 
     def find(self, path: str) -> Entry:
-        return Entry(path, ROOT)
+        return Entry(path, self.top)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def hold_against(self, changed: Extents) -> None:
+        self.changed = changed
+
+    def touched(self) -> tuple[Extents, Extents]:
+        return self.changed, ()
+
+    @property
+    def may_lack_files(self) -> bool:
+        return self.refusal is not None
+
+    def left_out(self, extents: Extents) -> Extents:
+        return intersect(extents, self.left_out_of_it)
 
     def entries(self, path: str, _: Node) -> list[Entry]:
         if self.error is not None:
@@ -55,7 +97,7 @@ class FakeTree:
         return self.refusal or Layout((Run(0, node.size, 0),))
 
     def read(self, *, start: int, length: int) -> bytes:
-        if self.refusal is not None:
+        if self.refusal is not None and not self.left_out_of_it:
             raise OriginIOError(self.refusal.reason)
         return self.content[start : start + length]
 
@@ -90,8 +132,8 @@ def change_of(was: Entry, is_now: Entry, **trees: object) -> Change | None:
         # Blocks were written, the time is what it was, and the bytes are the same.
         (file(), file(changed=4096), None),
         (file(), file(changed=4096, node=replace(FILE, mode=0o600)), Change.METADATA),
-        # Nobody knows where the bytes are; only times tell.
-        (file()._replace(reason="compressed"), file(), None),
+        # Nobody knows where the bytes are.
+        (file()._replace(reason="compressed"), file(), Change.UNKNOWN),
         (
             file()._replace(reason="compressed"),
             file(node=replace(FILE, modified_ns=6)),
@@ -121,6 +163,20 @@ def test_what_is_not_held_is_not_guessed() -> None:
     assert compared(*trees) == [("/f", Change.UNKNOWN, "left out by path:/f")]
 
 
+def test_what_only_the_time_tells_is_counted() -> None:
+    def counted(was: Entry, is_now: Entry, **lacking: object) -> tuple[int, int]:
+        before = FakeTree([was], refusal=EXCLUDED, **lacking)  # type: ignore[arg-type]
+        after = FakeTree([is_now], content=bytes(5000) + b"x" * 3192)
+        walk = _Walk(before, after, Ranges(((0, 8192),)), lambda _: None)  # type: ignore[arg-type]
+        walk.run()
+        return walk.told_by_time_only, len(walk.changes)
+
+    assert counted(file(), file()) == (1, 0)
+    # What is held of a block that changed is compared all the same.
+    assert counted(file(), file(changed=8192), left_out_of_it=((4096, 8192),)) == (1, 0)
+    assert counted(file(), file(changed=8192), left_out_of_it=((6000, 8192),)) == (0, 1)
+
+
 def test_a_tree_that_leads_back_to_itself_ends() -> None:
     inside = [Entry("d", ROOT), Entry("e", replace(ROOT, number=5))]
     trees = FakeTree(inside), FakeTree(inside)
@@ -133,6 +189,121 @@ def test_a_tree_that_leads_back_to_itself_ends() -> None:
     ]
 
 
+def test_the_top_is_compared_too() -> None:
+    after = FakeTree([], top=replace(ROOT, mode=0o700))
+    assert compared(FakeTree([]), after) == [("/", Change.METADATA, "")]
+
+
+def test_trees_and_changes_are_of_the_same_instants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule may make another `latest` at any time."""
+    asked: list[tuple[str, str]] = []
+
+    class Session:
+        volume = "web"
+
+        def changes(self, *, since: str, until: str) -> NoReturn:
+            asked.append((since, until))
+            raise UsageError("enough")
+
+    @contextmanager
+    def held(_: Session, reference: Reference) -> Iterator[Held]:
+        info = replace(RECEIPT.snapshot, id=f"id of {reference.snapshot}")
+        yield Held(FakeDisk(), replace(RECEIPT, snapshot=info))
+
+    monkeypatch.setattr(file_diff, "held", held)
+    with pytest.raises(UsageError, match="enough"):
+        file_diff.diff_files(
+            Output(Common()),
+            Session(),  # type: ignore[arg-type]
+            since="monday",
+            until="latest",
+            is_summary=False,
+        )
+    assert asked == [("id of monday", "id of latest")]
+
+
+# Places -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeSnapshot:
+    places: tuple[Place, ...]
+    tree: FakeTree | None = None
+    reason: str = ""
+
+    def tree_at(self, place: Place) -> FakeTree:
+        assert place in self.places
+        assert self.tree is not None
+        return self.tree
+
+    def why_unknown(self, place: Place) -> str:
+        return place.opaque_reason or self.reason
+
+
+def places_of(
+    before: FakeSnapshot, after: FakeSnapshot, **changes: Extents
+) -> tuple[FilesystemChanges, ...]:
+    changed, newly = changes.get("changed", ()), changes.get("newly", ())
+    return compare_files(before, after, changed, newly_selected=newly)  # type: ignore[arg-type]
+
+
+def is_partial(places: tuple[FilesystemChanges, ...], **more: tuple[str, ...]) -> bool:
+    diff = FileDiff(
+        volume="web",
+        since="a",
+        until="b",
+        changed_bytes=0,
+        newly_selected_bytes=0,
+        places=places,
+        **more,
+    )
+    return diff.is_partial
+
+
+def test_blocks_that_were_known_zeros_and_left_out_are_compared() -> None:
+    before = FakeSnapshot((PLACE,), FakeTree([file(changed=4096)]))
+    after = FakeSnapshot((PLACE,), FakeTree([file(changed=4096)], content=b"x" * 8192))
+    (place,) = places_of(before, after, newly=((0, 4096),))
+    assert [(change.path, change.change) for change in place.changes] == [("/f", Change.CHANGED)]
+
+
+def test_filesystems_that_went_are_said() -> None:
+    there = FakeSnapshot((PLACE,), FakeTree([file()]))
+    for after in (FakeSnapshot(()), FakeSnapshot((Place(name="part:1", pieces=((0, 4096),)),))):
+        for changed in ((), ((0, 4096), (9000, 9100))):
+            found = places_of(there, after, changed=changed)
+            assert found[0].place == "part:1"
+            assert "not there in the later snapshot" in found[0].reason
+            assert is_partial(found)
+            assert sum(place.other_bytes for place in found) == sum(e - s for s, e in changed)
+    assert [place.place for place in found] == ["part:1", ELSEWHERE]
+
+
+def test_a_filesystem_that_grew_says_so() -> None:
+    grown = replace(PLACE, pieces=((0, 16384),))
+    found = places_of(
+        FakeSnapshot((PLACE,), FakeTree([file()])),
+        FakeSnapshot((grown,), FakeTree([file()], place=grown)),
+        changed=((0, 4096),),
+    )
+    assert found[0].reason == "it was 8 KiB large, and is 16 KiB"
+    assert is_partial(found)
+
+
+def test_what_nobody_can_tell_is_partial_and_what_is_known_unchanged_is_not() -> None:
+    luks = Place(name="part:1", pieces=((0, 8192),), opaque_reason="LUKS")
+    dark = Place(name="part:1", pieces=((0, 8192),))
+    for place, reason, changed, partial in (
+        (luks, "", (), False),
+        (luks, "", ((0, 4096),), True),
+        (dark, "its beginning is not held", (), True),
+        (dark, "", ((0, 4096),), False),
+    ):
+        both = FakeSnapshot((place,), reason=reason)
+        assert is_partial(places_of(both, both, changed=changed)) is partial
+    assert is_partial((), suspect_reasons=("web@a is suspect",))
+
+
 def test_names_come_go_and_change_their_kind() -> None:
     link = Entry("l", replace(FILE, kind=FileKind.SYMLINK), "a")
     folder = Entry("d", replace(ROOT, number=5))
@@ -142,7 +313,7 @@ def test_names_come_go_and_change_their_kind() -> None:
             file("new"),
             link._replace(target="b"),
             folder._replace(node=replace(folder.node, modified_ns=9)),
-            folder._replace(name="both", node=replace(folder.node, number=6)),
+            Entry("both", replace(ROOT, number=6)),
         ]
     )
     assert [told[:2] for told in compared(before, after)] == [
@@ -163,7 +334,8 @@ def test_a_directory_that_cannot_be_read_is_said_and_a_server_that_is_gone_ends_
     )
     walk.run()
     assert (walk.changes, walk.skipped) == ([], ["directory 2 is damaged"])
-    walk.after = FakeTree([], error=NbdError("gone"))  # type: ignore[assignment]
+    gone = FakeTree([], error=NbdError("gone"))
+    walk = _Walk(FakeTree([]), gone, Ranges(()), lambda _: None)  # type: ignore[arg-type]
     with pytest.raises(NbdError):
         walk.run()
 

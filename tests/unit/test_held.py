@@ -27,6 +27,16 @@ LEFT_OUT = (
 LOST: Extents = ((600 * K, 608 * K),)
 
 
+def test_what_may_be_of_files_is_neither_zeros_nor_free() -> None:
+    held = Held(FakeDisk(), RECEIPT)
+    assert held.may_lack_files(((90 * K, 97 * K),))
+    assert held.may_lack_files(((600 * K, 601 * K),)), "lost"
+    assert held.may_lack_files(((400 * K, 450 * K),)), "not included"
+    assert not held.may_lack_files(((96 * K, 100 * K), (256 * K, 400 * K), (512 * K, 600 * K)))
+    assert held.left_out(((250 * K, 310 * K),)) == ((256 * K, 310 * K),)
+    assert held.left_out(((250 * K, 290 * K),)) == ()
+
+
 @dataclass
 class FakeDisk:
     """A snapshot, or with `own` a clone, that fails where nothing should be read."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import stat
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -12,29 +15,37 @@ from cyclopts import Parameter
 
 from stillblock.cli.options import Common
 from stillblock.cli.output import Output, percent, warn_if_suspect, write_content
-from stillblock.errors import ExitCode, StillblockError, UsageError
+from stillblock.errors import ExitCode, InUseError, RefusedError, StillblockError, UsageError
 from stillblock.extents import clip, total_bytes
 from stillblock.model import Reference, format_size
+from stillblock.operations import origins
 from stillblock.operations.exporting import (
     Exported,
+    ExportError,
     RawImage,
     copy_data,
     plan_export,
     stream,
 )
 from stillblock.service.qemu_images import FORMATS, QemuImage
-from stillblock.service.reading import open_reference
+from stillblock.service.reading import held as opened
+from stillblock.service.session import open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from stillblock.operations.exporting import ExportPlan
     from stillblock.operations.held import Held
+    from stillblock.service.session import Session
 
 _COMMON: Final = Common()
 _TELL_S: Final = 0.2
 _RAW: Final = frozenset({"raw", "img"})
 _STANDARD_OUTPUT: Final = "-"
+_STDOUT: Final = Path("/proc/self/fd/1")
+_SECTOR_BYTES: Final = 512
+_LEAVE_S: Final = 1.0
+"""A server takes a moment to see that a client left."""
 
 Form = Literal["raw", "qcow2", "vmdk", "vdi", "vhdx"]
 
@@ -86,40 +97,121 @@ def export(
     chosen = _format_of(target, form)
     if resume and (chosen != "raw" or target == _STANDARD_OUTPUT):
         raise UsageError("only an export to a raw image can be resumed")
-    with open_reference(common.config(), reference) as held:
-        warn_if_suspect(output, held)
-        plan = plan_export(held, allow_lost=allow_lost)
-        if dry_run:
-            output.result("export-plan", plan, lambda out: out.line(f"would copy {_words(plan)}"))
-            return ExitCode.OK
-        if target == _STANDARD_OUTPUT:
-            _to_standard_output(output, held, plan)
-            return ExitCode.PARTIAL if plan.lost else ExitCode.OK
-        path = Path(target).expanduser().absolute()
-        if not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is no directory that is there")
-        verified = 0
-        with output.working(f"exporting {held.reference}") as tell:
-            told = _progress(held.reference, tell)
-            if chosen == "raw":
-                verified = _to_raw(output, held, plan, path, resume=resume, told=told)
-            else:
-                with QemuImage(path, plan, form=chosen) as image:
-                    copy_data(held, plan, image, told=told)
-                    image.finish()
-        done = Exported(
-            reference=held.reference,
-            target=str(path),
-            format=chosen,
-            size_bytes=plan.size_bytes,
-            data_bytes=plan.data_bytes,
-            left_out_bytes=plan.left_out_bytes,
-            lost_bytes=total_bytes(plan.lost),
-            verified_bytes=verified,
-            suspect_reason=held.suspect_reason,
-        )
+    path = None if target == _STANDARD_OUTPUT else Path(target).expanduser().absolute()
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no directory that is there")
+    if path is None and not dry_run:
+        _check_standard_output(output)
+    if reference.repository is not None:
+        raise UsageError(f"{reference}: backups are not read yet; name a snapshot")
+    with _cleaning_up(), open_session(common.config(), reference.volume) as session:
+        check_place(session, _STDOUT if path is None else path)
+        if reference.snapshot is not None:
+            # By id from here on: a name could mean another snapshot by then.
+            instant = session.receipt(reference.snapshot).snapshot.id
+            reference = replace(reference, snapshot=instant)
+        standstill = Standstill(session, reference)
+        with opened(session, reference) as held:
+            warn_if_suspect(output, held)
+            plan = plan_export(held, allow_lost=allow_lost)
+            if dry_run:
+                output.result(
+                    "export-plan", plan, lambda out: out.line(f"would copy {_words(plan)}")
+                )
+                return ExitCode.OK
+            if path is None:
+                stream(held, plan, write_content)
+                standstill.check()
+                output.remark(f"exported {_words(plan)}")
+                return ExitCode.PARTIAL if plan.is_doubtful else ExitCode.OK
+            with output.working(f"exporting {held.reference}") as tell:
+                verified = _to_file(
+                    output, held, plan, path, standstill, form=chosen, resume=resume, tell=tell
+                )
+    done = Exported(
+        reference=plan.reference,
+        target=str(path),
+        format=chosen,
+        size_bytes=plan.size_bytes,
+        data_bytes=plan.data_bytes,
+        left_out_bytes=plan.left_out_bytes,
+        lost_bytes=total_bytes(plan.lost),
+        verified_bytes=verified,
+        suspect_reason=plan.suspect_reason,
+    )
     output.result("exported", done, lambda out: _render(out, done, plan))
-    return ExitCode.PARTIAL if plan.lost else ExitCode.OK
+    return ExitCode.PARTIAL if plan.is_doubtful else ExitCode.OK
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: what was begun is undone or can be resumed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_place(session: Session, path: Path) -> None:
+    """Raise `RefusedError` if writing there would harm the volume: its store, its own disk."""
+    volume = session.show_volume()
+    origin = Path(volume.origin)
+    if path.exists():
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            return  # a pipe, a terminal
+        if origins.key_of(path) in origins.footprint(origin, origins.System()).reach:
+            raise RefusedError(f"{path.resolve()} is the disk of {volume.name} itself")
+        if stat.S_ISBLK(mode):
+            return
+    path = path.resolve()
+    if path.is_relative_to(Path(volume.store).resolve()):
+        raise RefusedError(
+            f"{path} lies in the store of {volume.name}", hint="choose another directory"
+        )
+    origins.refuse_on_volume(path.parent, origin, origins.System(), what="image")
+
+
+class Standstill:
+    """Sees that nobody uses a clone while it is copied: what is written meanwhile would be torn."""
+
+    def __init__(self, session: Session, reference: Reference) -> None:
+        """Look before it is opened; raise `InUseError` if somebody uses it now."""
+        self._session = session
+        self._reference = reference
+        self._own_bytes = 0
+        # Nobody else can use what is open in this process.
+        if reference.clone is not None and session.is_remote:
+            self._own_bytes = self._look(clients=0)
+
+    def check(self) -> None:
+        """Look before the image gets its name; raise `ExportError` if the clone was used."""
+        if self._reference.clone is None or not self._session.is_remote:
+            return
+        try:
+            is_same = self._look(clients=1) == self._own_bytes
+        except InUseError as error:
+            raise ExportError(f"{error.message}: the image is of no one moment") from error
+        if not is_same:
+            raise ExportError(
+                f"{self._reference.clone} was written meanwhile: the image is of no one moment"
+            )
+
+    def _look(self, *, clients: int) -> int:
+        """Return what was written to it; `clients` of its connections are ours."""
+        snapshot, clone = self._reference.snapshot, self._reference.clone
+        assert snapshot is not None, "a clone is of a snapshot"
+        assert clone is not None, "asked of clones only"
+        deadline = time.monotonic() + _LEAVE_S
+        while (info := self._session.show_clone(snapshot, clone)).connections > clients:
+            if time.monotonic() > deadline:
+                raise InUseError(
+                    f"{info.reference} is in use by {info.connections - clients} clients",
+                    hint="unmount or disconnect it, or use `clone promote --force`",
+                )
+            time.sleep(_TELL_S / 10)
+        return info.own_bytes
 
 
 def _format_of(target: str, form: Form | None) -> str:
@@ -140,11 +232,36 @@ def _format_of(target: str, form: Form | None) -> str:
     )
 
 
+def _to_file(
+    output: Output,
+    held: Held,
+    plan: ExportPlan,
+    path: Path,
+    standstill: Standstill,
+    *,
+    form: str,
+    resume: bool,
+    tell: Callable[[str], None],
+) -> int:
+    """Write an image; return how much of it was there already."""
+    told = _progress(held.reference, tell)
+    if form == "raw":
+        return _to_raw(output, held, plan, path, standstill, resume=resume, told=told)
+    if more := -plan.size_bytes % _SECTOR_BYTES:
+        output.warn(f"{form} counts in sectors: the image is {more} bytes larger than the disk")
+    with QemuImage(path, plan, form=form) as image:
+        copy_data(held, plan, image, told=told)
+        standstill.check()
+        image.finish()
+    return 0
+
+
 def _to_raw(
     output: Output,
     held: Held,
     plan: ExportPlan,
     path: Path,
+    standstill: Standstill,
     *,
     resume: bool,
     told: Callable[[int, int], None],
@@ -156,6 +273,7 @@ def _to_raw(
     try:
         start = image.open(resume=resume)
         copy_data(held, plan, image, start=start, told=told)
+        standstill.check()
         image.finish()
     except BaseException:
         if image.close():
@@ -166,13 +284,11 @@ def _to_raw(
     return total_bytes(clip(plan.data, start=0, end=start))
 
 
-def _to_standard_output(output: Output, held: Held, plan: ExportPlan) -> None:
+def _check_standard_output(output: Output) -> None:
     if sys.stdout.isatty():
         raise UsageError("an image is nothing for a terminal; redirect it")
     if output.is_json:
         raise UsageError("standard output has the image; --json needs a file to export to")
-    stream(held, plan, write_content)
-    output.remark(f"exported {_words(plan)}")
 
 
 def _progress(reference: str, tell: Callable[[str], None]) -> Callable[[int, int], None]:
@@ -192,6 +308,8 @@ def _words(plan: ExportPlan) -> str:
     words = [f"{data} of data of {plan.reference}, {size} large"]
     if plan.left_out_bytes:
         words.append(f"{format_size(plan.left_out_bytes)} are holes, left out by rules")
+    if plan.suspect_reason:
+        words.append("SUSPECT")
     if plan.lost:
         words.append(f"{format_size(total_bytes(plan.lost))} are holes, LOST")
     return "; ".join(words)

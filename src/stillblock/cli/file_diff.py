@@ -26,13 +26,14 @@ def diff_files(
     output: Output, session: Session, *, since: str, until: str, is_summary: bool
 ) -> ExitCode:
     """Print which files changed from one snapshot to another; exit code 3 if some may have."""
-    changes = session.changes(since=since, until=until)
     volume = session.volume
     with (
         held(session, Reference(volume=volume, snapshot=since)) as before,
         held(session, Reference(volume=volume, snapshot=until)) as after,
         output.working(f"comparing {before.reference} and {after.reference}") as tell,
     ):
+        # By id: names could mean other snapshots by now than those whose trees are compared.
+        changes = session.changes(since=before.receipt.snapshot.id, until=after.receipt.snapshot.id)
         for side in (before, after):
             warn_if_suspect(output, side)
         next_s = 0.0
@@ -55,6 +56,11 @@ def diff_files(
                 changes.extents,
                 newly_selected=changes.newly_selected,
                 told=told,
+            ),
+            suspect_reasons=tuple(
+                f"{side.reference} is SUSPECT: {side.suspect_reason}"
+                for side in (before, after)
+                if side.suspect_reason
             ),
         )
     output.result("file-changes", found, lambda out: render(out, found, is_summary=is_summary))
@@ -105,6 +111,9 @@ def _sum(place: FilesystemChanges) -> str:
     counts = {change: sum(c.change is change for c in place.changes) for change in Change}
     words = [f"{count} {change}" for change, count in counts.items() if count]
     what = ", ".join(words) or "no file changed"
+    if place.told_by_time_only:
+        names = counted(place.told_by_time_only, "name")
+        what += f", of {names} more only size and time tell that nothing changed"
     return (
         f"{counted(len(place.changes), 'name')}: {what}; {format_size(place.file_bytes)} of files, "
         f"{format_size(place.metadata_bytes)} of the filesystem itself, "

@@ -5,18 +5,29 @@ What is not selected becomes holes. What is lost is an error, unless that may be
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stillblock import native
-from stillblock.errors import InUseError, RefusedError, SnapshotLostError, StillblockError
-from stillblock.extents import clip, normalise, subtract, total_bytes, union, whole
+from stillblock.errors import (
+    Blame,
+    InUseError,
+    OriginIOError,
+    RefusedError,
+    SnapshotLostError,
+    StillblockError,
+    StoreDamagedError,
+)
+from stillblock.extents import clip, intersect, normalise, subtract, total_bytes, union, whole
 from stillblock.model import Extent, Extents, format_size
+from stillblock.operations.placing import put_in_place, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,16 +40,19 @@ STEP_BYTES: Final = 64 << 20
 """A raw image is made durable, and its digest written down, each time so much of it is done."""
 _GRAIN_BYTES: Final = 64 * 1024
 """Data that is zeros for as long as this becomes a hole."""
+_ZERO_GRAIN: Final = bytes(_GRAIN_BYTES)
 _WINDOW_BYTES: Final = 1 << 30
 _ZEROS: Final = bytes(CHUNK_BYTES)
 _PRIVATE: Final = 0o600
-_STEPS_VERSION: Final = 1
+_HEAD_BYTES_MAX: Final = 64 * 1024
+_STEPS_VERSION: Final = 2
 
 
 class ExportError(StillblockError):
     """An image could not be written; what there is of it is not under its name."""
 
     code = "export"
+    blame = Blame.DISK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +67,13 @@ class ExportPlan:
     """Not selected, so holes."""
     lost: Extents
     """Selected, and not there; holes only because that was asked for."""
+    suspect_reason: str = ""
+    """Why the snapshot may not be what the disk was; empty if it is."""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the image will not be all that the instant was."""
+        return bool(self.lost or self.suspect_reason)
 
     @property
     def data_bytes(self) -> int:
@@ -112,6 +133,7 @@ def plan_export(held: Held, *, allow_lost: bool = False) -> ExportPlan:
         data=subtract(normalise(data), lost),
         left_out_bytes=left_out,
         lost=lost,
+        suspect_reason=held.suspect_reason,
     )
 
 
@@ -131,7 +153,7 @@ def copy_data(
         while position < end:
             # Not across the end of a step, so that each is whole when it is told.
             stop = min(end, position + CHUNK_BYTES, position - position % STEP_BYTES + STEP_BYTES)
-            data = held.pread(offset=position, length=stop - position)
+            data = _read(held, position, stop)
             for at, piece in _without_zeros(data):
                 target.write(piece, offset=position + at)
             done += stop - position
@@ -140,13 +162,24 @@ def copy_data(
                 told(done, total)
 
 
+def _read(held: Held, start: int, end: int) -> bytes:
+    try:
+        return held.pread(offset=start, length=end - start)
+    except (OriginIOError, SnapshotLostError, StoreDamagedError) as error:
+        hint = (
+            f"`stillblock volume scrub {held.receipt.snapshot.volume}` finds all that is damaged; "
+            "--allow-lost then makes holes of it"
+        )
+        raise type(error)(error.message, hint=hint) from error
+
+
 def _without_zeros(data: bytes) -> Iterator[tuple[int, memoryview]]:
     """Yield (offset, piece) of all but longer runs of zeros."""
     view = memoryview(data)
     begin = None
     for at in range(0, len(data), _GRAIN_BYTES):
-        piece = view[at : at + _GRAIN_BYTES]
-        is_zero = piece == _ZEROS[: len(piece)]
+        piece = data[at : at + _GRAIN_BYTES]
+        is_zero = piece == _ZERO_GRAIN[: len(piece)]
         if is_zero and begin is not None:
             yield begin, view[begin:at]
             begin = None
@@ -188,7 +221,8 @@ class RawImage:
     """A raw image under `NAME.partial` until it is whole, and beside it what is done of it.
 
     `NAME.partial.steps` says of which instant it is and, for each step of 64 MiB in which data was
-    put, where it ends, where the data is and its digest, appended once that is durable.
+    put, where it ends, where the data is and its digest, and what was lost since the step before,
+    appended once that is durable.
     """
 
     def __init__(self, target: Path, plan: ExportPlan, *, instant: str | None) -> None:
@@ -203,6 +237,8 @@ class RawImage:
         self._is_own = False
         """Whether what lies there is of this export, made or taken over."""
         self._step_count = 0
+        self._step_end = 0
+        """Of the last one that was written down."""
         self._written: list[Extent] = []
         """Of the step that is under way."""
         self._digest = _new_digest()
@@ -213,6 +249,11 @@ class RawImage:
         Raise `RefusedError` if something is there already, or what is there is of another instant.
         """
         if self.target.exists() or self.target.is_symlink():
+            if self.partial.exists() and self.partial.samefile(self.target):
+                raise RefusedError(
+                    f"{self.target} is whole already, and {self.partial} another name of it",
+                    hint=f"remove {self.partial} and {self._steps.name}",
+                )
             raise RefusedError(f"{self.target} exists already; it is not overwritten")
         try:
             start = self._resume() if resume else self._create()
@@ -238,13 +279,18 @@ class RawImage:
         """Give it its name, durably."""
         try:
             os.fsync(self._image)
-            # Unlike a rename, a link takes nobody's place.
-            os.link(self.partial, self.target)
-            self._remove()
-            self._is_own = False
-            sync_folder(self.target)
+            put_in_place(self.partial, self.target)
         except OSError as error:
             raise ExportError(f"{self.target}: {error.strerror}") from error
+        self._is_own = False
+        try:
+            self._steps.unlink(missing_ok=True)
+            sync_folder(self.target)
+        except OSError as error:
+            raise ExportError(
+                f"{self.target} is whole, but whether its name is durable is not known: "
+                f"{error.strerror}"
+            ) from error
 
     def close(self) -> bool:
         """Let go; return whether something is left that can be resumed."""
@@ -269,9 +315,31 @@ class RawImage:
         self._lock()
         self._is_own = True
         if self._instant is not None:
-            self._log = os.open(self._steps, flags & ~os.O_EXCL | os.O_TRUNC, _PRIVATE)
-            self._append({"version": _STEPS_VERSION} | self._identity())
+            if self._is_list_of_steps():
+                self._steps.unlink()  # left of an image that has its name
+            try:
+                self._log = os.open(self._steps, flags, _PRIVATE)
+            except FileExistsError as error:
+                self.partial.unlink()
+                self._is_own = False
+                raise RefusedError(
+                    f"{self._steps} exists already, and is no list of steps",
+                    hint="remove it, or export under another name",
+                ) from error
+            self._append(self._identity())
         return 0
+
+    def _is_list_of_steps(self) -> bool:
+        """Whether a list of ours is there, of whatever export."""
+        try:
+            descriptor = os.open(self._steps, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return False
+            head = _parsed(file.readline(_HEAD_BYTES_MAX))
+        return head is not None and head.keys() >= {"version", "instant", "reference"}
 
     def _resume(self) -> int:
         """Open what is there; return the end of the last step before which all is verified."""
@@ -279,13 +347,15 @@ class RawImage:
             raise RefusedError(f"{self._plan.reference} may have changed: it cannot be resumed")
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._image = os.open(self.partial, flags)
-            self._log = os.open(self._steps, flags)
+            # A FIFO would have to be waited for.
+            self._image = os.open(self.partial, flags | os.O_NONBLOCK)
+            self._lock()
+            self._check_sole_name()
+            self._log = os.open(self._steps, flags | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise RefusedError(
                 f"{self.partial} and its list of steps are not there: nothing can be resumed"
             ) from error
-        self._lock()
         with os.fdopen(os.dup(self._log), "rb") as file:
             lines = file.read().splitlines(keepends=True)
         head = _parsed(lines[0]) if lines else None
@@ -305,6 +375,7 @@ class RawImage:
             start = end
             kept += len(line)
             self._step_count += 1
+        self._step_end = start
         os.ftruncate(self._log, kept)
         os.lseek(self._log, kept, os.SEEK_SET)
         # Whatever lies behind was not known to be durable: it is zeros until it is put again.
@@ -317,21 +388,49 @@ class RawImage:
         try:
             assert document is not None
             extents = [(int(start), int(end)) for start, end in document["extents"]]
+            lost = normalise((int(start), int(end)) for start, end in document["lost"])
             expected, step_end = str(document["digest"]), int(document["end"])
         except (AssertionError, KeyError, TypeError, ValueError):
             return None
-        if step_end > self._plan.size_bytes:
+        if not after < step_end <= self._plan.size_bytes:
+            return None
+        if not all(after <= start < end <= step_end for start, end in extents):
+            return None
+        # A hole that this export would not make or, as it is told what is lost, would not announce.
+        copied = union(self._plan.data, self._plan.lost)
+        if subtract(lost, self._plan.lost) or subtract(normalise(extents), copied):
+            return None
+        if self._has_data(subtract(((after, step_end),), normalise(extents))):
             return None
         digest = _new_digest()
         for start, end in extents:
-            if not after <= start < end <= step_end:
-                return None
             for at in range(start, end, CHUNK_BYTES):
                 data = os.pread(self._image, min(CHUNK_BYTES, end - at), at)
                 if len(data) != min(CHUNK_BYTES, end - at):
                     return None
                 digest.update(data)
         return step_end if digest.hexdigest() == expected else None
+
+    def _has_data(self, extents: Extents) -> bool:
+        """Whether anything but zeros lies there, where this export put nothing."""
+        for start, end in extents:
+            at = start
+            while (at := self._next_data(at)) < end:
+                piece = os.pread(self._image, min(CHUNK_BYTES, end - at), at)
+                if not piece:
+                    break  # it ends before: zeros, once it is as large as it will be
+                if piece.count(0) != len(piece):
+                    return True
+                at += len(piece)
+        return False
+
+    def _next_data(self, at: int) -> int:
+        """Return where the next byte may be that is in no hole."""
+        try:
+            return os.lseek(self._image, at, os.SEEK_DATA)
+        except OSError as error:
+            # A filesystem that does not tell may have data anywhere.
+            return self._plan.size_bytes if error.errno == errno.ENXIO else at
 
     def _end_step(self) -> None:
         """Make a step durable, and write down that it is."""
@@ -341,8 +440,10 @@ class RawImage:
             end = extents[0][0] - extents[0][0] % STEP_BYTES + STEP_BYTES
             end = min(end, self._plan.size_bytes)
             digest = self._digest.hexdigest()
-            self._append({"end": end, "extents": extents, "digest": digest})
+            lost = intersect(self._plan.lost, ((self._step_end, end),))
+            self._append({"end": end, "extents": extents, "lost": lost, "digest": digest})
             self._step_count += 1
+            self._step_end = end
         self._written = []
         self._digest = _new_digest()
 
@@ -354,6 +455,7 @@ class RawImage:
 
     def _identity(self) -> dict[str, Any]:
         return {
+            "version": _STEPS_VERSION,
             "instant": self._instant,
             "size_bytes": self._plan.size_bytes,
             "reference": self._plan.reference,
@@ -367,18 +469,23 @@ class RawImage:
             self._image = -1
             raise InUseError(f"{self.partial} is being written by another export") from error
 
+    def _check_sole_name(self) -> None:
+        """Raise `RefusedError` unless what is open is a file that is called so, and not else.
+
+        It may have got its final name while it was opened, or have it besides.
+        """
+        found, named = os.fstat(self._image), self.partial.lstat()
+        is_same = (found.st_dev, found.st_ino) == (named.st_dev, named.st_ino)
+        if not (is_same and stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+            raise RefusedError(
+                f"{self.partial} is not, or not only, an image that was broken off: it is no file, "
+                "has another name too, or was finished just now",
+                hint="look what it is; remove this name of it, or export under another name",
+            )
+
     def _remove(self) -> None:
         self.partial.unlink(missing_ok=True)
         self._steps.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the name of a file durable."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _new_digest() -> blake2b:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import StillblockError
-from stillblock.extents import Ranges, intersect, normalise, subtract, total_bytes, union
+from stillblock.extents import Ranges, intersect, subtract, total_bytes, union
+from stillblock.model import format_size
 from stillblock.operations.held import Refusal
+from stillblock.operations.trees import extents_within
 from stillblock.selection.filesystems.filesystem import FileKind
 from stillblock.selection.workers import is_of_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from stillblock.model import Extents
+    from stillblock.model import Extent, Extents
     from stillblock.operations.trees import SnapshotFiles, Tree
     from stillblock.selection.files import Entry
     from stillblock.selection.filesystems.filesystem import Node
@@ -33,7 +34,7 @@ class Change(StrEnum):
     APPEARED = "appeared"
     WENT = "went"
     CHANGED = "changed"
-    """Its content; its metadata as well, mostly."""
+    """Its content, or blocks of it were written and it has another time."""
     METADATA = "metadata"
     """Mode, owner, time, number of names, or which inode it is; not its content."""
     UNKNOWN = "unknown"
@@ -75,6 +76,9 @@ class FilesystemChanges:
     """Why nothing is told apart."""
     skipped: tuple[str, ...] = ()
     """Why a directory could not be compared, or all of the filesystem."""
+    told_by_time_only: int = 0
+    """Names that are not listed as changed only because size and time are what they were: not all
+    of the file is held by both snapshots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +92,19 @@ class FileDiff:
     newly_selected_bytes: int
     """Not held before: an empty block that a file took since, or what rules left out."""
     places: tuple[FilesystemChanges, ...]
+    suspect_reasons: tuple[str, ...] = ()
+    """Why the bytes of either may be others than those of its instant, or changes be unknown."""
 
     @property
     def is_partial(self) -> bool:
-        """Whether something could not be compared."""
-        return any(
+        """Whether something could not be compared, or not be relied on."""
+        return bool(self.suspect_reasons) or any(
             place.skipped or any(c.change is Change.UNKNOWN for c in place.changes)
             for place in self.places
         )
 
 
+_WENT: Final = "its filesystem is not there in the later snapshot"
 ELSEWHERE: Final = "elsewhere"
 """Tables, gaps, what LVM2 writes for itself."""
 _COMPARED_BYTES: Final = 1 << 20
@@ -118,19 +125,40 @@ def compare_files(
     """
     found: list[FilesystemChanges] = []
     rest = union(changed, newly_selected)
+    were = {place.name: place for place in before.places}
     for place in after.places:
+        was = were.pop(place.name, None)
         mine = intersect(rest, place.extents)
         rest = subtract(rest, place.extents)
         if place.is_filesystem and mine:
-            known = extents_within(place, intersect(changed, place.extents))
-            found.append(_compare_place(before, after, place, mine, known=known, told=told))
+            found.append(_compare_place(before, after, (was, place), mine, told=told))
         elif not place.is_filesystem:
             reason = after.why_unknown(place)
-            if mine or reason:
+            if was is not None and was.is_filesystem:
+                reason = reason or _WENT
+            if mine or (reason and not place.opaque_reason):
                 found.append(_untold(place, mine, reason))
+    for place in were.values():
+        mine = intersect(rest, place.extents)
+        rest = subtract(rest, place.extents)
+        if place.is_filesystem:
+            found.append(_untold(place, mine, _WENT))
+        elif mine:
+            found.append(_untold(place, mine, before.why_unknown(place)))
     if rest:
         found.append(FilesystemChanges(place=ELSEWHERE, other_bytes=total_bytes(rest)))
     return tuple(found)
+
+
+def _why_not_compared(there: Place | None, place: Place) -> str:
+    """Return why two places are not of one filesystem; empty if they may be."""
+    if there is None or not there.is_filesystem:
+        return "there was no filesystem here that is read"
+    if there.pieces == place.pieces:
+        return ""
+    if there.size != place.size:
+        return f"it was {format_size(there.size)} large, and is {format_size(place.size)}"
+    return "it lay elsewhere on the disk"
 
 
 def _untold(place: Place, changed: Extents, reason: str) -> FilesystemChanges:
@@ -139,30 +167,30 @@ def _untold(place: Place, changed: Extents, reason: str) -> FilesystemChanges:
         kind="" if place.content is None else str(place.content),
         other_bytes=total_bytes(changed),
         reason=reason,
-        skipped=(reason,) if place.is_filesystem else (),
+        skipped=(reason,) if reason else (),
     )
 
 
 def _compare_place(
     before: SnapshotFiles,
     after: SnapshotFiles,
-    place: Place,
+    pair: tuple[Place | None, Place],
     changed: Extents,
     *,
-    known: Extents,
     told: Callable[[str], None] | None,
 ) -> FilesystemChanges:
-    """Compare one filesystem; `known` is what changed of what was held before, within it."""
-    there = next((other for other in before.places if other.name == place.name), None)
-    if there is None or not there.is_filesystem or there.pieces != place.pieces:
-        return _untold(place, changed, "there was no filesystem here that is read")
+    """Compare one filesystem, by its place in either snapshot."""
+    there, place = pair
+    reason = _why_not_compared(*pair)
+    if reason or there is None:
+        return _untold(place, changed, reason)
     inside = extents_within(place, changed)
     try:
         with before.tree_at(there) as old, after.tree_at(place) as new:
             if (old.identity.kind, old.identity.uuid) != (new.identity.kind, new.identity.uuid):
                 was = f"{old.identity.kind} {old.identity.uuid}"
                 return _untold(place, changed, f"it was another filesystem: {was}")
-            walk = _Walk(old, new, Ranges(known), told or (lambda _: None))
+            walk = _Walk(old, new, Ranges(inside), told or (lambda _: None))
             old.worker.hold_against(inside)
             new.worker.hold_against(inside)
             walk.run()
@@ -185,16 +213,7 @@ def _compare_place(
         metadata_bytes=total_bytes(of_nobody) - free_bytes,
         free_bytes=free_bytes,
         skipped=tuple(walk.skipped),
-    )
-
-
-def extents_within(place: Place, extents: Extents) -> Extents:
-    """Return extents of the disk as extents of a place on it; what lies elsewhere is left out."""
-    bases = accumulate((end - start for start, end in place.pieces), initial=0)
-    return normalise(
-        (base + start - piece[0], base + end - piece[0])
-        for base, piece in zip(bases, place.pieces, strict=False)
-        for start, end in intersect((piece,), extents)
+        told_by_time_only=walk.told_by_time_only,
     )
 
 
@@ -208,11 +227,14 @@ class _Walk:
     told: Callable[[str], None]
     changes: list[FileChange] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    told_by_time_only: int = 0
 
     def run(self) -> None:
-        """Compare everything below the top."""
-        roots = self.before.find("/").node, self.after.find("/").node
-        waiting: list[tuple[str, Node | None, Node | None]] = [("/", *roots)]
+        """Compare the top and everything below it."""
+        roots = self.before.find("/"), self.after.find("/")
+        self._compare("/", *roots)
+        waiting: list[tuple[str, Node | None, Node | None]]
+        waiting = [("/", roots[0].node, roots[1].node)]
         # A directory has one place in a tree, or a damaged tree would have no end.
         entered: set[tuple[bool, int]] = set()
         while waiting:
@@ -288,19 +310,26 @@ class _Walk:
         if was.node.size != is_now.node.size:
             return Change.CHANGED, ""
         if reason := is_now.reason or was.reason:
-            # Where its bytes are is not known, so neither is whether they changed.
-            return (Change.UNKNOWN, reason) if has_new_time else (metadata, "")
+            # Where its bytes are is not known, so neither is whether they changed; a time can be
+            # put back, or not have been written out yet.
+            return Change.UNKNOWN, reason
         if is_now.changed_bytes or was.changed_bytes or was.digest != is_now.digest:
             if has_new_time:
                 return Change.CHANGED, ""
             return self._by_content(path, was, is_now, metadata)
-        if has_new_time:
-            # Its blocks did not change, as far as they are held.
-            for tree, entry in ((self.before, was), (self.after, is_now)):
-                refusal = tree.layout(entry.node)
-                if isinstance(refusal, Refusal):
-                    return Change.UNKNOWN, refusal.reason
+        # Its blocks did not change, as far as they are held.
+        if refusal := self._refusal(was.node, is_now.node):
+            if has_new_time:
+                return Change.UNKNOWN, refusal.reason
+            self.told_by_time_only += 1
         return metadata, ""
+
+    def _refusal(self, was: Node, is_now: Node) -> Refusal | None:
+        """Return why not all of a file is held by both snapshots; None if it is."""
+        for tree, node in ((self.before, was), (self.after, is_now)):
+            if tree.may_lack_files and isinstance(refusal := tree.layout(node), Refusal):
+                return refusal
+        return None
 
     def _by_content(
         self, path: str, was: Entry, is_now: Entry, metadata: Change | None
@@ -309,8 +338,10 @@ class _Walk:
         try:
             if was.digest == is_now.digest:
                 # It lies where it lay: what did not change of its blocks did not change of it. Of
-                # those that were not held before, its time is all that tells.
-                is_same = self._are_changed_parts_same(is_now.node)
+                # those that one snapshot does not hold, its time is all that tells.
+                refusal = self._refusal(was.node, is_now.node)
+                is_same = self._are_changed_parts_same(is_now.node, is_held=refusal is None)
+                self.told_by_time_only += refusal is not None and is_same
             else:
                 old = self.before.content(path, was.node)
                 new = self.after.content(path, is_now.node)
@@ -321,18 +352,25 @@ class _Walk:
             return Change.UNKNOWN, error.message
         return (metadata, "") if is_same else (Change.CHANGED, "")
 
-    def _are_changed_parts_same(self, node: Node) -> bool:
+    def _are_changed_parts_same(self, node: Node, *, is_held: bool) -> bool:
+        """Return whether what changed of a file is the same, as far as it is held."""
+        trees = self.before, self.after
         for run in self.after.worker.layout(node).runs:
             if run.is_unwritten or run.start is None:
                 continue
             for start, end in self.changed.within((run.start, run.start + run.length)):
-                for at in range(start, end, _COMPARED_BYTES):
-                    length = min(_COMPARED_BYTES, end - at)
-                    if self.before.read(start=at, length=length) != self.after.read(
-                        start=at, length=length
-                    ):
+                for at, stop in self._pieces(start, end, is_held=is_held):
+                    old, new = (tree.read(start=at, length=stop - at) for tree in trees)
+                    if old != new:
                         return False
         return True
+
+    def _pieces(self, start: int, end: int, *, is_held: bool) -> Iterator[Extent]:
+        """Yield pieces to compare; what rules left out of either snapshot is left out."""
+        for at in range(start, end, _COMPARED_BYTES):
+            piece = ((at, min(end, at + _COMPARED_BYTES)),)
+            gone = union(*(tree.left_out(piece) for tree in (self.before, self.after)))
+            yield from piece if is_held else subtract(piece, gone)
 
 
 def _folder(entry: Entry | None) -> Node | None:

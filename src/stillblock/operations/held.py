@@ -9,13 +9,15 @@ from typing import Final, Protocol
 
 from stillblock import native
 from stillblock.errors import ExcludedError, OriginIOError, SnapshotLostError, StillblockError
-from stillblock.extents import Ranges, intersect, normalise, subtract, total_bytes
+from stillblock.extents import Ranges, intersect, normalise, subtract, total_bytes, union
 from stillblock.model import BLOCK_SIZE_MIN, Extent, Extents, Receipt, format_size
 from stillblock.selection.decision import NOT_INCLUDED
 
 _WINDOW_BYTES: Final = 256 << 20
 """What is in a clone is asked for so much of it at a time."""
 _WINDOWS_MAX: Final = 64
+_FREE_TERM: Final = "free"
+"""What this term leaves out was no file's at the instant."""
 _ZERO_TERM: Final = "zero"
 """What this term leaves out was seen to be zeros at the instant: its content is known."""
 
@@ -181,8 +183,29 @@ class Held:
             return False
         return True
 
+    def left_out(self, extents: Extents) -> Extents:
+        """Return which of these bytes rules left out, but not what is known to be zeros."""
+        missing = normalise(part for extent in extents for part in self._not_selected(extent))
+        return tuple(part for part in missing if self._excluded((part,)) is not None)
+
+    def may_lack_files(self, extents: Extents) -> bool:
+        """Whether some of these bytes of the disk are not held that may be a file's."""
+        missing = tuple(part for extent in extents for part in self._not_selected(extent))
+        if self._reasons(missing).keys() - {_FREE_TERM}:
+            return True
+        return bool(intersect(extents, union(self._receipt.lost, self._receipt.damaged)))
+
     def _excluded(self, missing: Extents) -> Refusal | None:
         """Return the refusal of what is not selected; None if all of it is known to be zeros."""
+        by_reason = self._reasons(missing)
+        if not by_reason:
+            return None
+        because = max(by_reason, key=lambda reason: by_reason[reason])
+        words = because if because == NOT_INCLUDED else f"left out by {because}"
+        return Refusal(why=Why.EXCLUDED, reason=words)
+
+    def _reasons(self, missing: Extents) -> dict[str, int]:
+        """Return how much is not selected by why, without what is known to be zeros."""
         by_reason: dict[str, int] = {}
         for start, end in missing:
             index = max(0, bisect_right(self._left_out_starts, start) - 1)
@@ -199,11 +222,7 @@ class Held:
             if position < end:
                 by_reason[NOT_INCLUDED] = by_reason.get(NOT_INCLUDED, 0) + end - position
         by_reason.pop(_ZERO_TERM, None)
-        if not by_reason:
-            return None
-        because = max(by_reason, key=lambda reason: by_reason[reason])
-        words = because if because == NOT_INCLUDED else f"left out by {because}"
-        return Refusal(why=Why.EXCLUDED, reason=words)
+        return by_reason
 
     def _not_selected(self, extent: Extent) -> Extents:
         if not self._is_clone:

@@ -20,6 +20,7 @@ from stillblock.errors import (
 )
 from stillblock.model import format_size
 from stillblock.operations.clones import CloneTarget, clone_info, find_clone
+from stillblock.operations.placing import put_in_place, sync_folder
 
 if TYPE_CHECKING:
     from stillblock.operations.volume import OpenVolume
@@ -151,14 +152,8 @@ class Promotion:
                         content = content[written:]
                     self._done_bytes += length
             os.fsync(image.fileno())
-        # Unlike a rename, a link takes nobody's place.
-        os.link(self._partial, self._target)
-        self._partial.unlink()
-        folder = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        put_in_place(self._partial, self._target)
+        sync_folder(self._target)
 
     def _conclude(self) -> None:
         try:

@@ -6,6 +6,8 @@ Nothing is mounted, and nothing is given that the snapshot does not hold (docs/a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Self
 
 from stillblock.errors import (
@@ -15,7 +17,7 @@ from stillblock.errors import (
     StillblockError,
     UsageError,
 )
-from stillblock.extents import normalise, subtract
+from stillblock.extents import intersect, normalise, subtract
 from stillblock.model import Unresolved
 from stillblock.operations.held import Refusal, Why
 from stillblock.selection.disk import read_exactly
@@ -202,6 +204,16 @@ class Tree:
         """Whether its files have owners and permissions."""
         return self.identity.kind not in _WITHOUT_MODES
 
+    @cached_property
+    def may_lack_files(self) -> bool:
+        """Whether something of it is not held that may be a file's."""
+        return self.held.may_lack_files(self.place.extents)
+
+    def left_out(self, extents: Extents) -> Extents:
+        """Return which of these bytes of the filesystem rules left out, but as zeros."""
+        found = self.held.left_out(self.place.disk_extents(extents))
+        return extents_within(self.place, found)
+
     def path(self, inner: str) -> str:
         """Return how messages name a path in it."""
         return shown(self.reference(inner))
@@ -304,6 +316,16 @@ class Content:
             yield data
             position = offset + len(data)
         yield from _zeros(self.size - position)
+
+
+def extents_within(place: Place, extents: Extents) -> Extents:
+    """Return extents of the disk as extents of a place on it; what lies elsewhere is left out."""
+    bases = accumulate((end - start for start, end in place.pieces), initial=0)
+    return normalise(
+        (base + start - piece[0], base + end - piece[0])
+        for base, piece in zip(bases, place.pieces, strict=False)
+        for start, end in intersect((piece,), extents)
+    )
 
 
 class _Named:

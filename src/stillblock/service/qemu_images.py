@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import quote
 
-from stillblock.errors import RefusedError
-from stillblock.operations.exporting import ExportError, sync_folder
+from stillblock.errors import OriginIOError, RefusedError
+from stillblock.model import format_size
+from stillblock.operations.exporting import ExportError
+from stillblock.operations.placing import put_in_place, sync_folder
 from stillblock.service.nbd import NbdDisk, NbdError
 
 if TYPE_CHECKING:
+    from stillblock.errors import StillblockError
     from stillblock.operations.exporting import ExportPlan
 
 FORMATS: Final = ("qcow2", "vmdk", "vdi", "vhdx")
@@ -29,12 +32,16 @@ _SECTOR_BYTES: Final = 512
 
 
 class QemuImage:
-    """An image under `NAME.partial` until it is whole. Use it in a `with` statement."""
+    """An image in the folder `NAME.partial` until it is whole. Use it in a `with` statement.
+
+    It is called `NAME` there too, for a VMDK says inside how it is called.
+    """
 
     def __init__(self, target: Path, plan: ExportPlan, *, form: str) -> None:
         """Say where it goes, and in which of `FORMATS`."""
         self._target = target
-        self._partial = target.with_name(f"{target.name}.partial")
+        self._folder = target.with_name(f"{target.name}.partial")
+        self._partial = self._folder / target.name
         self._plan = plan
         self._form = form
         self._stack = ExitStack()
@@ -51,7 +58,7 @@ class QemuImage:
                 )
         for path, hint in (
             (self._target, "it is not overwritten"),
-            (self._partial, "remove it if it is left of an export that was broken off"),
+            (self._folder, "remove it if it is left of an export that was broken off"),
         ):
             if path.exists() or path.is_symlink():
                 raise RefusedError(f"{path} exists already", hint=hint)
@@ -69,13 +76,19 @@ class QemuImage:
     def write(self, data: memoryview, *, offset: int) -> None:
         """Put data."""
         assert self._disk is not None, "it was entered"
-        self._disk.pwrite(data, offset=offset)
+        try:
+            self._disk.pwrite(data, offset=offset)
+        except (OriginIOError, NbdError) as error:
+            raise self._failed(error) from error
 
     def finish(self) -> None:
         """Let QEMU write out the image, and give it its name, durably."""
         assert self._disk is not None, "it was entered"
         assert self._process is not None, "both were started"
-        self._disk.flush()
+        try:
+            self._disk.flush()
+        except (OriginIOError, NbdError) as error:
+            raise self._failed(error) from error
         self._disk.close()
         try:
             code = self._process.wait(timeout=_END_S)
@@ -86,13 +99,16 @@ class QemuImage:
         try:
             with self._partial.open("rb+") as image:
                 os.fsync(image.fileno())
-            # Unlike a rename, a link takes nobody's place.
-            self._target.hardlink_to(self._partial)
+            put_in_place(self._partial, self._target)
             sync_folder(self._target)
         except OSError as error:
             raise ExportError(f"{self._target}: {error.strerror}") from error
 
     def _start(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise ExportError(f"{self._folder} cannot be made: {error.strerror}") from error
         self._stack.callback(_remove, self._partial)
         made = subprocess.run(
             ["qemu-img", "create", "-q", "-f", self._form, "--", *self._created()],
@@ -137,6 +153,14 @@ class QemuImage:
                     words = f"qemu-nbd does not start{self._said()}"
                     raise ExportError(f"{self._partial}: {words}") from error
 
+    def _failed(self, error: StillblockError) -> ExportError:
+        """Return the error that names the image, for it is no disk of ours that failed."""
+        found = os.statvfs(self._folder)
+        free = format_size(found.f_bavail * found.f_frsize)
+        # Its own words begin with the name of its export, which is none.
+        words = error.message.removeprefix(": ")
+        return ExportError(f"{self._target}: {words}{self._said()}", hint=f"{free} are free there")
+
     def _created(self) -> tuple[str, str]:
         return str(self._partial.absolute()), str(self._plan.size_bytes)
 
@@ -146,9 +170,10 @@ class QemuImage:
         return f": {words}" if words else ""
 
 
-def _remove(path: Path) -> None:
+def _remove(partial: Path) -> None:
     with suppress(OSError):
-        path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+        partial.parent.rmdir()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -25,6 +25,8 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates \( -name '*.rs' -o -na
 # nextest isolates each test in a process of its own; cargo test runs the same tests without it.
 CARGO_TEST := $(shell if cargo nextest --version >/dev/null 2>&1; then echo "nextest run"; else echo test; fi)
 PYTEST := $(BIN)/python -m pytest
+# Most tests wait for a server, a mount or a kill as long as they compute.
+PYTEST_PROCESSES ?= 2
 
 .PHONY: help
 help: ## List the targets
@@ -40,13 +42,13 @@ demo: setup-demo build ## See it work on a real disk: serve, snapshot, change, p
 .PHONY: test
 test: gates test-rust ## Everything, exactly what CI runs: the gates, then every suite
 	@# Last, so that pytest's closing line closes the run.
-	$(PYTEST) -m "not long"
+	$(PYTEST) --numprocesses $(PYTEST_PROCESSES) --dist worksteal -m "not long"
 
 # --- What a developer runs --------------------------------------------------------------------------------------
 
 .PHONY: check
 check: gates ## Format, lint, types, layers and the fast tests
-	cargo test --quiet --lib --package stillblock-core
+	cargo test --quiet --lib --package stillblock-core --package stillblock-fuse
 	$(PYTEST) -m "not slow and not long" tests/unit
 
 .PHONY: format
@@ -122,7 +124,7 @@ layers: setup-test
 .PHONY: test-rust
 test-rust: setup-test
 	@# Not the shim: it is a module of an interpreter and does not link alone. Python's tests test it.
-	cargo $(CARGO_TEST) --locked --package stillblock-core
+	cargo $(CARGO_TEST) --locked --package stillblock-core --package stillblock-fuse
 	@# The same engine in the machine that is stopped at every step: docs/reliability.md.
 	cargo $(CARGO_TEST) --locked --package stillblock-core --features simulation --test simulation
 	cargo test --quiet --locked --doc --package stillblock-core

@@ -147,3 +147,29 @@ def _end(fuse: subprocess.Popen[bytes], folder: Path) -> None:
     except subprocess.TimeoutExpired:
         fuse.kill()
         fuse.wait()
+
+
+def ours(folder: Path) -> tuple[list[str], list[str]]:
+    """Mount points and loop devices below a directory, newest first, as the kernel tells."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [line.split(" ")[4] for line in lines if f" {folder}/" in line]
+    loops = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if str(folder) in backing.read_text():
+                loops.append(f"/dev/{backing.parent.parent.name}")
+        except OSError:
+            pass  # detached just now
+    return points[::-1], loops
+
+
+def clear(folder: Path) -> None:
+    """Undo what a test that failed left mounted."""
+    points, _ = ours(folder)
+    for point in points:
+        if "/s/run/" not in point:
+            try_run("umount", "--lazy", point)
+    for loop in ours(folder)[1]:
+        try_run("losetup", "--detach", loop)
+    for point in ours(folder)[0]:
+        try_run("umount", "--lazy", point)

@@ -30,7 +30,7 @@ class NativeError(Exception):
     """args == (kind, message). `kind` is one of: "usage", "locked", "origin_io", "origin_changed", "store_io",
     "store_damaged", "store_full", "unsupported_version", "not_found", "in_use", "pause_timeout", "snapshot_lost",
     "excluded", "recovery_needed", "undecided", "restore_running", "not_quiet", "quiesce",
-    "closed", "internal".
+    "closed", "fuse", "internal".
     """
 
 @final
@@ -399,3 +399,38 @@ class Server:
         """(export, peer, seconds connected)"""
     def stop(self) -> None:
         """Finish what is in flight, close everything."""
+
+FileSpec = tuple[str, Sequence[tuple[int, int]] | None]
+"""(path of one or two names, half-open byte ranges of the export that make the file; None: all of it)"""
+
+@final
+class Images:
+    """Exports of a server as files of a FUSE tree. Thread-safe."""
+
+    def __new__(cls) -> Self: ...
+    def add(
+        self,
+        name: str,
+        server: Server,
+        *,
+        files: Sequence[FileSpec],
+        access: Literal["constant", "watched", "writable"],
+        created_unix_ns: int,
+    ) -> None:
+        """Show the export of that name as these files; all of them or none."""
+    def extend(self, name: str, *, files: Sequence[FileSpec]) -> None:
+        """Show more files of an export."""
+    def remove(self, name: str, *, force: bool = False) -> int:
+        """Take an export's files away; open and not forced: NativeError("in_use"). Return how often they were open."""
+    def opens(self) -> dict[str, int]:
+        """How often the files of each export are open."""
+    def serve(self, device: int) -> ImageMount:
+        """Answer for a mount on a descriptor of /dev/fuse, which is duplicated, until it is unmounted."""
+
+@final
+class ImageMount:
+    """The threads that answer for one mount."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was unmounted."""

@@ -69,6 +69,15 @@ class Config:
         return self.state_dir / "presets"
 
     @property
+    def mounts_dir(self) -> Path:
+        """The records of what is mounted."""
+        return self.state_dir / "mounts"
+
+    def images_dir(self, volume: str) -> Path:
+        """Return where a served volume's images are shown as files for mounts to lie on."""
+        return self.run_dir / f"{volume}.images"
+
+    @property
     def log_path(self) -> Path:
         """Where internal errors leave their traceback."""
         return self.state_dir / "stillblock.log"

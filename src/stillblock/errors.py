@@ -96,6 +96,13 @@ class NotFoundError(StillblockError):
     blame = Blame.USER
 
 
+class NotServedError(StillblockError):
+    """It needs a process that serves the volume, and there is none."""
+
+    code = "not_served"
+    blame = Blame.USER
+
+
 class NameTakenError(StillblockError):
     """Another snapshot, bookmark or volume has the name already."""
 
@@ -260,6 +267,20 @@ class QuiesceError(StillblockError):
     blame = Blame.PEER
 
 
+class FuseError(StillblockError):
+    """Files cannot be shown by FUSE here."""
+
+    code = "fuse"
+    blame = Blame.PEER
+
+
+class MountError(StillblockError):
+    """The kernel or a command of the system did not mount, unmount, attach or detach."""
+
+    code = "mount"
+    blame = Blame.PEER
+
+
 class ControlError(StillblockError):
     """The serve process did not answer, or with something that is not ours."""
 
@@ -359,6 +380,7 @@ _NATIVE_KINDS: Final[dict[str, type[StillblockError]]] = {
     "not_quiet": NotQuietError,
     "quiesce": QuiesceError,
     "closed": ClosedError,
+    "fuse": FuseError,
     "internal": InternalError,
 }
 

@@ -5,6 +5,7 @@ makes one from anything; every other function takes normal values and returns no
 Rounding to blocks happens here and nowhere else in Python.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable
 
 from stillblock.model import Extent, Extents
@@ -88,6 +89,26 @@ def whole(size: int) -> Extents:
 def total_bytes(a: Extents) -> int:
     """Return how many bytes there are in `a`."""
     return sum(end - start for start, end in a)
+
+
+class Ranges:
+    """Normal extents, to be looked up by place: what lies in one of many costs no look at all."""
+
+    def __init__(self, extents: Extents) -> None:
+        self._extents = extents
+        self._starts = [start for start, _ in extents]
+
+    def within(self, extent: Extent) -> Extents:
+        """Return what lies in an extent, cut to it."""
+        start, end = extent
+        found: list[Extent] = []
+        index = max(0, bisect_right(self._starts, start) - 1)
+        while index < len(self._extents) and self._extents[index][0] < end:
+            begin, stop = self._extents[index]
+            if max(begin, start) < min(stop, end):
+                found.append((max(begin, start), min(stop, end)))
+            index += 1
+        return tuple(found)
 
 
 def _merge_sorted(extents: Iterable[Extent]) -> Extents:

@@ -135,19 +135,29 @@ def check_new_name(text: str, *, what: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """`VOL`, `VOL@SNAP`, `VOL@SNAP+CLONE` or `REPO:VOL@BACKUP`, each with an optional `:/path`."""
+    """`VOL`, `VOL@SNAP`, `VOL@SNAP+CLONE` or `REPO:VOL@BACKUP`, each with an optional `:/path`, and
+    those with an instant with `:PLACE:/path`: the path inside one filesystem of several.
+    """
 
     volume: str
     snapshot: str | None = None
     clone: str | None = None
     repository: str | None = None
     path: str | None = None
+    place: str | None = None
+    """As in a rule `path:PLACE:/GLOB`: a label, a uuid, a partition's number, `vg/lv`."""
 
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Return the reference; raise `UsageError` that says which part is wrong."""
         head, colon, path = text.partition(":/")
         inner = f"/{path}" if colon else None
+        before, at, after = head.partition("@")
+        # Behind the instant, whose name has no colon, and only with a path: a label may have some.
+        after, place_colon, place = after.partition(":") if inner else (after, "", "")
+        if place_colon and not place:
+            raise UsageError(f"{text!r} has two colons and no filesystem's name between them")
+        head = f"{before}{at}{after}"
         repository, colon, rest = head.rpartition(":")
         volume, at, snapshot = rest.partition("@")
         snapshot, plus, clone = snapshot.partition("+")
@@ -166,6 +176,7 @@ class Reference:
             clone=clone if plus else None,
             repository=repository if colon else None,
             path=inner,
+            place=place or None,
         )
 
     def __str__(self) -> str:
@@ -175,6 +186,7 @@ class Reference:
                 self.volume,
                 f"@{self.snapshot}" if self.snapshot else "",
                 f"+{self.clone}" if self.clone else "",
+                f":{self.place}" if self.place else "",
                 f":{self.path}" if self.path else "",
             )
         )

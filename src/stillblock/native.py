@@ -20,6 +20,7 @@ Epoch = _native.Epoch
 CloneEntry = _native.CloneEntry
 RestoreStatus = _native.RestoreStatus
 Inspection = _native.Inspection
+ImageMount = _native.ImageMount
 StoreUsage = _native.StoreUsage
 crc32c = _native.crc32c
 plain_file = _native.plain_file
@@ -32,6 +33,10 @@ ExcludedReads = Literal["zeros", "error"]
 ContextKind = Literal["selected", "changed", "dirty"]
 ContextSpec = tuple[str, ContextKind, int]
 """What clients call a metadata context, what it shows, since which epoch (0 for "selected")."""
+
+Access = Literal["constant", "watched", "writable"]
+FileSpec = tuple[str, "Sequence[tuple[int, int]] | None"]
+"""A file of an image tree: its path, of one or two names; the ranges that make it, None: all."""
 
 BUFFER_BYTES_DEFAULT = 64 * 1024 * 1024
 
@@ -685,3 +690,55 @@ class Server:
         """Finish what is in flight and close everything."""
         with _translated():
             self.inner.stop()
+
+
+class Images:
+    """Exports of a server as the files of a FUSE tree. Thread-safe."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self) -> None:
+        with _translated():
+            self.inner = _native.Images()
+
+    def add(
+        self,
+        name: str,
+        server: Server,
+        *,
+        files: Sequence[FileSpec],
+        access: Access,
+        created_unix_ns: int,
+    ) -> None:
+        """Show the export of that name as these files; all of them or, on an error, none.
+
+        `constant` content never changes, so the kernel keeps what it read; `watched` changes by
+        others only; `writable` can be written by the files.
+        """
+        with _translated():
+            self.inner.add(
+                name, server.inner, files=files, access=access, created_unix_ns=created_unix_ns
+            )
+
+    def extend(self, name: str, *, files: Sequence[FileSpec]) -> None:
+        """Show more files of an export."""
+        with _translated():
+            self.inner.extend(name, files=files)
+
+    def remove(self, name: str, *, force: bool = False) -> int:
+        """Take an export's files away and let go of it; return how often they were open.
+
+        Raise `InUseError` if they are open, unless forced: then they give errors from now on.
+        """
+        with _translated():
+            return self.inner.remove(name, force=force)
+
+    def opens(self) -> dict[str, int]:
+        """Return how often the files of each export are open."""
+        with _translated():
+            return self.inner.opens()
+
+    def serve(self, device: int) -> ImageMount:
+        """Answer for a mount on a descriptor of `/dev/fuse` until it is unmounted."""
+        with _translated():
+            return self.inner.serve(device)

@@ -124,6 +124,7 @@ def take(volume, name="x", **fields):
 
 
 def test_a_guest_is_frozen_for_the_instant_and_thawed(volume, guest):
+    settle(volume, freeze_limit_ms=30_000)
     receipt = take(volume)
     assert receipt.consistency == "filesystem"
     assert [str(s.kind) for s in receipt.quiescing.steps] == ["freeze", "thaw"]
@@ -136,7 +137,7 @@ def test_a_guest_is_frozen_for_the_instant_and_thawed(volume, guest):
 
 
 def test_only_the_named_mounts_of_a_guest_are_frozen(volume, guest):
-    settle(volume, agent_mounts=("/srv", "/var"))
+    settle(volume, agent_mounts=("/srv", "/var"), freeze_limit_ms=30_000)
     assert "(/srv, /var)" in take(volume).quiescing.steps[0].detail
     assert guest.frozen_mounts == ["/srv", "/var"]
 

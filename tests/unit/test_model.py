@@ -89,6 +89,21 @@ def test_nothing_new_can_be_called_latest():
         ("web@monday:/etc/fstab", {"volume": "web", "snapshot": "monday", "path": "/etc/fstab"}),
         ("safe:web@42", {"volume": "web", "snapshot": "42", "repository": "safe"}),
         ("web:/a:b@c", {"volume": "web", "path": "/a:b@c"}),
+        ("web@m:2:/a", {"volume": "web", "snapshot": "m", "place": "2", "path": "/a"}),
+        (
+            "r:web@m:vg/root:/a:/b",
+            {
+                "repository": "r",
+                "volume": "web",
+                "snapshot": "m",
+                "place": "vg/root",
+                "path": "/a:/b",
+            },
+        ),
+        (
+            "web@m+c:my: label@x:/",
+            {"volume": "web", "snapshot": "m", "clone": "c", "place": "my: label@x", "path": "/"},
+        ),
     ],
 )
 def test_a_reference_is_read_and_printed_alike(text, fields):
@@ -97,7 +112,9 @@ def test_a_reference_is_read_and_printed_alike(text, fields):
     assert str(reference) == text
 
 
-@pytest.mark.parametrize("text", ["", "@x", "web@", "web@a@b", "web@a+", "r:web@a+b", ":web"])
+@pytest.mark.parametrize(
+    "text", ["", "@x", "web@", "web@a@b", "web@a+", "r:web@a+b", ":web", "web@a::/x", "web@a:2"]
+)
 def test_a_malformed_reference_is_refused(text):
     with pytest.raises(UsageError):
         Reference.parse(text)

@@ -6,6 +6,7 @@
 mod checksum;
 mod clones;
 mod error;
+mod images;
 mod mft;
 mod server;
 mod values;
@@ -28,6 +29,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<clones::CloneEntry>()?;
     module.add_class::<clones::Clone>()?;
     module.add_class::<server::Server>()?;
+    module.add_class::<images::Images>()?;
+    module.add_class::<images::ImageMount>()?;
     module.add_function(wrap_pyfunction!(checksum::crc32c, module)?)?;
     module.add_function(wrap_pyfunction!(mft::plain_file, module)?)
 }

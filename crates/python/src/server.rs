@@ -32,6 +32,14 @@ enum Known {
 }
 
 impl Known {
+    fn export(&self) -> Arc<dyn Export> {
+        match self {
+            Self::Volume(export) => Arc::clone(export) as Arc<dyn Export>,
+            Self::View(export) => Arc::clone(export) as Arc<dyn Export>,
+            Self::Clone(export) => Arc::clone(export) as Arc<dyn Export>,
+        }
+    }
+
     fn contexts(&self) -> &Contexts {
         match self {
             Self::Volume(export) => &export.contexts,
@@ -50,6 +58,13 @@ pub struct Server {
 impl Server {
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<String, Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The export that clients know by this name.
+    pub fn export(&self, name: &str) -> PyResult<Arc<dyn Export>> {
+        let known = self.known();
+        let found = known.get(name);
+        found.map(Known::export).ok_or_else(|| raise("not_found", format!("no export {name}")))
     }
 
     fn add(&self, name: String, export: Arc<dyn Export>, known: Known) -> PyResult<()> {

@@ -11,6 +11,7 @@ from typing import Final
 from cyclopts import App, Group, Parameter
 
 COMMANDS: Final = Group.create_ordered("Start here")
+USES: Final = Group.create_ordered("Use a snapshot")
 NOUNS: Final = Group.create_ordered("Things to work on")
 
 _HELP: Final = (
@@ -36,6 +37,19 @@ _ROOT: Final = {
     "demo": "See it work on a real filesystem, in half a minute and without root.",
     "completion": "Print the completion script of a shell.",
 }
+_USES: Final = {
+    "ls": "List files of a snapshot or clone, without a mount.",
+    "cat": "Write files of a snapshot or clone to standard output.",
+    "cp": "Copy files out of a snapshot or clone, without a mount.",
+    "export": "Write a snapshot or clone as a raw or qcow2 image.",
+}
+_MOUNT: Final = {
+    "mount": "Mount a filesystem of a snapshot or clone, or show disks as files; list mounts.",
+    "unmount": "Unmount it, and clear away what lay under it.",
+    "attach": "Make a snapshot, clone or live disk a block device.",
+    "detach": "Make an end of that.",
+}
+"""Of `cli/mount.py`."""
 _NOUNS: Final = {
     "volume": "A raw file or block device and all that is kept about it.",
     "rules": "Which blocks matter: the standing rules of a volume.",
@@ -46,7 +60,7 @@ _NOUNS: Final = {
     "hook": "What runs before and after an instant: the hooks that come with stillblock.",
 }
 
-SUMMARIES: Final = {**_ROOT, **_NOUNS}
+SUMMARIES: Final = {**_ROOT, **_MOUNT, **_USES, **_NOUNS}
 
 
 def new_app(name: str, *, is_root: bool = False) -> App:
@@ -68,6 +82,11 @@ def build() -> App:
     app = new_app("stillblock", is_root=True)
     for name, summary in _ROOT.items():
         app.command(f"stillblock.cli.root:{name}", name=name, help=summary, group=COMMANDS)
+    for name, summary in _MOUNT.items():
+        app.command(f"stillblock.cli.mount:{name}", name=name, help=summary, group=USES)
+    for name, summary in _USES.items():
+        module = "export" if name == "export" else "files"
+        app.command(f"stillblock.cli.{module}:{name}", name=name, help=summary, group=USES)
     for name, summary in _NOUNS.items():
         app.command(f"stillblock.cli.{name}:app", name=name, help=summary, group=NOUNS)
     return app

@@ -30,8 +30,10 @@ Made from the program by `python -m stillblock.cli.reference > docs/cli.md`; do 
 
 ## What holds everywhere
 
-- A `REF` is `VOL` or `VOL@SNAP`. `VOL@latest` is the newest snapshot, safety snapshots of restores
-  aside. Snapshots and bookmarks are also found by the first four or more digits of their id.
+- A `REF` is `VOL`, `VOL@SNAP` or `VOL@SNAP+CLONE`. `VOL@latest` is the newest snapshot, safety
+  snapshots of restores aside. `REF:/path` is a file in it, `REF:NAME:/path` in one filesystem of
+  several: NAME is a label, a uuid, a partition's number or `vg/lv`. Snapshots and bookmarks are
+  also found by the first four or more digits of their id.
 - Names are 1 to 64 of `A-Z a-z 0-9 . _ -` and start with a letter or digit.
 - Sizes are bytes (`4096`), in units of 1024 (`64K`, `4GiB`) or sectors of 512 bytes (`512s`).
 - `--state-dir PATH`: where the list of volumes and, by default, their stores are. Else

@@ -360,8 +360,14 @@ def delete(
 
 @app.command
 def diff(
-    ref: str, until: str | None = None, /, *, summary: bool = False, common: Common = _COMMON
-) -> None:
+    ref: str,
+    until: str | None = None,
+    /,
+    *,
+    files: bool = False,
+    summary: bool = False,
+    common: Common = _COMMON,
+) -> int:
     """Show what changed since a snapshot or bookmark, until a later one or until now.
 
     Parameters
@@ -370,6 +376,9 @@ def diff(
         The older instant, VOL@SNAP.
     until
         The later one, VOL@SNAP; default: now.
+    files
+        Which files changed, in their content or in metadata only, appeared or went, between two
+        snapshots; exit code 3 if of some nobody can tell.
     summary
         Print the sum only.
     """
@@ -381,6 +390,12 @@ def diff(
         if other != volume:
             raise UsageError(f"{ref} and {until} are of different volumes")
     with open_session(common.config(), volume) as session:
+        if files:
+            from stillblock.cli.file_diff import diff_files  # noqa: PLC0415 - only for files
+
+            if later is None:
+                raise UsageError("files are compared between two snapshots; name the later one too")
+            return diff_files(output, session, since=since, until=later, is_summary=summary)
         found = session.changes(since=since, until=later)
 
     def render(out: Output) -> None:
@@ -403,6 +418,7 @@ def diff(
             )
 
     output.result("changes", found, render)
+    return ExitCode.OK
 
 
 def _reading(progress: NarrowingProgress) -> str:

@@ -290,14 +290,22 @@ def resize(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
 
 
 @app.command
-def release(volume: VolumeName, /, *, common: Common = _COMMON) -> None:
+def release(
+    volume: VolumeName,
+    /,
+    *,
+    force: Annotated[
+        bool, Parameter(help="Also while something of it is mounted: it is unmounted.")
+    ] = False,
+    common: Common = _COMMON,
+) -> None:
     """Stop cleanly: the origin is complete afterwards, and any tool can use it.
 
     If a process serves the volume, its clients are cut and it ends with its last volume.
     """
     output, config = Output(common), common.config()
     with open_session(config, volume_of(volume)) as session:
-        done = session.release()
+        done = session.release(force=force)
     _show_released(output, done)
 
 

@@ -108,13 +108,13 @@ class FrozenDisk:
 
 
 class SnapshotDisk:
-    """A snapshot, with the live disk where the snapshot selects nothing.
+    """A snapshot or a clone, with the live disk where the snapshot selects nothing.
 
     The terms of a partial restore name partitions of the snapshot; when its rules left the table
     out, the present one is the best there is.
     """
 
-    def __init__(self, view: native.View, live: native.Volume) -> None:
+    def __init__(self, view: native.View | native.Clone, live: native.Volume) -> None:
         self._view = view
         self._live = LiveDisk(live)
 

@@ -18,6 +18,7 @@ from stillblock.errors import (
     LockedError,
     NameTakenError,
     NotFoundError,
+    NotServedError,
     OriginChangedError,
     RecoveryNeededError,
 )
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stillblock.config import Config
+    from stillblock.model import Extents
     from stillblock.operations.promotion import Promotion
     from stillblock.operations.verification import Verification
 
@@ -98,6 +100,20 @@ class ExportHooks(Protocol):
     def clone_clients(self, volume: OpenVolume) -> dict[int, int]:
         """Return how many clients use each clone, by its number."""
 
+    def show_images(self, volume: OpenVolume, directory: str) -> None:
+        """Show images of everything there is as files in a directory."""
+
+    def shows_images(self, volume: OpenVolume, directory: str) -> bool:
+        """Whether they are shown there, and answered for."""
+
+    def image_path(
+        self, volume: OpenVolume, reference: str, place: str, pieces: Extents | None
+    ) -> str:
+        """Return which file below such a directory shows a place; it is there from now on."""
+
+    def clone_disk(self, volume: OpenVolume, reference: str) -> native.Clone:
+        """Return a clone as it is now, to read."""
+
 
 class NoExports:
     """For a volume that nobody serves."""
@@ -128,6 +144,35 @@ class NoExports:
     def clone_clients(self, volume: OpenVolume) -> dict[int, int]:  # noqa: ARG002
         """Return nobody."""
         return {}
+
+    def show_images(self, volume: OpenVolume, directory: str) -> None:  # noqa: ARG002
+        """Refuse."""
+        raise _not_served(volume)
+
+    def shows_images(self, volume: OpenVolume, directory: str) -> bool:  # noqa: ARG002
+        """Nothing is shown."""
+        return False
+
+    def image_path(
+        self,
+        volume: OpenVolume,
+        reference: str,  # noqa: ARG002
+        place: str,  # noqa: ARG002
+        pieces: Extents | None,  # noqa: ARG002
+    ) -> str:
+        """Refuse."""
+        raise _not_served(volume)
+
+    def clone_disk(self, volume: OpenVolume, reference: str) -> native.Clone:  # noqa: ARG002
+        """Refuse."""
+        raise _not_served(volume)
+
+
+def _not_served(volume: OpenVolume) -> NotServedError:
+    return NotServedError(
+        f"{volume.name} is not served, so nobody can show its images",
+        hint=f"start `stillblock serve {volume.name}` and leave it running",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +298,16 @@ class OpenVolume:
     def is_served(self) -> bool:
         """Whether clients may be writing to it."""
         return not isinstance(self.hooks, NoExports)
+
+    @property
+    def mounts_dir(self) -> Path:
+        """Where it is written down what is mounted."""
+        return self._config.mounts_dir
+
+    @property
+    def images_dir(self) -> Path:
+        """Where its images are shown as files for mounts to lie on."""
+        return self._config.images_dir(self.name)
 
     @property
     def frozen_note(self) -> Path:

@@ -30,7 +30,8 @@ from stillblock.model import (
     check_name,
     check_new_name,
 )
-from stillblock.operations import origins
+from stillblock.mounting.records import LOCK_S
+from stillblock.operations import mounts, origins
 from stillblock.operations.clones import try_expire
 from stillblock.operations.disks import open_raw
 from stillblock.operations.narrowing import resume_narrowing
@@ -244,8 +245,22 @@ def open_volume(config: Config, name: str, options: EngineOptions | None = None)
     return volume
 
 
-def release_volume(volume: OpenVolume) -> Released:
-    """Stop cleanly: everything is on the origin when this returns."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRequest:
+    """A clean stop."""
+
+    force: bool = False
+    """Also while something of the volume is mounted: it is unmounted first."""
+
+
+def release_volume(volume: OpenVolume, request: ReleaseRequest) -> Released:
+    """Stop cleanly: everything is on the origin when this returns.
+
+    Raise `InUseError` while something of the volume is mounted, unless forced.
+    """
+    if not request.force:
+        mounts.check_unmounted(volume)
+    mounts.clean(volume, is_over=True, timeout_s=LOCK_S)
     # Its clients stay until then: a filesystem of theirs may be frozen for an instant.
     volume.instants.stop()
     with volume.lock:

@@ -2,10 +2,12 @@
 
     kind u8, three zeros, payload length u32, payload      little-endian
 
-The parent asks (`SETUP` once, then `IDENTIFY`, `SURVEY`, `CENSUS`, or `LVM` with the text that
-describes a volume group) and waits; the worker asks for bytes of the disk (`READ`) as often as it
-likes and then gives the `ANSWER`, or `FAILED`. An answer is a JSON document and behind it the
-extents that it counts: pairs of u64. Both sides bound what they take.
+The parent asks (`SETUP` once, then `IDENTIFY`, `SURVEY`, `CENSUS`, the questions about files from
+`FIND` to `TOUCHED`, or `LVM` with the text that describes a volume group) and waits; the worker
+asks for bytes of the disk (`READ`) as often as it likes and then gives the `ANSWER`, or `FAILED`.
+An answer is a JSON document and behind it the extents that it counts: pairs of u64; that of
+`CONTENT` is bytes of a file. `HOLD_AGAINST` asks with such a document. Both sides bound what they
+take.
 """
 
 import json
@@ -42,6 +44,12 @@ class Kind(IntEnum):
     FAILED = 8
     CENSUS = 9
     LVM = 10
+    FIND = 11
+    LIST = 12
+    LAYOUT = 13
+    CONTENT = 14
+    HOLD_AGAINST = 15
+    TOUCHED = 16
 
 
 class WireError(StillblockError):

@@ -17,6 +17,8 @@ from stillblock.errors import OriginIOError, StillblockError
 from stillblock.model import format_size
 from stillblock.selection.census import Census, take_census
 from stillblock.selection.confinement import Limits, confine
+from stillblock.selection.file_questions import answer_about_files
+from stillblock.selection.files import Files
 from stillblock.selection.filesystems.filesystem import Filesystem
 from stillblock.selection.filesystems.opening import Reader, load_reader
 from stillblock.selection.lvm_text import parse_lvm_text
@@ -68,6 +70,7 @@ def main(descriptor: int) -> NoReturn:
 
 def _serve(channel: "_Channel", reader: Reader | None, disk: "_RemoteDisk", limits: Limits) -> None:
     filesystem: Filesystem | None = None
+    files: Files | None = None
     while True:
         kind, payload = channel.receive()
         try:
@@ -78,7 +81,9 @@ def _serve(channel: "_Channel", reader: Reader | None, disk: "_RemoteDisk", limi
             else:
                 if filesystem is None:
                     filesystem = reader(disk)
-                answer = _answer(filesystem, kind, payload)
+                    files = Files(filesystem)
+                assert files is not None, "both are made at once"
+                answer = _answer(filesystem, files, kind, payload)
         except WireError:
             raise
         except MemoryError:
@@ -93,7 +98,7 @@ def _serve(channel: "_Channel", reader: Reader | None, disk: "_RemoteDisk", limi
             channel.send(Kind.ANSWER, answer)
 
 
-def _answer(filesystem: Filesystem, kind: Kind, payload: bytes) -> bytes:
+def _answer(filesystem: Filesystem, files: Files, kind: Kind, payload: bytes) -> bytes:
     match kind:
         case Kind.IDENTIFY:
             return pack_document(codec.to_json(filesystem.identity))
@@ -103,7 +108,7 @@ def _answer(filesystem: Filesystem, kind: Kind, payload: bytes) -> bytes:
         case Kind.CENSUS:
             return pack_census(take_census(filesystem))
         case _:
-            raise WireError(f"{kind.name} is no request")
+            return answer_about_files(files, kind, payload)
 
 
 def pack_survey(found: Survey) -> bytes:
@@ -169,7 +174,8 @@ class _RemoteDisk:
     def __init__(self, channel: _Channel, size: int) -> None:
         self._channel = channel
         self._size = size
-        self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._chunks: OrderedDict[int, bytes | None] = OrderedDict()
+        """None: not all of it can be read, and each piece is asked for by itself."""
 
     @property
     def size(self) -> int:
@@ -203,14 +209,12 @@ class _RemoteDisk:
         return chunk[within : within + length]
 
     def _chunk(self, start: int) -> bytes | None:
-        chunk = self._chunks.get(start)
-        if chunk is not None:
+        if start in self._chunks:
             self._chunks.move_to_end(start)
-            return chunk
-        try:
+            return self._chunks[start]
+        chunk: bytes | None = None
+        with suppress(OriginIOError):
             chunk = self._ask(start, min(_CHUNK_BYTES, self._size - start))
-        except OriginIOError:
-            return None
         self._chunks[start] = chunk
         if len(self._chunks) > _CHUNKS_MAX:
             self._chunks.popitem(last=False)

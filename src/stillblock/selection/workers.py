@@ -20,10 +20,11 @@ from typing import Final, Self, TypeVar
 import stillblock
 from stillblock import codec
 from stillblock.errors import Blame, ExcludedError, StillblockError
-from stillblock.model import Extent, Extents
+from stillblock.model import Extents
 from stillblock.selection.census import PARTS_MAX, Census, Part
 from stillblock.selection.confinement import Limits
 from stillblock.selection.disk import Disk, read_exactly
+from stillblock.selection.file_questions import extents_of
 from stillblock.selection.filesystems.filesystem import Identity, UnresolvedError
 from stillblock.selection.filesystems.opening import READERS
 from stillblock.selection.filesystems.signatures import Content
@@ -180,7 +181,7 @@ class Worker:
 
     def parse_lvm(self, text: str) -> Section:
         """Return the sections and values of the text that describes an LVM2 volume group."""
-        document, _ = self._ask(Kind.LVM, text.encode("utf-8", "surrogateescape"))
+        document, _ = self._ask(Kind.LVM, text.encode("utf-8", "surrogateescape"), unpack_document)
         return self._checked(lambda: _section(document, depth=0))
 
     def _checked(self, read: Callable[[], T]) -> T:
@@ -190,9 +191,9 @@ class Worker:
             raise UnresolvedError(f"its reader gave a malformed answer: {error.message}") from error
 
     def _request(self, kind: Kind, document: object) -> tuple[object, "array[int]"]:
-        return self._ask(kind, json.dumps(document).encode("ascii"))
+        return self._ask(kind, json.dumps(document).encode("ascii"), unpack_document)
 
-    def _ask(self, kind: Kind, asked: bytes) -> tuple[object, "array[int]"]:
+    def _ask(self, kind: Kind, asked: bytes, unpack: Callable[[bytes], T]) -> T:
         self._deadline = time.monotonic() + self._limits.wall_s
         try:
             self._send(self._first + frame(kind, asked))
@@ -203,7 +204,7 @@ class Worker:
                     case Kind.READ:
                         self._send(self._read(payload))
                     case Kind.ANSWER:
-                        return unpack_document(payload)
+                        return unpack(payload)
                     case Kind.FAILED:
                         raise UnresolvedError(shown(payload.decode("utf-8", "replace")))
                     case _:
@@ -418,17 +419,6 @@ def _in_lists(numbers: "array[int]", counts: tuple[int, ...], *, size: int) -> l
     found: list[Extents] = []
     position = 0
     for count in counts:
-        found.append(_extents(numbers[position : position + 2 * count], size=size))
+        found.append(extents_of(numbers[position : position + 2 * count], size=size))
         position += 2 * count
     return found
-
-
-def _extents(numbers: "array[int]", *, size: int) -> Extents:
-    found: list[Extent] = []
-    last = -1
-    for start, end in zip(numbers[::2], numbers[1::2], strict=True):
-        if not last < start < end <= size:
-            raise WireError("extents out of order or outside the filesystem")
-        found.append((start, end))
-        last = end
-    return tuple(found)

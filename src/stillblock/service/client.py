@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 from stillblock import codec
-from stillblock.errors import ControlError, from_json
+from stillblock.errors import ControlError, NotFoundError, from_json
 from stillblock.service.session import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from stillblock.config import Config
+    from stillblock.model import CloneInfo, SnapshotInfo
+    from stillblock.operations.held import Readable
     from stillblock.service.verbs import Verb
 
 Q = TypeVar("Q")
@@ -51,6 +53,16 @@ class RemoteSession(Session):
         else:
             body = json.dumps(fields).encode()
         return codec.from_json(verb.result, fetch(self._socket_path, verb.method, path, body=body))
+
+    def open_disk(self, snapshot: SnapshotInfo, clone: CloneInfo | None = None) -> Readable:
+        """Connect to its export like any NBD client."""
+        from stillblock.service.nbd import NbdDisk  # noqa: PLC0415 - only to read
+
+        name = snapshot.reference if clone is None else clone.reference
+        uris = [export.uri for export in self.exports().exports if export.name == name]
+        if not uris or not uris[0]:
+            raise NotFoundError(f"{name} is not offered to clients")
+        return NbdDisk(uris[0])
 
     def close(self) -> None:
         """Nothing to end: the volume stays with its process."""

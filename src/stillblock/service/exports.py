@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from stillblock import native
-from stillblock.errors import StillblockError
+from stillblock.errors import InUseError, NotFoundError, StillblockError
 from stillblock.model import ExportInfo, format_instant, format_size
 from stillblock.operations.clones import Clone, clones_of, is_promoted
+from stillblock.operations.disks import SnapshotDisk
+from stillblock.service.images import ImageTree
 
 if TYPE_CHECKING:
+    from stillblock.model import Extents
     from stillblock.operations.volume import OpenVolume, Snapshot
 
 _LOG: Final = logging.getLogger("stillblock.service")
@@ -43,6 +46,10 @@ class _Offered:
     view: native.View | None
     clone: native.Clone | None = None
     """Of a clone, whose epoch is that of its snapshot."""
+    is_failed: bool = False
+    """Whether it is a clone that takes no more writes."""
+
+    created_unix_ns: int = 0
 
     def close(self) -> None:
         """Let go of what it shows; what was written to a clone is durable then."""
@@ -91,6 +98,8 @@ class ExportServer:
         self._excluded_reads: native.ExcludedReads = excluded_reads
         self._is_read_only = is_read_only
         self._offered: dict[str, _Offered] = {}
+        self._trees: dict[str, ImageTree] = {}
+        """Of volumes whose images somebody asked for."""
         self._sockets: list[str] = []
         self._ports: list[tuple[str, int]] = []
         self._is_stopped = False
@@ -124,7 +133,7 @@ class ExportServer:
         with self._lock:
             for name in self._names_of(volume):
                 if self._offered[name].epoch == epoch:
-                    self._remove(name, force=force)
+                    self._remove(volume, name, force=force)
             instants = tuple(i for i in instants_of(volume) if i.epoch != epoch)
             bookmarks = {b.epoch.epoch: b.record.name for b in volume.bookmarks()}
             if epoch in bookmarks:
@@ -146,12 +155,12 @@ class ExportServer:
         """Withdraw everything of a volume; its clients are cut."""
         with self._lock:
             for name in sorted(self._names_of(volume), reverse=True):
-                self._remove(name, force=True)
+                self._remove(volume, name, force=True)
 
     def exports(self, volume: OpenVolume) -> tuple[ExportInfo, ...]:
         """Return what clients can ask for."""
         with self._lock:
-            clients = [export for export, _, _ in self._server.connections()]
+            clients = self._clients(volume)
             return tuple(
                 ExportInfo(
                     name=name,
@@ -167,7 +176,7 @@ class ExportServer:
         """Return who uses a snapshot: clients count, the view that only waits for them does not."""
         with self._lock:
             mine = [n for n in self._names_of(volume) if self._offered[n].epoch == epoch.epoch]
-            clients = sum(export in mine for export, _, _ in self._server.connections())
+            clients = sum(self._clients(volume).count(name) for name in mine)
             return max(0, epoch.in_use - len(mine)) + clients
 
     def withdraw_clone(self, volume: OpenVolume, number: int, *, force: bool) -> None:
@@ -175,13 +184,67 @@ class ExportServer:
         with self._lock:
             for name, clone in self._clones_of(volume):
                 if clone.number == number:
-                    self._remove(name, force=force)
+                    self._remove(volume, name, force=force)
 
     def clone_clients(self, volume: OpenVolume) -> dict[int, int]:
         """Return how many clients use each clone, by its number."""
         with self._lock:
-            clients = [export for export, _, _ in self._server.connections()]
+            clients = self._clients(volume)
             return {clone.number: clients.count(name) for name, clone in self._clones_of(volume)}
+
+    # Images
+
+    def show_images(self, volume: OpenVolume, directory: str) -> None:
+        """Show images of everything there is as files in a directory."""
+        with self._lock:
+            tree = self._trees.get(volume.name)
+            if tree is None:
+                tree = self._trees[volume.name] = ImageTree(volume.name, self._server)
+                for name in self._names_of(volume):
+                    self._show(volume, tree, name)
+            tree.show(directory)
+
+    def shows_images(self, volume: OpenVolume, directory: str) -> bool:
+        """Whether they are shown there, and answered for."""
+        with self._lock:
+            tree = self._trees.get(volume.name)
+            return tree is not None and tree.is_shown(directory)
+
+    def image_path(
+        self, volume: OpenVolume, reference: str, place: str, pieces: Extents | None
+    ) -> str:
+        """Return which file below such a directory shows a place; it is there from now on."""
+        with self._lock:
+            return self._trees[volume.name].path(reference, place, pieces)
+
+    def clone_disk(self, volume: OpenVolume, reference: str) -> native.Clone:
+        """Return a clone as it is now, to read."""
+        with self._lock:
+            offered = self._offered.get(reference)
+            if offered is None or offered.clone is None:
+                raise NotFoundError(
+                    f"{reference} is not offered to clients",
+                    hint=f"`stillblock clone list {volume.name}` tells why",
+                )
+            return offered.clone
+
+    def _show(self, volume: OpenVolume, tree: ImageTree, name: str) -> None:
+        """Show an export as files; one that cannot be keeps nobody from anything else."""
+        offered = self._offered[name]
+        readable = offered.clone or offered.view
+        access: native.Access = "watched" if offered.epoch is None else "constant"
+        if offered.clone is not None:
+            access = "watched" if offered.is_failed else "writable"
+        try:
+            tree.add(
+                name,
+                access=access,
+                created_unix_ns=offered.created_unix_ns,
+                disk=None if readable is None else SnapshotDisk(readable, volume.engine),
+            )
+        except StillblockError as error:
+            _LOG.exception("image not shown: export=%s", name)
+            volume.event("image_failed", export=name, error=str(error))
 
     # Life
 
@@ -196,7 +259,10 @@ class ExportServer:
                 contexts=contexts,
                 read_only=self._is_read_only,
             )
-            self._offered[volume.name] = _Offered(contexts=contexts, epoch=None, view=None)
+            made = volume.settings().created_unix_ns
+            self._offered[volume.name] = _Offered(
+                contexts=contexts, epoch=None, view=None, created_unix_ns=made
+            )
             self._reconcile(volume)
 
     def stop(self) -> None:
@@ -207,6 +273,7 @@ class ExportServer:
             for name, offered in self._offered.items():
                 _close(name, offered)
             self._offered.clear()
+            self._trees.clear()
 
     def _reconcile(self, volume: OpenVolume) -> None:
         # Of a snapshot without its header nothing can be read, nor of one that may not exist; one
@@ -223,13 +290,18 @@ class ExportServer:
         }
         for name in self._names_of(volume):
             if name != volume.name and name not in snapshots and name not in clones:
-                self._remove(name, force=True)
+                self._remove(volume, name, force=True)
+        there_before = set(self._offered)
         for name, snapshot in snapshots.items():
             if name not in self._offered:
                 self._add_view(volume, name, snapshot, instants)
         for name, clone in clones.items():
             if name not in self._offered:
                 self._try_add_clone(volume, name, clone)
+        tree = self._trees.get(volume.name)
+        for name in self._names_of(volume) if tree is not None else ():
+            if name not in there_before and tree is not None:
+                self._show(volume, tree, name)
         self._set_contexts(volume, instants)
 
     def _try_add_clone(self, volume: OpenVolume, name: str, clone: Clone) -> None:
@@ -257,8 +329,21 @@ class ExportServer:
             read_only=bool(clone.entry.failure),
         )
         self._offered[name] = _Offered(
-            contexts=contexts, epoch=clone.entry.epoch, view=None, clone=opened
+            contexts=contexts,
+            epoch=clone.entry.epoch,
+            view=None,
+            clone=opened,
+            is_failed=bool(clone.entry.failure),
+            created_unix_ns=clone.entry.created_unix_ns,
         )
+
+    def _clients(self, volume: OpenVolume) -> list[str]:
+        """Return the export of each client, and of each image that is open."""
+        found = [export for export, _, _ in self._server.connections()]
+        tree = self._trees.get(volume.name)
+        for export, opens in tree.opens().items() if tree is not None else ():
+            found += [export] * opens
+        return found
 
     def _clones_of(self, volume: OpenVolume) -> list[tuple[str, native.Clone]]:
         found = ((name, self._offered[name].clone) for name in self._names_of(volume))
@@ -282,7 +367,12 @@ class ExportServer:
         except StillblockError:
             view.close()
             raise
-        self._offered[name] = _Offered(contexts=contexts, epoch=epoch, view=view)
+        self._offered[name] = _Offered(
+            contexts=contexts,
+            epoch=epoch,
+            view=view,
+            created_unix_ns=snapshot.epoch.created_unix_ns,
+        )
 
     def _set_contexts(self, volume: OpenVolume, instants: tuple[Instant, ...]) -> None:
         for name in self._names_of(volume):
@@ -297,8 +387,16 @@ class ExportServer:
                 self._server.set_contexts(name, contexts)
                 offered.contexts = contexts
 
-    def _remove(self, name: str, *, force: bool) -> None:
-        self._server.remove(name, force=force)
+    def _remove(self, volume: OpenVolume, name: str, *, force: bool) -> None:
+        tree = self._trees.get(volume.name)
+        if tree is not None:
+            tree.remove(name, force=force)
+        try:
+            self._server.remove(name, force=force)
+        except InUseError:
+            if tree is not None and not force:
+                self._show(volume, tree, name)
+            raise
         _close(name, self._offered.pop(name))
 
     def _names_of(self, volume: OpenVolume) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock.catalog import Catalog
-from stillblock.errors import NotFoundError, RefusedError, StillblockError
+from stillblock.errors import FuseError, NotFoundError, RefusedError
 from stillblock.operations.clones import CloneRequest
 from stillblock.service.client import RemoteSession, find_server
 from stillblock.service.serve import ServeOptions, UnixListener, VolumeHost
@@ -36,12 +36,6 @@ _START_S: Final = 30.0
 _FUSE_S: Final = 20.0
 _SIGNAL_EXIT: Final = 128
 """What a shell adds to the number of the signal that ended a command."""
-
-
-class FuseError(StillblockError):
-    """The clone could not be shown as a file."""
-
-    code = "fuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,8 @@ import uvicorn
 
 from stillblock.config import checked_socket_path
 from stillblock.errors import InUseError, SocketPathError, StillblockError, UsageError
+from stillblock.mounting.records import LOCK_S
+from stillblock.operations import mounts
 from stillblock.operations.clones import try_expire
 from stillblock.operations.narrowing import resume_narrowing
 from stillblock.operations.usage import StoreWatch
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from stillblock import native
     from stillblock.config import Config
-    from stillblock.model import ExportInfo
+    from stillblock.model import ExportInfo, Extents
 
 _LOG: Final = logging.getLogger("stillblock.service")
 STOP_STREAMS_S: Final = 3
@@ -168,7 +170,10 @@ class VolumeHost:
             volume = OpenVolume.open(self._config, name, self._options.engine)
             self._volumes[name] = volume
             self._undo.callback(self._close, volume)
+            self._clean_mounts(volume)
         self._undo.callback(self._exports.stop)
+        # Before that: who unmounts still writes.
+        self._undo.callback(self._end_mounts)
         for name, volume in self._volumes.items():
             self._exports.start(volume)
             volume.hooks = _Hooks(self, self._exports)
@@ -235,6 +240,7 @@ class VolumeHost:
                 try:
                     await asyncio.to_thread(watch.look, volume)
                     await asyncio.to_thread(try_expire, volume)
+                    await asyncio.to_thread(_clean_gone, volume)
                 except StillblockError as error:
                     _LOG.warning("store not looked at: volume=%s: %s", volume.name, error)
             await asyncio.sleep(_STORE_WATCH_S)
@@ -251,6 +257,19 @@ class VolumeHost:
         """Drop a volume that is being released. Its socket stays open for the reply under way."""
         self._volumes.pop(volume.name, None)
         _unlink(self._config.control_socket(volume.name))
+
+    def _end_mounts(self) -> None:
+        for volume in self._volumes.values():
+            self._clean_mounts(volume)
+
+    def _clean_mounts(self, volume: OpenVolume) -> None:
+        """Make an end of all mounts of a volume: those left over, or those there are at a stop."""
+        try:
+            for what in mounts.clean(volume, is_over=True, timeout_s=LOCK_S):
+                _LOG.warning("unmounted: %s", what)
+        except StillblockError as error:
+            _LOG.warning("mounts not cleaned up: volume=%s: %s", volume.name, error)
+            volume.event("unmount_failed", where="", error=str(error))
 
     def _close(self, volume: OpenVolume) -> None:
         if volume.name not in self._volumes:
@@ -334,6 +353,24 @@ class _Hooks:
         """Return how many clients use each clone, by its number."""
         return self._exports.clone_clients(volume)
 
+    def show_images(self, volume: OpenVolume, directory: str) -> None:
+        """Show images of everything there is as files in a directory."""
+        self._exports.show_images(volume, directory)
+
+    def shows_images(self, volume: OpenVolume, directory: str) -> bool:
+        """Whether they are shown there, and answered for."""
+        return self._exports.shows_images(volume, directory)
+
+    def image_path(
+        self, volume: OpenVolume, reference: str, place: str, pieces: Extents | None
+    ) -> str:
+        """Return which file below such a directory shows a place; it is there from now on."""
+        return self._exports.image_path(volume, reference, place, pieces)
+
+    def clone_disk(self, volume: OpenVolume, reference: str) -> native.Clone:
+        """Return a clone as it is now, to read."""
+        return self._exports.clone_disk(volume, reference)
+
 
 class _ControlServer(uvicorn.Server):
     """uvicorn without its signal handlers: the host decides when to stop, and how."""
@@ -351,6 +388,14 @@ class _ControlServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the host."""
         yield
+
+
+def _clean_gone(volume: OpenVolume) -> None:
+    """Make an end of mounts that somebody unmounted by hand, or was killed over."""
+    try:
+        mounts.clean(volume)
+    except InUseError:
+        pass  # one is being made: the next time
 
 
 def _unlink(path: Path) -> None:

@@ -14,6 +14,7 @@ from stillblock.operations.clones import (
     CloneRequest,
     CloneTarget,
 )
+from stillblock.operations.mounts import ImagesRequest, ImagesShown, MountSource, SourceRequest
 from stillblock.operations.narrowing import (
     WAIT_MS_MAX,
     NarrowingProgress,
@@ -45,7 +46,7 @@ from stillblock.operations.verification import (
     VerifyRequest,
     WaitVerifyRequest,
 )
-from stillblock.operations.volumes import open_volume
+from stillblock.operations.volumes import ReleaseRequest, open_volume
 from stillblock.service import verbs
 from stillblock.service.verbs import NoRequest, Verb
 
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     )
     from stillblock.operations.consistency import ConsistencyRequest, StandingConsistency
     from stillblock.operations.forecast import Forecast
+    from stillblock.operations.held import Readable
     from stillblock.operations.rules import Explanation, RulesRequest, StandingRules
     from stillblock.operations.statistics import ExportList, Statistics
     from stillblock.operations.usage import PolicyRequest
@@ -100,6 +102,10 @@ class Session(abc.ABC):
     def is_remote(self) -> bool:
         """Whether another process serves the volume."""
 
+    @abc.abstractmethod
+    def open_disk(self, snapshot: SnapshotInfo, clone: CloneInfo | None = None) -> Readable:
+        """Open a snapshot that is final, or a clone of it, for reading; it is held until closed."""
+
     # Volume
 
     def show_volume(self) -> VolumeInfo:
@@ -134,9 +140,9 @@ class Session(abc.ABC):
         """Take over the origin's present length."""
         return self.call(verbs.RESIZE, NoRequest())
 
-    def release(self) -> Released:
-        """Stop cleanly, whoever serves the volume."""
-        return self.call(verbs.RELEASE, NoRequest())
+    def release(self, *, force: bool = False) -> Released:
+        """Stop cleanly, whoever serves the volume; raise `InUseError` if something is mounted."""
+        return self.call(verbs.RELEASE, ReleaseRequest(force=force))
 
     # Health
 
@@ -319,6 +325,16 @@ class Session(abc.ABC):
         """Stop copying a clone; nothing is left of the image."""
         return self.call(verbs.CANCEL_PROMOTION, NoRequest())
 
+    # Mounts
+
+    def show_images(self, directory: str) -> ImagesShown:
+        """Show images of everything there is as files in a directory."""
+        return self.call(verbs.SHOW_IMAGES, ImagesRequest(directory=directory))
+
+    def mount_source(self, request: SourceRequest) -> MountSource:
+        """Return the file to mount or attach, shown in a tree of the server's own."""
+        return self.call(verbs.MOUNT_SOURCE, request)
+
     # Restore
 
     def plan_restore(self, request: RestoreRequest) -> RestorePlan:
@@ -358,6 +374,12 @@ class LocalSession(Session):
     def close(self) -> None:
         """Stop the volume cleanly."""
         self._opened.close()
+
+    def open_disk(self, snapshot: SnapshotInfo, clone: CloneInfo | None = None) -> Readable:
+        """Open a view of it in this process."""
+        if clone is not None:
+            return self._opened.engine.open_clone(number=clone.number)
+        return self._opened.engine.view(epoch=snapshot.epoch)
 
     @property
     def opened(self) -> OpenVolume:

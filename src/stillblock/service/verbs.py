@@ -26,6 +26,7 @@ from stillblock.operations import (
     consistency,
     explaining,
     forecast,
+    mounts,
     narrowing,
     promotion,
     recovery,
@@ -150,9 +151,9 @@ RELEASE: Final = Verb(
     method="POST",
     path="/release",
     summary="Stop cleanly; the origin is complete afterwards.",
-    request=NoRequest,
+    request=volumes.ReleaseRequest,
     result=volumes.Released,
-    run=lambda volume, _: volumes.release_volume(volume),
+    run=volumes.release_volume,
 )
 ACCEPT_ORIGIN: Final = Verb(
     name="accept_origin",
@@ -468,6 +469,24 @@ CANCEL_PROMOTION: Final = Verb(
     request=NoRequest,
     result=promotion.PromoteProgress,
     run=lambda volume, _: promotion.cancel_promotion(volume),
+)
+SHOW_IMAGES: Final = Verb(
+    name="show_images",
+    method="POST",
+    path="/images",
+    summary="Show every snapshot and clone as a file in a directory.",
+    request=mounts.ImagesRequest,
+    result=mounts.ImagesShown,
+    run=mounts.show_images,
+)
+MOUNT_SOURCE: Final = Verb(
+    name="mount_source",
+    method="POST",
+    path="/mount-source",
+    summary="The file to mount or attach for a snapshot, clone or partition of one.",
+    request=mounts.SourceRequest,
+    result=mounts.MountSource,
+    run=mounts.mount_source,
 )
 PLAN_RESTORE: Final = Verb(
     name="plan_restore",

@@ -16,6 +16,7 @@ from stillblock.selection.filesystems import (
     Run,
     UnresolvedError,
 )
+from stillblock.selection.filesystems.filesystem import Layout, laid_out
 from stillblock.selection.lvm_text import Section, parse_lvm_text
 from stillblock.selection.survey import Survey, SurveyRequest, survey
 from unit.selection.partition_images import MIB, BytesDisk, GptPart, gpt_disk
@@ -122,6 +123,9 @@ class FakeFilesystem:
             found += [Run(offset, end - start, start), Run(offset + end - start, 4096, None)]
             offset += end - start + 4096
         return tuple(found)
+
+    def layout(self, node: Node) -> Layout:
+        return laid_out(self.runs(node), size=node.size)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         return self._file(node).head[offset : offset + length]

@@ -173,12 +173,17 @@ impl CloneView {
         Ok(())
     }
 
-    /// The rest of the first and the last block, as they are now.
+    /// The rest of the first and the last block, as they are now, where those are not the clone's own
+    /// yet: what is beside us in one that is may be written by others meanwhile.
     fn around(&self, blocks: Extent, offset: u64, length: usize) -> Result<(Vec<u8>, Vec<u8>)> {
         let (start, bytes) = blocks.to_bytes(self.block_size());
         let (end, stop) = (offset + to_u64(length), (start + bytes).min(self.size_bytes()));
-        let mut before = vec![0; to_usize(offset - start)];
-        let mut after = vec![0; to_usize(stop - end)];
+        let rest = |block: u64, length: u64| {
+            let is_own = self.overlay.has_all(Extent::single(block));
+            vec![0; if is_own { 0 } else { to_usize(length) }]
+        };
+        let mut before = rest(blocks.start, offset - start);
+        let mut after = rest(blocks.end - 1, stop - end);
         if is_broken(Rule::CloneBlockWhole) {
             return Ok((before, after));
         }

@@ -1,5 +1,6 @@
 //! What went wrong once: races and faults that random programs seldom meet, each made to happen.
 
+mod clones;
 mod full;
 mod groups;
 mod journal;

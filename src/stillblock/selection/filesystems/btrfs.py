@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
-from stillblock.extents import complement, normalise, subtract, union
+from stillblock.extents import complement, normalise, subtract, union, whole
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.btrfs_format import (
@@ -38,9 +38,11 @@ from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
     Identity,
+    Layout,
     Node,
     Run,
     UnresolvedError,
+    laid_out,
     read_runs,
 )
 
@@ -143,6 +145,18 @@ class Btrfs:
             if len(runs) > EXTENTS_MAX:
                 raise UnresolvedError(f"btrfs: a file has more than {EXTENTS_MAX} extents")
         return tuple(runs)
+
+    def layout(self, node: Node) -> Layout:
+        """Return where a regular file's bytes are; small ones lie in the tree."""
+        if _parts(node.number) in self._log.inodes:
+            raise UnresolvedError("btrfs: a file that was synced since the last commit is not read")
+        first = next(self._extents(node), None)
+        inline: Extents = ()
+        if first is not None and first[0] == 0 and first[1].is_inline:
+            if first[1].is_compressed:
+                raise UnresolvedError("it is compressed, which is not read")
+            inline = whole(min(node.size, len(first[1].inline)))
+        return laid_out(self.runs(node), size=node.size, by_reader=inline)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link."""

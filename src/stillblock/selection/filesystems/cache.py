@@ -1,8 +1,10 @@
 """A disk with a memory: readers ask for small pieces, and each question may cost a round trip."""
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Final
 
+from stillblock.errors import OriginIOError
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.filesystem import UnresolvedError
 
@@ -21,7 +23,7 @@ class CachedDisk:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._size = disk.size
-        self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._chunks: OrderedDict[int, bytes | None] = OrderedDict()
 
     @property
     def size(self) -> int:
@@ -37,19 +39,25 @@ class CachedDisk:
         if length > _CHUNK_BYTES:
             return read_exactly(self._disk, offset=offset, length=length)
         index, begin = divmod(offset, _CHUNK_BYTES)
-        data = self._chunk(index)[begin : begin + length]
-        if len(data) < length:
-            data += self._chunk(index + 1)[: length - len(data)]
-        return data
+        first = self._chunk(index)
+        if first is not None and begin + length <= len(first):
+            return first[begin : begin + length]
+        second = self._chunk(index + 1) if begin + length > _CHUNK_BYTES else b""
+        if first is None or second is None:
+            # Something near it cannot be read; what was asked for perhaps can.
+            return read_exactly(self._disk, offset=offset, length=length)
+        return first[begin:] + second[: begin + length - len(first)]
 
-    def _chunk(self, index: int) -> bytes:
-        chunk = self._chunks.get(index)
-        if chunk is not None:
+    def _chunk(self, index: int) -> bytes | None:
+        """Return an aligned piece of the disk, None if not all of it can be read."""
+        if index in self._chunks:
             self._chunks.move_to_end(index)
-            return chunk
+            return self._chunks[index]
         start = index * _CHUNK_BYTES
         length = min(_CHUNK_BYTES, self._size - start)
-        chunk = read_exactly(self._disk, offset=start, length=length)
+        chunk: bytes | None = None
+        with suppress(OriginIOError):
+            chunk = read_exactly(self._disk, offset=start, length=length)
         if len(self._chunks) >= _CHUNK_COUNT_MAX:
             self._chunks.popitem(last=False)
         self._chunks[index] = chunk

@@ -28,10 +28,12 @@ from stillblock.selection.filesystems.fat_table import FIRST_CLUSTER, Table
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
     Identity,
+    Layout,
     Node,
     Run,
     UnresolvedError,
     add_run,
+    laid_out,
     read_runs,
 )
 
@@ -163,6 +165,10 @@ class ExFat:
             add_run(found, offset=offset, length=length, start=begin, written=written)
             offset += length
         return tuple(found)
+
+    def layout(self, node: Node) -> Layout:
+        """Return where a file's bytes are; what was never written reads as zeros."""
+        return laid_out(self.runs(node), size=node.size)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, short at its end."""

@@ -8,7 +8,7 @@ not unmounted is not settled, and is refused.
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from stillblock.extents import normalise
+from stillblock.extents import normalise, whole
 from stillblock.model import Extent, Extents
 from stillblock.selection.disk import Disk
 from stillblock.selection.filesystems.cache import CachedDisk
@@ -24,7 +24,7 @@ from stillblock.selection.filesystems.ext_inode import (
     inline_tail,
     parse_inode,
 )
-from stillblock.selection.filesystems.ext_journal import apply_journal
+from stillblock.selection.filesystems.ext_journal import JournalDisk, apply_journal
 from stillblock.selection.filesystems.ext_superblock import (
     Compat,
     Incompat,
@@ -34,9 +34,11 @@ from stillblock.selection.filesystems.ext_superblock import (
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
     Identity,
+    Layout,
     Node,
     Run,
     UnresolvedError,
+    laid_out,
     read_runs,
 )
 
@@ -142,6 +144,23 @@ class ExtFilesystem:
                 return ()
             self._check_claims()
             return self._map.runs(inode)
+
+    def layout(self, node: Node) -> Layout:
+        """Return where a regular file's bytes are; journalled data is the reader's to give."""
+        runs = self.runs(node)
+        inode = self._again(node)
+        if inode.has_inline_data:
+            return Layout(by_reader=whole(node.size))
+        found = laid_out(runs, size=node.size)
+        if not isinstance(self._disk, JournalDisk):
+            return found
+        by_reader: list[Extent] = []
+        for run in found.runs:
+            if run.start is None or run.is_unwritten:
+                continue
+            for start, end in self._disk.journalled(run.start, run.start + run.length):
+                by_reader.append((start - run.start + run.offset, end - run.start + run.offset))
+        return found._replace(by_reader=normalise(by_reader))
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link."""

@@ -12,11 +12,12 @@ Format: the Linux kernel's Documentation/filesystems/ext4, "Journal (jbd2)"; big
 
 import struct
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from stillblock.model import Extent
 from stillblock.native import crc32c
 from stillblock.selection.disk import Disk, read_exactly
 from stillblock.selection.filesystems.ext_groups import Groups
@@ -63,6 +64,7 @@ class JournalDisk:
         self._disk = disk
         self._block_size = block_size
         self._copies = copies
+        self._sorted: list[int] | None = None
 
     @property
     def size(self) -> int:
@@ -83,6 +85,18 @@ class JournalDisk:
             copy = self._copy(copies[block])
             data[begin - offset : stop - offset] = copy[begin - start : stop - start]
         return bytes(data)
+
+    def journalled(self, start: int, end: int) -> list[Extent]:
+        """Return the parts of `[start, end)` that are read from copies, block by block."""
+        if self._sorted is None:
+            self._sorted = sorted(self._copies)
+        block_size = self._block_size
+        first = bisect_left(self._sorted, start // block_size)
+        last = bisect_left(self._sorted, -(-end // block_size))
+        return [
+            (max(start, block * block_size), min(end, (block + 1) * block_size))
+            for block in self._sorted[first:last]
+        ]
 
     def _copy(self, place: int) -> bytes:
         is_escaped = place < 0

@@ -19,9 +19,11 @@ from stillblock.selection.filesystems.fat_table import Table, parse_boot_sector
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
     Identity,
+    Layout,
     Node,
     Run,
     UnresolvedError,
+    laid_out,
     read_runs,
 )
 from stillblock.selection.filesystems.names import checked_name, text_of_utf16
@@ -211,6 +213,10 @@ class Fat:
                 f"a file of {entry.size} bytes has clusters for {offset}: it is damaged"
             )
         return tuple(found)
+
+    def layout(self, node: Node) -> Layout:
+        """Return where a file's bytes are."""
+        return laid_out(self.runs(node), size=node.size)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, short at its end."""

@@ -60,6 +60,15 @@ class Run(NamedTuple):
     """What lies there is no copy of the file's bytes: compressed. `length` is that on the disk."""
 
 
+class Layout(NamedTuple):
+    """Where a reader of a regular file gets its bytes; what is in neither reads as zeros."""
+
+    runs: tuple[Run, ...] = ()
+    """Ascending, disjoint, within the size; what lies at them is the file's, byte for byte."""
+    by_reader: Extents = ()
+    """Ranges of the file that only `Filesystem.read` gives: they are in no place of their own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """A file, directory or link: what its names lead to."""
@@ -134,6 +143,14 @@ class Filesystem(Protocol):
         within metadata (inline, resident) has no runs.
         """
 
+    def layout(self, node: Node) -> Layout:
+        """Return where a regular file's bytes are, as its users see them, with the journal applied.
+
+        Unlike `runs`: nothing of named streams or past the size, one copy, and what is neither a
+        run nor the reader's reads as zeros. Raise `UnresolvedError` where the bytes cannot be had
+        so: compressed, encrypted, or for any reason that `runs` has.
+        """
+
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link; short at its end."""
 
@@ -179,6 +196,27 @@ def add_run(found: list[Run], *, offset: int, length: int, start: int, written: 
         found.append(Run(offset, written, start))
     if written < length:
         found.append(Run(offset + written, length - written, start + written, is_unwritten=True))
+
+
+def laid_out(runs: Iterable[Run], *, size: int, by_reader: Extents = ()) -> Layout:
+    """Return the layout of a file of `size` bytes that lies in `runs`, one copy of each.
+
+    Raise `UnresolvedError` for runs whose bytes are not the file's, or that overlap.
+    """
+    found: list[Run] = []
+    end = 0
+    for run in runs:
+        if run.offset >= size or run.start is None:
+            continue
+        if run.is_encoded:
+            raise UnresolvedError("it is compressed, which is not read")
+        if found and run.offset == found[-1].offset:
+            continue  # another copy of it
+        if run.offset < end:
+            raise UnresolvedError("its pieces overlap: it is damaged")
+        end = run.offset + run.length
+        found.append(run._replace(length=min(run.length, size - run.offset)))
+    return Layout(runs=tuple(found), by_reader=by_reader)
 
 
 def read_runs(disk: Disk, runs: Iterable[Run], *, size: int, offset: int, length: int) -> bytes:

@@ -8,7 +8,7 @@ every piece of a file is found. Nothing is left out of a volume where one of tha
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from stillblock.extents import normalise
+from stillblock.extents import normalise, whole
 from stillblock.model import Extent, Extents
 from stillblock.native import plain_file
 from stillblock.selection.disk import Disk, read_exactly
@@ -17,10 +17,12 @@ from stillblock.selection.filesystems.damage import Verdict, damage_is_unresolve
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
     Identity,
+    Layout,
     Node,
     Run,
     UnresolvedError,
     add_run,
+    laid_out,
 )
 from stillblock.selection.filesystems.names import checked_name, text_of_utf16
 from stillblock.selection.filesystems.ntfs_files import (
@@ -270,6 +272,23 @@ class Ntfs:
             if summary.reason:
                 raise UnresolvedError(summary.reason)
             return summary.runs
+
+    def layout(self, node: Node) -> Layout:
+        """Return where the unnamed stream's bytes are; a resident one lies in its record."""
+        with damage_is_unresolved("NTFS"):
+            self._metadata()
+            file = self._current(node)
+            if reason := self._summary(node.number).reason:
+                raise UnresolvedError(reason)
+            pieces = file.streams.get(b"")
+            if pieces is None:
+                return Layout()
+            if pieces[0].is_resident:
+                return Layout(by_reader=whole(node.size))
+            stream = join_pieces(pieces, self._geometry)
+            found: list[Run] = []
+            self._add_runs(stream.runs, 0, found, size=stream.size, initialised=stream.initialised)
+            return laid_out(found, size=node.size)
 
     def _add_runs(
         self,

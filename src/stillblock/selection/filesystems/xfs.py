@@ -22,9 +22,11 @@ from stillblock.selection.filesystems.cache import CachedDisk
 from stillblock.selection.filesystems.filesystem import (
     FileKind,
     Identity,
+    Layout,
     Node,
     Run,
     UnresolvedError,
+    laid_out,
     read_runs,
 )
 from stillblock.selection.filesystems.xfs_format import (
@@ -127,6 +129,10 @@ class Xfs:
             )
             for extent in self._extents(inode)
         )
+
+    def layout(self, node: Node) -> Layout:
+        """Return where a regular file's bytes are."""
+        return laid_out(self.runs(node), size=node.size)
 
     def read(self, node: Node, *, offset: int, length: int) -> bytes:
         """Return data of a regular file, or the target of a link."""

@@ -97,7 +97,8 @@ def read_superblock(disk: Disk) -> Superblock:
     """Return the superblock; raise `UnresolvedError` for what is not known or not possible."""
     if disk.size < 65536:
         raise UnresolvedError(f"XFS: {disk.size} bytes are too few for one")
-    head = read_exactly(disk, offset=0, length=65536)
+    # No more than is a header's for certain: what lies behind it may be left out of a snapshot.
+    head = read_exactly(disk, offset=0, length=_SUPERBLOCK.size)
     (
         magic,
         block_size,
@@ -133,7 +134,8 @@ def read_superblock(disk: Disk) -> Superblock:
             f"XFS: version {version & 0xF} has no checksums, and only version 5 is read"
         )
     _require(9 <= sector_log <= 15 and sector_size == 1 << sector_log, f"sectors of {sector_size}")
-    require_checksum(head[:sector_size], 224, what="superblock")
+    sector = read_exactly(disk, offset=0, length=sector_size)
+    require_checksum(sector, 224, what="superblock")
     if incompat & _INCOMPAT_NEEDS_REPAIR:
         raise UnresolvedError("XFS: marked as in need of repair; run xfs_repair")
     unknown = incompat & ~_KNOWN_INCOMPAT

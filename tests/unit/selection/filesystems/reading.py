@@ -35,7 +35,17 @@ def data_extents(filesystem: Filesystem, node: Node) -> Extents:
 
 def content_by_runs(disk: Disk, filesystem: Filesystem, node: Node) -> bytes:
     """A file's bytes from where its runs say they are; read plainly if they are in metadata."""
+    content = bytearray(node.size)
+    layout = filesystem.layout(node)
+    for run in layout.runs:
+        assert run.start is not None, "a layout has no holes"
+        if not run.is_unwritten:
+            piece = disk.pread(offset=run.start, length=run.length)
+            content[run.offset : run.offset + run.length] = piece
+    for start, end in layout.by_reader:
+        content[start:end] = filesystem.read(node, offset=start, length=end - start)
     runs = filesystem.runs(node)
-    if runs:
-        return read_runs(disk, runs, size=node.size, offset=0, length=node.size)
-    return filesystem.read(node, offset=0, length=node.size)
+    if runs and not layout.by_reader:
+        by_runs = read_runs(disk, runs, size=node.size, offset=0, length=node.size)
+        assert by_runs == content, "a layout is the runs of what users see"
+    return bytes(content)

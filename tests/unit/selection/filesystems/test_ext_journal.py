@@ -42,7 +42,7 @@ from unit.selection.filesystems.mounting import (
     run,
     told,
 )
-from unit.selection.filesystems.reading import files_of
+from unit.selection.filesystems.reading import content_by_runs, files_of
 from unit.selection.filesystems.trees import sync, write
 
 pytestmark = [pytest.mark.needs("mkfs.ext4", "dumpe2fs", "debugfs", "e2fsck"), pytest.mark.slow]
@@ -102,6 +102,7 @@ def check_maps(copy: Path, oracle: Path) -> Extents:
         assert blocks_of(runs, block_size=size) == blocks_of(maps[path], block_size=size), path
         content = filesystem.read(node, offset=0, length=node.size)
         assert digest(content) == files[path].digest, path
+        assert content_by_runs(disk, filesystem, node) == content, path
         taken += [(run.start, run.start + run.length) for run in runs]
     assert not intersect(normalise(taken), free)
     return normalise(taken)

@@ -1,4 +1,4 @@
-//! A journal written anew against the whole one, over random lives of a volume.
+//! What a compacted journal says, against what the whole one says.
 
 use super::*;
 use crate::epochs::Epochs;

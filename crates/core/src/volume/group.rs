@@ -127,21 +127,7 @@ fn take(
     members: Vec<Member>,
     moment: GroupMoment<'_>,
 ) -> Result<Vec<Instant>> {
-    let mut parts: Vec<Part<'_>> = Vec::new();
-    for ((volume, mut committer), member) in volumes.iter().zip(roles(volumes)?).zip(members) {
-        let prepared = volume.prepare_instant(&mut committer, member.request, member.holds);
-        match prepared {
-            Ok(prepared) => parts.push(Part {
-                volume,
-                committer,
-                prepared,
-                quiet: member.quiet,
-                flip: None,
-                header: None,
-            }),
-            Err(error) => return Err(give_up(&mut parts, error)),
-        }
-    }
+    let mut parts = prepare(volumes, members)?;
     let begun = gather(&mut parts).and_then(|()| begin(id, &mut parts));
     let opened = match begun.and_then(|()| flip_all(&mut parts)) {
         Ok(()) => Clock::now(),
@@ -179,12 +165,40 @@ fn take(
     for part in &mut parts {
         part.begin_epoch();
     }
-    for part in parts.iter_mut().skip(1) {
-        // It is decided. What cannot be written now is written by upkeep, or asked for at the next
-        // opening.
+    each_at_once(&mut parts, |part| {
+        // It is decided. What the others cannot write now is written by upkeep, or asked for at the
+        // next opening.
         part.committer.note_group_or_owe(part.prepared.epoch, true);
-    }
+        Ok(())
+    })?;
     Ok(parts.iter_mut().map(|part| part.end(opened)).collect())
+}
+
+/// All roles, and on every volume what an instant needs before.
+fn prepare(volumes: &[Arc<Volume>], members: Vec<Member>) -> Result<Vec<Part<'_>>> {
+    let mut committers = roles(volumes)?;
+    let works = volumes.iter().zip(&mut committers).zip(members);
+    let works = works.map(|((volume, committer), member)| {
+        let committer: &mut Committer = committer;
+        move || {
+            let prepared = volume.prepare_instant(committer, member.request, member.holds);
+            prepared.map(|prepared| (prepared, member.quiet))
+        }
+    });
+    let prepared = run_together(works.collect());
+    let (mut parts, mut failure) = (Vec::new(), None);
+    for ((volume, committer), prepared) in volumes.iter().zip(committers).zip(prepared) {
+        match prepared {
+            Ok((prepared, quiet)) => {
+                parts.push(Part { volume, committer, prepared, quiet, flip: None, header: None });
+            }
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    match failure {
+        Some(error) => Err(give_up(&mut parts, error)),
+        None => Ok(parts),
+    }
 }
 
 /// The last round of draining, of all at once, with writes going on; then a last look whether it is
@@ -224,15 +238,15 @@ fn begin(id: [u8; 16], parts: &mut [Part<'_>]) -> Result<()> {
         ),
     };
     let group = Group { id, members: parts.iter().map(member).collect() };
-    for part in parts {
+    each_at_once(parts, |part| {
         let epoch = part.prepared.epoch;
         let entry = Entry::GroupBegun { epoch, group: group.clone() };
         part.committer.journal.append(&entry)?;
         part.committer.groups.insert(epoch, OpenGroup::new(group.clone()));
         // The journal says it of this number: no other instant gets it.
         part.committer.epoch_max = epoch;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// **The instant**: from the closing of the last gate to the opening of the first one no write is

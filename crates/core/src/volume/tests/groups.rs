@@ -431,6 +431,36 @@ fn snapshots_of_one_instant_have_one_time() {
     assert_eq!(taken[0].created_unix_ns, taken[1].created_unix_ns);
 }
 
+/// Nobody waits for the sum of all disks: the last syncs before the instant, and those of the headers,
+/// are under way together.
+#[test]
+fn the_disks_of_all_are_synced_at_once() {
+    let two = Two::new();
+    for (name, before) in [("origin", 2), ("segment", 0)] {
+        let met = Arc::new((Mutex::new(0), parking_lot::Condvar::new()));
+        for scene in &two.scenes {
+            let (met, count) = (Arc::clone(&met), AtomicU64::new(0));
+            scene.faults.set(move |at, what| {
+                let is_it = (at, what) == (name, "sync");
+                if !is_it || count.fetch_add(1, Ordering::SeqCst) != before {
+                    return Ok(());
+                }
+                let mut here = met.0.lock();
+                *here += 1;
+                met.1.notify_all();
+                while *here < 2 {
+                    if met.1.wait_for(&mut here, Duration::from_secs(20)).timed_out() {
+                        return Err(broken());
+                    }
+                }
+                Ok(())
+            });
+        }
+        two.take().expect("neither waits for the other's end");
+        two.scenes.iter().for_each(|scene| scene.faults.clear());
+    }
+}
+
 #[test]
 fn a_try_at_a_moment_that_is_not_quiet_writes_nothing() {
     let two = Two::new();

@@ -187,6 +187,7 @@ def test_one_volume_whose_store_decides_elsewhere_says_so(tmp_path: Path):
         assert "UNDECIDED" in text
         diff = served.try_cli("snapshot", "diff", f"{last}@now", "--json")
         assert json.loads(diff.err)["error"]["code"] == "undecided"
+        (tmp_path / "away").rename(stores[first])
 
 
 def uuid_of(served: Served, name: str) -> str:

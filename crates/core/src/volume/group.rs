@@ -50,7 +50,8 @@ pub struct GroupMoment<'a> {
     /// As in [`super::Moment`]; once, when the gates of all are open again.
     pub passed: Option<Told<'a>>,
     /// Asked once, when all is durable but the decision: a reason means that there are to be no
-    /// snapshots. First changes wait meanwhile.
+    /// snapshots. The roles of all are held meanwhile: it must not wait for anything that writes to,
+    /// flushes or locks one of them, a thaw for example.
     pub objects: Option<Objects<'a>>,
 }
 

@@ -15,7 +15,8 @@ If the guard is gone, or stopped, the freezer thaws; so does the server.
 
 Messages are JSON, one a packet. To the server: `{"frozen": begun_ns}`, `{"failed": errno}`,
 `{"late": true}`, `{"thawing": monotonic_ns, "why": word}` before the thaw, which may wait for the
-disk, and `{"thawed": monotonic_ns, "why": word, "errno": 0}` after it. From it: anything, or an end.
+disk, and `{"thawed": monotonic_ns, "why": word, "errno": 0}` after it. From it: anything, or an
+end.
 """
 
 from __future__ import annotations

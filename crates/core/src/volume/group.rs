@@ -29,6 +29,10 @@ const RESTORES_MAX: u32 = 3;
 /// close: for a role, or for the last round of draining. A disk that takes longer is not well.
 const GATHER_TIME: Duration = Duration::from_secs(10);
 
+/// Said of a snapshot of a group that failed, until that is written down.
+const FAILED: &str =
+    "its group failed, and a store could not take that down yet; it is tried again";
+
 /// One volume's part in a group.
 pub struct Member {
     /// Which volume.
@@ -164,7 +168,7 @@ fn take(
         return Err(abort(&mut parts, false, error));
     }
     for part in &mut parts {
-        part.begin_epoch();
+        part.begin_epoch("");
     }
     each_at_once(&mut parts, |part| {
         // It is decided. What the others cannot write now is written by upkeep, or asked for at the
@@ -333,7 +337,8 @@ fn abort(parts: &mut [Part<'_>], is_certain: bool, error: Error) -> Error {
             told = part.volume.abort_instant(&mut part.committer, &part.prepared, told);
             continue;
         }
-        part.begin_epoch();
+        // Never listed as one that exists.
+        part.begin_epoch(FAILED);
         let is_noted = if at == 0 {
             is_denied
         } else {
@@ -342,7 +347,8 @@ fn abort(parts: &mut [Part<'_>], is_certain: bool, error: Error) -> Error {
         if is_noted {
             part.volume.drop_denied(&mut part.committer, epoch);
         } else {
-            part.leave_undecided();
+            // Nobody can say yet: what it selects is preserved until somebody can.
+            part.volume.want_upkeep();
         }
     }
     told
@@ -376,22 +382,10 @@ fn each_at_once(
 }
 
 impl Part<'_> {
-    fn begin_epoch(&mut self) {
+    fn begin_epoch(&mut self, undecided: &str) {
         let flip = self.flip.as_ref().expect("flipped");
         let header = self.header.take().expect("written");
-        self.volume.begin_epoch(&mut self.committer, &self.prepared, flip, header);
-    }
-
-    /// Nobody can say yet: what it selects is preserved until somebody can.
-    fn leave_undecided(&mut self) {
-        let mut epochs = self.volume.epochs.write();
-        if let Some(found) = epochs.0.get_mut(&self.prepared.epoch) {
-            found.undecided = "its group failed, and a store could not take that down yet; it is \
-                               tried again"
-                .into();
-        }
-        drop(epochs);
-        self.volume.want_upkeep();
+        self.volume.begin_epoch(&mut self.committer, &self.prepared, flip, header, undecided);
     }
 
     fn end(&mut self, opened: Clock) -> Instant {

@@ -425,6 +425,26 @@ fn somebody_may_object_until_it_is_decided_and_then_none_has_a_snapshot() {
 }
 
 #[test]
+fn a_snapshot_that_is_objected_to_is_never_listed_as_one_that_exists() {
+    let two = Two::new();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (told, volume) = (Arc::clone(&seen), Arc::downgrade(&two.volumes[1]));
+    two.scenes[1].faults.set(move |name, what| {
+        let is_it = (name, what) == ("journal", "sync");
+        if let Some(volume) = volume.upgrade().filter(|_| is_it) {
+            let listed = volume.epochs().expect("listed").into_iter();
+            told.lock().extend(listed.map(|info| !info.state.undecided.is_empty()));
+        }
+        Ok(())
+    });
+    let moment = GroupMoment { objects: Some(Box::new(|| Some("no".into()))), passed: None };
+    snapshot_group(ID, two.members(), moment).expect_err("objected");
+    two.scenes[1].faults.clear();
+    assert_eq!(*seen.lock(), [true], "while it is being denied");
+    assert_eq!(two.listed(1), []);
+}
+
+#[test]
 fn snapshots_of_one_instant_have_one_time() {
     let two = Two::new();
     let taken = two.take().expect("group");

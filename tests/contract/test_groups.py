@@ -156,7 +156,7 @@ def hooks_of(config: Config, name: str, folder: Path, script: str, *, limit_ms: 
 
 
 def test_if_one_did_not_hold_still_until_the_instant_none_has_a_snapshot(
-    config: Config, reachable: str, tmp_path: Path
+    config: Config, three: tuple[str, ...], tmp_path: Path
 ):
     """The hooks of `data` end by themselves, and only then do those of `wal` come to their end."""
     ended = tmp_path / "ended"
@@ -172,11 +172,11 @@ def test_if_one_did_not_hold_still_until_the_instant_none_has_a_snapshot(
     with GroupSession(config, asked("data@now", "wal@now", or_barrier=True)) as group:
         taken = group.create()
     assert [bool(r.snapshot.shortfall) for r in taken.receipts] == [True, False]
-    assert reachable
+    assert three
 
 
 def test_a_hook_that_fails_after_the_instant_is_told_and_all_have_their_snapshots(
-    config: Config, reachable: str, tmp_path: Path
+    config: Config, three: tuple[str, ...], tmp_path: Path
 ):
     hooks_of(config, "wal", tmp_path / "wal", '[ "$1" = before ]', limit_ms=20_000)
     group = GroupSession(config, asked("data@now", "wal@now"))
@@ -185,11 +185,11 @@ def test_a_hook_that_fails_after_the_instant_is_told_and_all_have_their_snapshot
     assert (listed(config, "data"), listed(config, "wal")) == (["now"], ["now"])
     with open_session(config, "wal") as session:
         assert "hooks failed after the instant" in session.show_snapshot("now").shortfall
-    assert reachable
+    assert three
 
 
 def test_nobody_is_held_still_while_another_waits_for_a_quiet_moment(
-    config: Config, reachable: str, tmp_path: Path
+    config: Config, three: tuple[str, ...], tmp_path: Path
 ):
     called = tmp_path / "called"
     hooks_of(config, "wal", tmp_path / "wal", f": > {called}", limit_ms=20_000)
@@ -202,7 +202,7 @@ def test_nobody_is_held_still_while_another_waits_for_a_quiet_moment(
         assert "--consistency" in str(refused.value)
     assert not called.exists()
     assert (listed(config, "data"), listed(config, "wal")) == ([], [])
-    assert reachable
+    assert three
 
 
 @pytest.fixture

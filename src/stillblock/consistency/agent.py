@@ -206,6 +206,7 @@ def main(control: int, path: str, limit_ms: int, mounts: list[str]) -> None:
     if select.select([control], [], [], rest_s)[0]:
         why = "asked" if os.read(control, _MESSAGE_BYTES) else "the server was gone"
     thawing_ns = time.monotonic_ns()
+    _tell(control, thawing=thawing_ns, why=why)
     problem = thaw(path, agent)
     _tell(control, thawed=thawing_ns, why=why, problem=problem)
 

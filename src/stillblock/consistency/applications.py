@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stillblock.consistency import hooks
-from stillblock.consistency.watchdog import Watchdog
+from stillblock.consistency.watchdog import REPLY_S, Watchdog
 from stillblock.errors import QuiesceError
 from stillblock.model import QuiesceStep, StepKind
 
@@ -59,6 +59,27 @@ class Applications:
                 raise QuiesceError(f"the applications are not prepared: {why}")
         self._finish_alone()
         raise QuiesceError("the applications are not prepared: the process that runs hooks is gone")
+
+    def probe(self) -> None:
+        """Ask whether they still hold still; `released_ns` and `shortfall` are known then.
+
+        Nobody goes on for that: a hook may write to a disk that has to wait for the answer.
+        """
+        if self._watchdog is None or self._is_letting_go:
+            return
+        self._watchdog.send(hold=True)
+        while (message := self._watchdog.receive(REPLY_S)) is not None:
+            if "holding" in message:
+                return
+            if "step" in message:
+                self.steps.append(_step(message))
+            if "ending" in message:
+                self._is_letting_go = True
+                self.released_ns = int(message["ending"])
+                self.shortfall = f"hooks ended early: {message['why']}"
+                return
+        self._is_letting_go = True
+        self._lose()
 
     def let_go(self) -> None:
         """Have the hooks begin with `after`, if they have not; then it is known who held still."""

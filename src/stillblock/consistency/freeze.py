@@ -24,6 +24,8 @@ class MountFreeze:
         self._limit_ms = limit_ms
         self._watchdog: Watchdog | None = None
         self._begun_ns = 0
+        self._asked_ns: int | None = None
+        self._why_thawed = ""
         self.thawed_ns: int | None = None
         """When thawing began, on the monotonic clock; None while frozen."""
         self.shortfall = ""
@@ -62,7 +64,7 @@ class MountFreeze:
             return "somebody else has frozen it already"
         if isinstance(failed, int) and failed != errno.ETIMEDOUT:
             return os.strerror(failed)
-        if answer is not None and "thawed" in answer:
+        if answer is not None and ("thawing" in answer or "thawed" in answer):
             return str(answer.get("why"))
         if failed == errno.ETIMEDOUT or (answer is not None and "late" in answer):
             return (
@@ -72,27 +74,45 @@ class MountFreeze:
         guard.thaw(self._mount.fd)
         return "its watchdog was killed"
 
-    def end(self) -> QuiesceStep | None:
-        """Thaw; tell who did it. None if it was never frozen."""
-        watchdog, self._watchdog = self._watchdog, None
-        if watchdog is None:
-            return None
-        asked_ns = time.monotonic_ns()
-        watchdog.send(thaw=True)
-        answer = watchdog.receive(THAW_REPLY_S)
-        watchdog.close()
-        if answer is not None and "thawed" in answer:
-            self.thawed_ns, code = int(answer["thawed"]), int(answer["errno"])
-            why = str(answer["why"])
+    def ask_thaw(self) -> None:
+        """Have it thaw; `thawed_ns` and `shortfall` are known then. Does not wait for the thaw.
+
+        A thaw may write to its filesystem, and wait for that.
+        """
+        if self._watchdog is None or self._asked_ns is not None:
+            return
+        self._asked_ns = time.monotonic_ns()
+        self._watchdog.send(thaw=True)
+        answer = self._watchdog.receive(REPLY_S)
+        if answer is not None and "thawing" in answer:
+            self.thawed_ns, self._why_thawed = int(answer["thawing"]), str(answer["why"])
         else:
             # Its freezer thaws as soon as the guard is gone; when, only the kernel knows.
-            self.thawed_ns, code, why = self._begun_ns, guard.thaw(self._mount.fd), "no watchdog"
+            self.thawed_ns, self._why_thawed = self._begun_ns, "no watchdog"
+        if self._why_thawed != "asked":
+            self.shortfall = f"{self.what} was thawed early: {self._why_thawed}"
+
+    def end(self) -> QuiesceStep | None:
+        """Thaw; tell who did it. None if it was never frozen."""
+        self.ask_thaw()
+        watchdog, self._watchdog = self._watchdog, None
+        asked_ns = self._asked_ns
+        if watchdog is None or asked_ns is None or self.thawed_ns is None:
+            return None
+        why = self._why_thawed
+        answer = None if why == "no watchdog" else watchdog.receive(THAW_REPLY_S)
+        watchdog.close()
+        if answer is not None and "thawed" in answer:
+            code = int(answer["errno"])
+        else:
+            code, why = guard.thaw(self._mount.fd), "no watchdog"
         is_ok = why == "asked" and code == 0
         if why == "asked" and code != 0:
             self.shortfall = f"{self.what} was thawed by somebody else"
             self.thawed_ns = self._begun_ns
-        elif not is_ok:
+        elif not is_ok and not self.shortfall:
             self.shortfall = f"{self.what} was thawed early: {why}"
+            self.thawed_ns = self._begun_ns
         return QuiesceStep(
             kind=StepKind.THAW,
             what=self.what,

@@ -14,7 +14,9 @@ freeze that hangs cannot be called back: the guard tells the server so, and thaw
 If the guard is gone, or stopped, the freezer thaws; so does the server.
 
 Messages are JSON, one a packet. To the server: `{"frozen": begun_ns}`, `{"failed": errno}`,
-`{"late": true}`, `{"thawed": monotonic_ns, "why": word, "errno": 0}`. From it: anything, or an end.
+`{"late": true}`, `{"thawing": monotonic_ns, "why": word}` before the thaw, which may wait for the
+disk, and `{"thawed": monotonic_ns, "why": word, "errno": 0}` after it. From it: anything, or an
+end.
 """
 
 from __future__ import annotations
@@ -142,6 +144,7 @@ def main(control: int, mount: int, limit_ms: int) -> None:
             is_told_late = True
             send(control, late=True)
     begun_ns = time.monotonic_ns()
+    send(control, thawing=begun_ns, why=why)
     code = thaw(mount)
     try:
         os.write(alive_in, b".")

@@ -23,6 +23,8 @@ class GuestFreeze:
         self._limit_ms = limit_ms
         self._watchdog: Watchdog | None = None
         self._begun_ns = 0
+        self._asked_ns: int | None = None
+        self._why_thawed = ""
         self.thawed_ns: int | None = None
         """When thawing began, on the monotonic clock; None while frozen."""
         self.shortfall = ""
@@ -55,18 +57,34 @@ class GuestFreeze:
             + (f" ({named})" if named else ""),
         )
 
+    def ask_thaw(self) -> None:
+        """Have it thaw; `thawed_ns` and `shortfall` are known then. Does not wait for the thaw.
+
+        The guest may write before it answers, and wait for that.
+        """
+        if self._watchdog is None or self._asked_ns is not None:
+            return
+        self._asked_ns = time.monotonic_ns()
+        self._watchdog.send(thaw=True)
+        answer = self._watchdog.receive(REPLY_S)
+        if answer is not None and "thawing" in answer:
+            self.thawed_ns, self._why_thawed = int(answer["thawing"]), str(answer["why"])
+        else:
+            self.thawed_ns, self._why_thawed = self._begun_ns, "no watchdog"
+        if self._why_thawed != "asked":
+            self.shortfall = f"the guest of {self.what} was thawed early: {self._why_thawed}"
+
     def end(self) -> QuiesceStep | None:
         """Thaw; tell who did it. None if it was never frozen."""
+        self.ask_thaw()
         watchdog, self._watchdog = self._watchdog, None
-        if watchdog is None:
+        asked_ns = self._asked_ns
+        if watchdog is None or asked_ns is None or self.thawed_ns is None:
             return None
-        asked_ns = time.monotonic_ns()
-        watchdog.send(thaw=True)
         answer = watchdog.receive(THAW_REPLY_S)
         is_gone = watchdog.is_gone
         watchdog.close()
         if answer is not None and "thawed" in answer:
-            self.thawed_ns = int(answer["thawed"])
             why, problem = str(answer["why"]), str(answer["problem"])
         else:
             self.thawed_ns, why = self._begun_ns, "no watchdog"
@@ -74,7 +92,7 @@ class GuestFreeze:
             problem = "the guest agent does not answer"
             if is_gone:
                 problem = agent.thaw(self.what, for_s=THAW_REPLY_S)
-        if why != "asked":
+        if why != "asked" and not self.shortfall:
             self.shortfall = f"the guest of {self.what} was thawed early: {why}"
         detail = self.shortfall or f"held for {(self.thawed_ns - self._begun_ns) / 1e6:.1f} ms"
         if problem:

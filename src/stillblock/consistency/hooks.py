@@ -9,8 +9,9 @@ volume and snapshot. A hook that takes longer than LIMIT_MS is killed with all i
 stayed in its session.
 
 To the server: `{"step": name, "phase": word, "took_ns": n, "problem": text, "said": text}` for each
-run, `{"ready": true}`, then before the first `after` `{"ending": monotonic_ns, "why": word}`, and
-after the last one `{"done": monotonic_ns, "why": word}`.
+run, `{"ready": true}`, `{"holding": true}` when asked with the word `hold`, then before the first
+`after` `{"ending": monotonic_ns, "why": word}`, and after the last one
+`{"done": monotonic_ns, "why": word}`.
 """
 
 from __future__ import annotations
@@ -164,6 +165,16 @@ def _tell(control: int, **message: object) -> None:
         pass  # the server is gone, which the end of the socket tells too
 
 
+def _hold(control: int, until_s: float) -> str:
+    """Wait; return why it is over."""
+    while select.select([control], [], [], max(0.0, until_s - time.monotonic()))[0]:
+        said = os.read(control, _MESSAGE_BYTES)
+        if b'"hold"' not in said:
+            return "asked" if said else "the server was gone"
+        _tell(control, holding=True)
+    return "the limit had passed"
+
+
 def main(control: int, directory: Path, limit_ms: int, hold_ms: int) -> None:
     """Run `before`, wait, run `after`."""
     if os.fork():
@@ -188,9 +199,7 @@ def main(control: int, directory: Path, limit_ms: int, hold_ms: int) -> None:
         why = str(error)
     if not why:
         _tell(control, ready=True)
-        why = "the limit had passed"
-        if select.select([control], [], [], hold_ms / 1000)[0]:
-            why = "asked" if os.read(control, _MESSAGE_BYTES) else "the server was gone"
+        why = _hold(control, time.monotonic() + hold_ms / 1000)
     ended_ns = time.monotonic_ns()
     _tell(control, ending=ended_ns, why=why)
     for message in run_after(begun, environment, limit_ms):

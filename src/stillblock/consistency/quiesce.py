@@ -22,7 +22,14 @@ from stillblock.consistency.guest import GuestFreeze
 from stillblock.consistency.leftover import Frozen
 from stillblock.consistency.mounts import Mount, WatchedReads, open_checked
 from stillblock.consistency.release import JUDGE_S, Release
-from stillblock.errors import ClosedError, NotQuietError, QuiesceError, RefusedError, UsageError
+from stillblock.errors import (
+    ClosedError,
+    NotQuietError,
+    QuiesceError,
+    RefusedError,
+    StillblockError,
+    UsageError,
+)
 from stillblock.model import (
     Consistency,
     ConsistencySettings,
@@ -123,6 +130,7 @@ class Moment:
         self._shortfalls: list[str] = []
         self._failures: list[str] = []
         """Of hooks after the instant: what it holds is as right as it can be told."""
+        self._is_judged = False
         self._watched: Extents | None = None
         self._is_watching = False
         self._passed_ns: int | None = None
@@ -335,14 +343,29 @@ class Moment:
         """Whether anybody holds still."""
         return bool(self._freezes) or self._applications is not None
 
+    def judge(self) -> None:
+        """Ask whether all hold still to this moment, which begins the thaws and waits for none."""
+        for freeze in reversed(self._freezes):
+            freeze.ask_thaw()
+            self._judge(freeze.thawed_ns, freeze.shortfall)
+        if self._applications is not None:
+            self._applications.probe()
+            self._judge(self._applications.released_ns, self._applications.shortfall)
+        self._is_judged = True
+
     def thaw(self) -> None:
-        """Thaw everything, and judge whether it was frozen until the instant."""
+        """Thaw everything."""
         freezes, self._freezes = self._freezes, []
         for freeze in reversed(freezes):
+            known = freeze.shortfall
             step = freeze.end()
             if step is not None:
                 self._steps.append(step)
-            self._judge(freeze.thawed_ns, freeze.shortfall)
+            if not self._is_judged:
+                self._judge(freeze.thawed_ns, freeze.shortfall)
+            elif freeze.shortfall != known:
+                # Only the thaw tells that somebody else had thawed it.
+                self._failures.append(freeze.shortfall)
         mounts, self._mounts = self._mounts, []
         for mount in mounts:
             mount.close()
@@ -351,10 +374,9 @@ class Moment:
             leftover.forget(self._occasion.note)
 
     def let_applications_go(self) -> None:
-        """Have applications go on, and judge whether they held still until the instant."""
+        """Have applications go on."""
         if self._applications is not None:
             self._applications.let_go()
-            self._judge(self._applications.released_ns, self._applications.shortfall)
 
     def end_applications(self) -> None:
         """Wait until they do."""
@@ -388,6 +410,8 @@ class Moment:
             return ""
         if not self.letting_go.wait_judged():
             return f"it is not known after {JUDGE_S:.0f} s whether everybody held still"
+        if self.letting_go.problem:
+            return f"it is not known whether everybody held still: {self.letting_go.problem}"
         return "; ".join(self._shortfalls)
 
     @property
@@ -404,7 +428,11 @@ class Moment:
 
     def outcome(self) -> Quiescing:
         """Return how it went, everybody being let go."""
-        self.letting_go.finish()
+        try:
+            self.letting_go.finish()
+        except (StillblockError, OSError, ValueError) as error:
+            # The instant is over: what it took stays known, with this beside it.
+            self._failures.append(f"not everybody was let go as they should be: {error}")
         asked = self._settings.level
         return Quiescing(
             asked=asked,

@@ -1,31 +1,39 @@
 """Letting everybody go after an instant, of one volume or of several.
 
-Filesystems thaw first, all of them: an `after` hook may write to any. Then applications go on. It
+First everybody is asked whether they hold still to that moment, which nobody has to write for.
+Filesystems thaw next, all of them: an `after` hook may write to any. Then applications go on. It
 begins as soon as the instant has passed, in a thread, or in the end; each is let go whatever
 happens to the others.
+
+A thaw writes to its disk, and a group holds the disks' roles until it is decided: whoever decides
+must not wait for a thaw, only for the answers.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-JUDGE_S: Final = 20.0
-"""A thaw that was asked for has 15 s to say so; meanwhile nothing is decided, and first changes of
-all volumes wait."""
+JUDGE_S: Final = 5.0
+"""All have this long to say whether they held still; meanwhile nothing is decided, and first
+changes of all volumes wait. Who is stopped does not answer at all."""
 
 
 class Held(Protocol):
     """What holds still for one volume's instant."""
 
+    def judge(self) -> None:
+        """Ask all that hold still to thaw, applications whether they hold; waits for no thaw."""
+
     def thaw(self) -> None:
-        """Thaw its filesystems, and judge whether they were frozen until the instant."""
+        """Wait until its filesystems are thawed."""
 
     def let_applications_go(self) -> None:
-        """Have its applications go on, and judge whether they held still until the instant."""
+        """Have its applications go on."""
 
     def end_applications(self) -> None:
         """Wait until they do."""
@@ -40,6 +48,9 @@ class Release:
         self._thread: threading.Thread | None = None
         self._is_over = False
         self._judged = threading.Event()
+        self._judge_until_s = 0.0
+        self.problem = ""
+        """Why it is not known whether all held still; empty if it is. Once that is judged."""
         self._problems: list[BaseException] = []
 
     def of(self, held: Sequence[Held]) -> None:
@@ -53,12 +64,16 @@ class Release:
 
     def begin(self) -> None:
         """Let all go, in a thread."""
+        self._judge_until_s = time.monotonic() + JUDGE_S
         self._thread = threading.Thread(target=self._run, name="release", daemon=True)
         self._thread.start()
 
     def wait_judged(self) -> bool:
-        """Wait until it is known whether all held still until the instant; false: not in time."""
-        return self._judged.wait(JUDGE_S)
+        """Wait until it is known whether all held still until the instant; false: not in time.
+
+        The time is one for all who ask.
+        """
+        return self._judged.wait(max(0.0, self._judge_until_s - time.monotonic()))
 
     def finish(self) -> None:
         """Return once everybody was let go; raise what went wrong with it, the first time."""
@@ -74,22 +89,28 @@ class Release:
             if self._is_over:
                 return
             self._is_over = True
+            self._all(lambda one: one.judge)
+            self.problem = "; ".join(str(problem) for problem in self._problems)
+            self._judged.set()
             # One that takes long to thaw must not keep others frozen.
-            thaws = [
-                threading.Thread(target=self._try, args=(one.thaw,), daemon=True)
-                for one in self._held[1:]
-            ]
-            for thaw in thaws:
-                thaw.start()
-            for one in self._held[:1]:
-                self._try(one.thaw)
-            for thaw in thaws:
-                thaw.join()
+            self._all(lambda one: one.thaw)
             for one in self._held:
                 self._try(one.let_applications_go)
-            self._judged.set()
             for one in self._held:
                 self._try(one.end_applications)
+
+    def _all(self, work: Callable[[Held], Callable[[], None]]) -> None:
+        """Do it for all at once."""
+        first, others = self._held[:1], self._held[1:]
+        threads = [
+            threading.Thread(target=self._try, args=(work(one),), daemon=True) for one in others
+        ]
+        for thread in threads:
+            thread.start()
+        for one in first:
+            self._try(work(one))
+        for thread in threads:
+            thread.join()
 
     def _try(self, work: Callable[[], None]) -> None:
         try:

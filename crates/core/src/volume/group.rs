@@ -29,6 +29,10 @@ const RESTORES_MAX: u32 = 3;
 /// close: for a role, or for the last round of draining. A disk that takes longer is not well.
 const GATHER_TIME: Duration = Duration::from_secs(10);
 
+/// Said of a snapshot of a group that failed, until that is written down.
+const FAILED: &str =
+    "its group failed, and a store could not take that down yet; it is tried again";
+
 /// One volume's part in a group.
 pub struct Member {
     /// Which volume.
@@ -50,7 +54,8 @@ pub struct GroupMoment<'a> {
     /// As in [`super::Moment`]; once, when the gates of all are open again.
     pub passed: Option<Told<'a>>,
     /// Asked once, when all is durable but the decision: a reason means that there are to be no
-    /// snapshots. First changes wait meanwhile.
+    /// snapshots. The roles of all are held meanwhile: it must not wait for anything that writes to,
+    /// flushes or locks one of them, a thaw for example.
     pub objects: Option<Objects<'a>>,
 }
 
@@ -127,21 +132,7 @@ fn take(
     members: Vec<Member>,
     moment: GroupMoment<'_>,
 ) -> Result<Vec<Instant>> {
-    let mut parts: Vec<Part<'_>> = Vec::new();
-    for ((volume, mut committer), member) in volumes.iter().zip(roles(volumes)?).zip(members) {
-        let prepared = volume.prepare_instant(&mut committer, member.request, member.holds);
-        match prepared {
-            Ok(prepared) => parts.push(Part {
-                volume,
-                committer,
-                prepared,
-                quiet: member.quiet,
-                flip: None,
-                header: None,
-            }),
-            Err(error) => return Err(give_up(&mut parts, error)),
-        }
-    }
+    let mut parts = prepare(volumes, members)?;
     let begun = gather(&mut parts).and_then(|()| begin(id, &mut parts));
     let opened = match begun.and_then(|()| flip_all(&mut parts)) {
         Ok(()) => Clock::now(),
@@ -177,14 +168,42 @@ fn take(
         return Err(abort(&mut parts, false, error));
     }
     for part in &mut parts {
-        part.begin_epoch();
+        part.begin_epoch("");
     }
-    for part in parts.iter_mut().skip(1) {
-        // It is decided. What cannot be written now is written by upkeep, or asked for at the next
-        // opening.
+    each_at_once(&mut parts, |part| {
+        // It is decided. What the others cannot write now is written by upkeep, or asked for at the
+        // next opening.
         part.committer.note_group_or_owe(part.prepared.epoch, true);
-    }
+        Ok(())
+    })?;
     Ok(parts.iter_mut().map(|part| part.end(opened)).collect())
+}
+
+/// All roles, and on every volume what an instant needs before.
+fn prepare(volumes: &[Arc<Volume>], members: Vec<Member>) -> Result<Vec<Part<'_>>> {
+    let mut committers = roles(volumes)?;
+    let works = volumes.iter().zip(&mut committers).zip(members);
+    let works = works.map(|((volume, committer), member)| {
+        let committer: &mut Committer = committer;
+        move || {
+            let prepared = volume.prepare_instant(committer, member.request, member.holds);
+            prepared.map(|prepared| (prepared, member.quiet))
+        }
+    });
+    let prepared = run_together(works.collect());
+    let (mut parts, mut failure) = (Vec::new(), None);
+    for ((volume, committer), prepared) in volumes.iter().zip(committers).zip(prepared) {
+        match prepared {
+            Ok((prepared, quiet)) => {
+                parts.push(Part { volume, committer, prepared, quiet, flip: None, header: None });
+            }
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    match failure {
+        Some(error) => Err(give_up(&mut parts, error)),
+        None => Ok(parts),
+    }
 }
 
 /// The last round of draining, of all at once, with writes going on; then a last look whether it is
@@ -224,15 +243,15 @@ fn begin(id: [u8; 16], parts: &mut [Part<'_>]) -> Result<()> {
         ),
     };
     let group = Group { id, members: parts.iter().map(member).collect() };
-    for part in parts {
+    each_at_once(parts, |part| {
         let epoch = part.prepared.epoch;
         let entry = Entry::GroupBegun { epoch, group: group.clone() };
         part.committer.journal.append(&entry)?;
         part.committer.groups.insert(epoch, OpenGroup::new(group.clone()));
         // The journal says it of this number: no other instant gets it.
         part.committer.epoch_max = epoch;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// **The instant**: from the closing of the last gate to the opening of the first one no write is
@@ -318,7 +337,8 @@ fn abort(parts: &mut [Part<'_>], is_certain: bool, error: Error) -> Error {
             told = part.volume.abort_instant(&mut part.committer, &part.prepared, told);
             continue;
         }
-        part.begin_epoch();
+        // Never listed as one that exists.
+        part.begin_epoch(FAILED);
         let is_noted = if at == 0 {
             is_denied
         } else {
@@ -327,7 +347,8 @@ fn abort(parts: &mut [Part<'_>], is_certain: bool, error: Error) -> Error {
         if is_noted {
             part.volume.drop_denied(&mut part.committer, epoch);
         } else {
-            part.leave_undecided();
+            // Nobody can say yet: what it selects is preserved until somebody can.
+            part.volume.want_upkeep();
         }
     }
     told
@@ -361,22 +382,10 @@ fn each_at_once(
 }
 
 impl Part<'_> {
-    fn begin_epoch(&mut self) {
+    fn begin_epoch(&mut self, undecided: &str) {
         let flip = self.flip.as_ref().expect("flipped");
         let header = self.header.take().expect("written");
-        self.volume.begin_epoch(&mut self.committer, &self.prepared, flip, header);
-    }
-
-    /// Nobody can say yet: what it selects is preserved until somebody can.
-    fn leave_undecided(&mut self) {
-        let mut epochs = self.volume.epochs.write();
-        if let Some(found) = epochs.0.get_mut(&self.prepared.epoch) {
-            found.undecided = "its group failed, and a store could not take that down yet; it is \
-                               tried again"
-                .into();
-        }
-        drop(epochs);
-        self.volume.want_upkeep();
+        self.volume.begin_epoch(&mut self.committer, &self.prepared, flip, header, undecided);
     }
 
     fn end(&mut self, opened: Clock) -> Instant {

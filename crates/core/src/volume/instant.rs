@@ -136,7 +136,7 @@ impl Volume {
             passed();
         }
         match self.write_header(committer, &prepared, &flip, restore) {
-            Ok(header) => self.begin_epoch(committer, &prepared, &flip, header),
+            Ok(header) => self.begin_epoch(committer, &prepared, &flip, header, ""),
             Err(error) => {
                 return Err(self.abort_instant(committer, &prepared, error));
             }
@@ -372,13 +372,15 @@ impl Volume {
         Ok(WrittenHeader { segment, restore, unrecorded })
     }
 
-    /// The header is durable: what comes now is recorded in the new epoch.
+    /// The header is durable: what comes now is recorded in the new epoch. `undecided` says why it is
+    /// not known whether there is a snapshot; empty if there is.
     pub(super) fn begin_epoch(
         &self,
         committer: &mut Committer,
         prepared: &Prepared,
         flip: &Flip,
         header: WrittenHeader,
+        undecided: &str,
     ) {
         let (before, epoch, selection) = (committer.epoch, prepared.epoch, &prepared.selection);
         committer.segments.insert(header.segment, epoch);
@@ -392,6 +394,7 @@ impl Volume {
             selection: Some(Arc::clone(selection)),
             low: Arc::clone(&prepared.low),
             meta: prepared.meta.clone(),
+            undecided: undecided.into(),
             ..Epoch::default()
         };
         let mut epochs = self.epochs.write();

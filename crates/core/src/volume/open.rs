@@ -605,6 +605,7 @@ impl Volume {
             self.abandon();
             return Err(error);
         }
+        committer.note_owed_groups();
         let closed = self.note_closed(&mut committer);
         drop(committer);
         self.abandon();

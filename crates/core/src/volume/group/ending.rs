@@ -72,6 +72,14 @@ impl Committer {
         is_noted
     }
 
+    /// Before the volume is closed: what was only owed. Whatever fails is asked for at the next opening.
+    pub(in crate::volume) fn note_owed_groups(&mut self) {
+        let known = self.groups.iter().filter_map(|(&epoch, open)| Some((epoch, open.known?)));
+        for (epoch, is_committed) in known.collect::<Vec<_>>() {
+            self.note_group_or_owe(epoch, is_committed);
+        }
+    }
+
     /// Before a snapshot is deleted. True if that was the deletion: whether there is one was not
     /// known, and now there is none.
     pub(in crate::volume) fn end_group_before_deletion(&mut self, epoch: u32) -> Result<bool> {

@@ -425,10 +425,60 @@ fn somebody_may_object_until_it_is_decided_and_then_none_has_a_snapshot() {
 }
 
 #[test]
+fn a_snapshot_that_is_objected_to_is_never_listed_as_one_that_exists() {
+    let two = Two::new();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (told, volume) = (Arc::clone(&seen), Arc::downgrade(&two.volumes[1]));
+    two.scenes[1].faults.set(move |name, what| {
+        let is_it = (name, what) == ("journal", "sync");
+        if let Some(volume) = volume.upgrade().filter(|_| is_it) {
+            let listed = volume.epochs().expect("listed").into_iter();
+            told.lock().extend(listed.map(|info| !info.state.undecided.is_empty()));
+        }
+        Ok(())
+    });
+    let moment = GroupMoment { objects: Some(Box::new(|| Some("no".into()))), passed: None };
+    snapshot_group(ID, two.members(), moment).expect_err("objected");
+    two.scenes[1].faults.clear();
+    assert_eq!(*seen.lock(), [true], "while it is being denied");
+    assert_eq!(two.listed(1), []);
+}
+
+#[test]
 fn snapshots_of_one_instant_have_one_time() {
     let two = Two::new();
     let taken = two.take().expect("group");
     assert_eq!(taken[0].created_unix_ns, taken[1].created_unix_ns);
+}
+
+/// Nobody waits for the sum of all disks: the last syncs before the instant, and those of the headers,
+/// are under way together.
+#[test]
+fn the_disks_of_all_are_synced_at_once() {
+    let two = Two::new();
+    for (name, before) in [("origin", 2), ("segment", 0)] {
+        let met = Arc::new((Mutex::new(0), parking_lot::Condvar::new()));
+        for scene in &two.scenes {
+            let (met, count) = (Arc::clone(&met), AtomicU64::new(0));
+            scene.faults.set(move |at, what| {
+                let is_it = (at, what) == (name, "sync");
+                if !is_it || count.fetch_add(1, Ordering::SeqCst) != before {
+                    return Ok(());
+                }
+                let mut here = met.0.lock();
+                *here += 1;
+                met.1.notify_all();
+                while *here < 2 {
+                    if met.1.wait_for(&mut here, Duration::from_secs(20)).timed_out() {
+                        return Err(broken());
+                    }
+                }
+                Ok(())
+            });
+        }
+        two.take().expect("neither waits for the other's end");
+        two.scenes.iter().for_each(|scene| scene.faults.clear());
+    }
 }
 
 #[test]

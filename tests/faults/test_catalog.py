@@ -22,7 +22,7 @@ from stillblock.operations.volume import OpenVolume
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-STATEMENTS_MAX = 60
+STATEMENTS_MAX = 100
 KILLED = 9
 
 SERVER = """

@@ -296,12 +296,7 @@ impl Volume {
         state.regions.end_epoch(next.none_covered);
         let old_unsettled = std::mem::replace(&mut state.unsettled, next.unsettled);
         let old_pending = std::mem::replace(&mut state.pending, next.pending);
-        // Writes still in flight are recorded in the epoch that ends. One that took a slot now could
-        // bring back what it read before they landed (P1).
-        {
-            let State { in_flight, unsettled, .. } = &mut *state;
-            in_flight.iter().for_each(|blocks| unsettled.assign(blocks, false));
-        }
+        state.settle_in_flight();
         for &block in frozen.keys() {
             let value = prepared.selection.contains(block);
             state.pending.assign(crate::extent::Extent::single(block), value);
@@ -514,6 +509,14 @@ impl State {
     pub(super) fn replace_bits(&mut self, bits: (Bitmap, Bitmap)) {
         (self.unsettled, self.pending) = bits;
         self.regions.uncover();
+        self.settle_in_flight();
+    }
+
+    /// Writes that are on their way are recorded, or nobody tracks them. One that took a slot beside
+    /// them now could bring back what it read before they landed (P1).
+    fn settle_in_flight(&mut self) {
+        let Self { in_flight, unsettled, .. } = self;
+        in_flight.iter().for_each(|blocks| unsettled.assign(blocks, false));
     }
 
     /// What the slots' blocks need in the epoch that ends now.

@@ -1,7 +1,7 @@
 //! Regions: what is recorded once, what goes straight then, and what is known of it afterwards.
 
 use super::*;
-use crate::volume::{OnFull, StorePolicy};
+use crate::volume::{Moment, OnFull, Quiet, StorePolicy};
 
 const REGION: u64 = 256;
 
@@ -482,5 +482,37 @@ fn a_stop_on_a_full_store_with_many_regions_costs_no_snapshot_anything() {
     assert_eq!(lost(&volume, second), ExtentSet::new());
     let found = changed(&volume, first);
     assert!((0..HALF).step_by(2).all(|block| found.contains(block)), "P5: whatever it cost");
+    volume.close().expect("close");
+}
+
+/// An instant for which only writers of selected blocks waited, and which failed: the bitmaps were
+/// made anew as above, while others were on their way.
+#[test]
+fn an_instant_that_fails_undoes_no_write_that_did_not_wait_for_it() {
+    let scene = Scene::new(crate::number::to_usize(BLOCKS * 4096));
+    let (volume, first) = bookmarked(&scene);
+    put(&volume, 3, 0xA0);
+    volume.flush().expect("flush");
+    let (inner, faults) = (Arc::clone(&volume), scene.faults.clone());
+    scene.faults.once("origin", "write", move || {
+        faults.set(|name, operation| match (name, operation) {
+            ("segment" | "journal", "sync") => Err(broken()),
+            _ => Ok(()),
+        });
+        let selection = ExtentSet::from_extent(Extent::new(300, 310));
+        let moment = Moment { holds: Quiet::Selected, ..Moment::default() };
+        assert!(inner.snapshot_at(snapshot_request(selection), moment).is_err());
+        faults.clear();
+        inner.write(4 * 4096 + 100, &[0xBB; 100], false).expect("the rest of the sector");
+    });
+    volume.write(4 * 4096, &[0xAA; 100], false).expect("a part of a sector");
+    volume.flush().expect("flush");
+    let mut got = [0; 300];
+    volume.read(4 * 4096, &mut got).expect("read");
+    assert_eq!((got[0], got[99], got[100], got[199]), (0xAA, 0xAA, 0xBB, 0xBB), "P1");
+    volume.abandon();
+    drop(volume);
+    let volume = scene.open();
+    assert_eq!(changed(&volume, first), set(&[3, 4]), "P5");
     volume.close().expect("close");
 }

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stillblock.errors import InUseError, RefusedError, StateError
+from stillblock.errors import InUseError, MountError, RefusedError, StateError
 from stillblock.mounting import records
 from stillblock.mounting.kernel import Loop, MountPoint, parse_mountinfo
-from stillblock.mounting.leftovers import find, in_order
+from stillblock.mounting.leftovers import check_free, find, in_order, undo
 from stillblock.mounting.options import how_to_mount, kernel_version, needs_new_fsid
 from stillblock.mounting.records import MountKind, MountRecord
 
@@ -94,6 +94,59 @@ def test_a_loop_device_that_was_not_written_down_any_more_is_found_by_its_image(
         (killed, replace(killed, id="ee")), mounts=(), loops=[loop(1), loop(2)], nbd_pid=lambda _: 1
     )
     assert sorted(f.loop.device for f in found if f.loop) == ["/dev/loop1", "/dev/loop2"]
+
+
+def test_a_loop_device_is_ours_by_the_kernels_number_of_it_and_by_nothing_else():
+    numbered = replace(FILESYSTEM, device_sequence=41, boot_id="now")
+    ours = point("/mnt/x", "/dev/loop3")
+    for backing in (IMAGE, "/a name that says nothing (deleted)"):
+        mine = replace(loop(3, backing), sequence=41)
+        assert there(numbered, mounts=[ours], loops=[mine]) == [(True, True, False)]
+        theirs = replace(mine, sequence=42)
+        assert there(numbered, mounts=[ours], loops=[theirs]) == [(False, False, False)]
+    mine = replace(loop(3), sequence=41)
+    for boot, is_there in (("now", True), ("another", False)):
+        (found,) = find(
+            (numbered,), mounts=[ours], loops=[mine], nbd_pid=lambda _: None, boot_id=boot
+        )
+        assert found.is_whole is is_there
+        assert found.is_gone is not is_there
+
+
+def test_what_may_be_ours_is_left_alone_and_not_forgotten(tmp_path: Path):
+    (found,) = find(
+        (FILESYSTEM,),
+        mounts=[point("/mnt/x", "/dev/loop3")],
+        loops=[loop(3, "/some/other (deleted)")],
+        nbd_pid=lambda _: None,
+    )
+    assert not found.is_gone
+    records.write(tmp_path, FILESYSTEM)
+    dropped: list[MountRecord] = []
+    with pytest.raises(MountError, match="/dev/loop3 is mounted at /mnt/x"):
+        undo(found, tmp_path, force=True, drop_clone=dropped.append)
+    assert records.read(tmp_path) == (FILESYSTEM,)
+    assert dropped == []
+
+
+def test_nothing_is_written_beside_others_that_would_not_see_it():
+    wanted = replace(FILESYSTEM, id="new", reference="web@monday+x", device="", pieces=((10, 20),))
+    other = replace(wanted, id="old", device="/dev/loop5", is_read_only=False)
+    check_free(wanted, (wanted,), connections=0)
+    for pieces in ((), ((0, 11),), ((0, 5), (19, 30))):
+        with pytest.raises(InUseError, match="already"):
+            check_free(wanted, (replace(other, pieces=pieces), wanted), connections=1)
+    check_free(wanted, (replace(other, pieces=((20, 30),)), wanted), connections=1)
+    check_free(wanted, (replace(other, reference="web@monday+y"), wanted), connections=0)
+    check_free(wanted, (replace(other, is_read_only=True), wanted), connections=1)
+    with pytest.raises(InUseError, match="already"):
+        written = replace(wanted, is_read_only=False)
+        check_free(written, (replace(other, is_read_only=True), wanted), connections=1)
+    with pytest.raises(InUseError, match="1 clients"):
+        check_free(wanted, (replace(other, is_read_only=True), wanted), connections=2)
+    # A throw-away clone is nobody else's, and its snapshot never changes.
+    own = replace(wanted, reference="web@monday", clone="mount-new", is_read_only=False)
+    check_free(own, (replace(other, reference="web@monday"),), connections=0)
 
 
 def test_a_tree_is_ours_by_its_type_and_source():

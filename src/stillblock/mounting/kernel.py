@@ -41,6 +41,8 @@ class Loop:
     device: str
     backing: str
     """The file, as the kernel names it now."""
+    sequence: int = 0
+    """The kernel's `diskseq`: another one each time that it is attached; 0 before Linux 5.15."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class System:
     mountinfo: Path = Path("/proc/self/mountinfo")
     sys_block: Path = Path("/sys/block")
     filesystems: Path = Path("/proc/filesystems")
+    boot_id: Path = Path("/proc/sys/kernel/random/boot_id")
 
 
 def mount_points(system: System) -> tuple[MountPoint, ...]:
@@ -91,8 +94,24 @@ def loops(system: System) -> tuple[Loop, ...]:
             backing = path.read_text(errors="surrogateescape").rstrip("\n")
         except OSError:
             continue  # detached just now
-        found.append(Loop(device=f"/dev/{path.parent.parent.name}", backing=backing))
+        name = path.parent.parent.name
+        found.append(
+            Loop(device=f"/dev/{name}", backing=backing, sequence=disk_sequence(system, name))
+        )
     return tuple(found)
+
+
+def disk_sequence(system: System, device: str) -> int:
+    """Return the kernel's number of what is attached to a block device now; 0: it gives none."""
+    try:
+        return int((system.sys_block / Path(device).name / "diskseq").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def boot_id(system: System) -> str:
+    """Return which start of this machine it is: what was attached before is gone."""
+    return system.boot_id.read_text().strip()
 
 
 def kernel_filesystems(system: System) -> frozenset[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import codec
 from stillblock.errors import InUseError, StateError, StillblockError
+from stillblock.model import Extents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,12 +57,20 @@ class MountRecord:
     """The file that a loop device is to lie on; empty: none."""
     device: str = ""
     """The block device, once there is one."""
+    device_sequence: int = 0
+    """The kernel's number of what is attached to it, by which it is known again; 0: none."""
+    boot_id: str = ""
+    """The start of the machine that it was made in."""
+    is_held: bool = False
+    """Whether its end was tried, and somebody still used it."""
     device_pid: int | None = None
     """Of a kernel NBD device: who connected it, as the kernel tells."""
     filesystem: str = ""
     is_read_only: bool = True
     is_private: bool = False
     """Of images: shown for other mounts only, and gone with the last of them."""
+    pieces: Extents = ()
+    """Which ranges of the disk it is, (start, end) in bytes; empty: all of it."""
     clone: str = ""
     """The throw-away clone under it, of the snapshot in `reference`; empty: none."""
     created_unix_ns: int = 0
@@ -70,6 +79,11 @@ class MountRecord:
     def where(self) -> str:
         """Where a user finds it."""
         return self.directory or self.device
+
+    @property
+    def source(self) -> str:
+        """What it lies on: `reference`, or its throw-away clone."""
+        return f"{self.reference}+{self.clone}" if self.clone else self.reference
 
 
 def new_id() -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import (
+    InUseError,
     MountError,
     NotFoundError,
     NotServedError,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _LIFETIME_S: Final = 3600
 """What is left of a throw-away clone whose record was lost goes after this, once nobody uses it."""
+_CLOSING_S: Final = 1.0
+_POLL_S: Final = 0.05
 _SYS_BTRFS: Final = Path("/sys/fs/btrfs")
 
 
@@ -115,10 +118,11 @@ def mount_filesystem(
         making.note(
             directory=target,
             image=source.image,
+            pieces=source.pieces,
             filesystem=how.kind or "",
         )
-        device = kernel.attach_loop(source.image, is_read_only=not how.is_device_writable)
-        making.note(device=device)
+        making.check_free(source)
+        device = making.attach_loop(source.image, is_read_only=not how.is_device_writable)
         if has_new_fsid:
             kernel.command("btrfstune", "-f", "-m", device, what=f"a new fsid for {device}")
         kernel.mount(device, making.record.directory, kind=how.kind, options=how.options)
@@ -147,6 +151,8 @@ def attach(
                 is_whole=partition is None,
             )
         )
+        making.note(pieces=source.pieces)
+        making.check_free(source)
         device = kernel.free_nbd(making.system) if partition is None else None
         if device is not None and shutil.which("nbd-client") is not None:
             _attach_nbd(session, making, source, device)
@@ -157,8 +163,7 @@ def attach(
                 hint="modprobe nbd and install nbd-client, or add --read-only",
             )
         making.note(image=source.image)
-        device = kernel.attach_loop(source.image, is_read_only=making.record.is_read_only)
-        making.note(device=device)
+        making.attach_loop(source.image, is_read_only=making.record.is_read_only)
         return making.made(source)
 
 
@@ -280,6 +285,38 @@ class _Making:
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
         records.write(self._folder, self.record)
 
+    def check_free(self, source: MountSource) -> None:
+        """Raise `InUseError` if somebody uses the same bytes, of what can be written."""
+        if not self.record.clone:
+            # A clone by its name, whatever it was called: others are compared with it.
+            self.note(reference=source.reference)
+        record = self.record
+        reference = Reference.parse(record.reference)
+        is_written_here = reference.clone is not None or bool(record.clone)
+        if not is_written_here and record.is_read_only:
+            return  # a snapshot never changes, and of the live disk that is what is asked for
+        deadline = time.monotonic() + _CLOSING_S
+        while True:
+            # Who has only just closed it may be counted for a moment.
+            try:
+                exports = self._session.exports().exports
+                leftovers.check_free(
+                    record,
+                    records.read(self._folder, volume=record.volume),
+                    connections=sum(e.connections for e in exports if e.name == record.source),
+                )
+                return
+            except InUseError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_S)
+
+    def attach_loop(self, image: str, *, is_read_only: bool) -> str:
+        """Make a loop device on the image that was written down; return it."""
+        device = kernel.attach_loop(image, is_read_only=is_read_only)
+        self.note(device=device, device_sequence=kernel.disk_sequence(self.system, device))
+        return device
+
     def throw_away(self) -> str:
         """Make a clone that goes with the mount; return its name."""
         snapshot = Reference.parse(self.record.reference).snapshot or ""
@@ -322,6 +359,7 @@ def _making(
                 volume=reference.volume,
                 what=kind,
                 reference=str(shown),
+                boot_id=kernel.boot_id(kernel.System()),
                 created_unix_ns=time.time_ns(),
             ),
         )
@@ -329,12 +367,14 @@ def _making(
         try:
             yield session, making
         except BaseException:
-            (found,) = leftovers.look((making.record,), making.system)
-            leftovers.undo(
-                found,
-                config.mounts_dir,
-                force=True,
-                drop_clone=lambda record: _drop_clone(config, record),
-            )
+            # Among all records: a device that another one names is not this one's.
+            for found in _look(config, reference.volume):
+                if found.record.id == making.record.id:
+                    leftovers.undo(
+                        found,
+                        config.mounts_dir,
+                        force=True,
+                        drop_clone=lambda record: _drop_clone(config, record),
+                    )
             _end_private(config, reference.volume)
             raise

@@ -191,6 +191,53 @@ def test_a_clone_that_was_partitioned_anew_is_mounted_where_its_table_says_now(p
         served.stop()
 
 
+def test_a_command_that_is_told_to_end_undoes_what_it_began(disk, place):
+    point = place / "ro"
+    point.mkdir()
+    (point / "mine").touch()
+    refused = disk.try_cli("mount", "web@monday", str(point))
+    assert refused.code == 1
+    assert "is not empty" in refused.err
+    (point / "mine").unlink()
+    script = f"""
+import os, signal, sys
+from stillblock.mounting import kernel
+real = kernel.attach_loop
+def attach(*words, **options):
+    device = real(*words, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return device
+kernel.attach_loop = attach
+from stillblock.cli import main
+sys.argv = ["stillblock", "mount", "web@monday", {str(point)!r}, "--writable"]
+sys.exit(main())
+"""
+    words = [sys.executable, "-c", script]
+    ended = subprocess.run(words, env=disk.environment, cwd=disk.folder, check=False)
+    assert ended.returncode != 0
+    assert clones(disk) == ["x"]
+    assert not [loop for loop in ours(disk.folder)[1] if "mount-" in loop]
+    assert wait_until(lambda: not list((disk.folder / "s" / "mounts").glob("*.json")))
+    check_clean(disk, place)
+
+
+def test_a_volume_is_removed_only_once_its_mounts_are_gone(place, tmp_path):
+    origin = tmp_path / "disk.img"
+    origin.write_bytes(pattern(1, 4 * MIB))
+    with volume_of(origin, str(place)) as served:
+        served.start()
+        served.snapshot("monday", "--only-these", "--include", "all")
+        device = served.here("attach", "web@monday", "--json").json["mount"]["device"]
+        served.kill()
+        refused = served.try_cli("volume", "remove", "web", "--keep-store", "--yes")
+        assert refused.code == 1
+        assert f"web@monday at {device}" in refused.err
+        served.here("detach", device)
+        served.here("volume", "remove", "web", "--keep-store", "--yes")
+        assert ours(served.folder) == ([], [])
+        assert not list((served.folder / "s" / "mounts").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     "step",
     [

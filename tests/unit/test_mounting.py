@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,9 +199,16 @@ def test_records_come_back_and_one_that_cannot_be_read_is_said(tmp_path: Path):
     records.remove(folder, FILESYSTEM)
     records.remove(folder, FILESYSTEM)
     assert [record.id for record in records.read(folder)] == ["bb"]
-    (folder / "x.json").write_text(json.dumps({"id": 3}))
+    # One that cannot be read stops what is done for its own volume, and nothing else.
+    (folder / "db@x.json").write_text(json.dumps({"id": 3}))
+    for volume in (None, "db"):
+        with pytest.raises(StateError, match="losetup"):
+            records.read(folder, volume=volume)
+    for wanted in ({"volume": "web"}, {"skips": True}):
+        assert [record.id for record in records.read(folder, **wanted)] == ["bb"]
+    (folder / "x.json").write_text("{}")
     with pytest.raises(StateError, match="losetup"):
-        records.read(folder)
+        records.read(folder, volume="web")
 
 
 def test_two_do_not_make_mounts_at_once(tmp_path: Path):
@@ -208,6 +219,29 @@ def test_two_do_not_make_mounts_at_once(tmp_path: Path):
     ):
         pass
     with records.locked(tmp_path, timeout_s=0):
+        pass
+
+
+def test_a_command_keeps_the_lock_when_whoever_started_it_was_killed(tmp_path: Path):
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    script = f"""
+import os, signal, subprocess
+from pathlib import Path
+from stillblock.mounting import kernel, records
+real = subprocess.Popen.wait
+def wait(self, *_):
+    os.kill(os.getpid(), signal.SIGKILL)
+subprocess.Popen.wait = wait
+with records.locked(Path({str(tmp_path)!r})) as lock:
+    kernel.command("cat", {str(fifo)!r}, what="reading", lock=lock)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(InUseError), records.locked(tmp_path, timeout_s=0):
+        pass
+    fifo.write_text("end")
+    with records.locked(tmp_path, timeout_s=30):
         pass
 
 
@@ -225,13 +259,15 @@ def test_two_do_not_make_mounts_at_once(tmp_path: Path):
 )
 def test_read_only_replays_nothing_and_gives_no_rights(content, kind, more):
     how = how_to_mount(content, is_writable=False, has_ntfs_3g=True)
-    assert (how.kind, set(how.options)) == (kind, {"ro", "nosuid", "nodev"} | more)
+    # What has no owners is for whoever mounts it alone.
+    always = {"nosuid", "nodev"} | ({"umask=077"} if content in ("ntfs", "fat", "exfat") else set())
+    assert (how.kind, set(how.options)) == (kind, {"ro"} | always | more)
     assert not how.is_device_writable
     replayed = how_to_mount(content, is_writable=False, replays=True, has_ntfs_3g=True)
     assert replayed.is_device_writable
-    assert set(replayed.options) == {"ro", "nosuid", "nodev"} | (more & {"nouuid"})
+    assert set(replayed.options) == {"ro"} | always | (more & {"nouuid"})
     written = how_to_mount(content, is_writable=True, has_ntfs_3g=True)
-    assert set(written.options) == {"rw", "nosuid", "nodev"} | (more & {"nouuid"})
+    assert set(written.options) == {"rw"} | always | (more & {"nouuid"})
 
 
 def test_ntfs_is_mounted_by_whichever_is_there():

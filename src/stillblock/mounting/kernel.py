@@ -20,6 +20,8 @@ FUSE_KIND: Final = "fuse.stillblock"
 """The type of our trees in the kernel's table."""
 COMMAND_S: Final = 60.0
 """Mounting may replay a journal, unmounting write a cache out; more means that it hangs."""
+_KERNEL_KINDS: Final = frozenset({"ext4", "xfs", "btrfs", "vfat", "ntfs3"})
+"""Filesystems that no process serves."""
 _FUSE_DEVICE: Final = "/dev/fuse"
 _SUBTYPE: Final = FUSE_KIND.partition(".")[2]
 
@@ -136,12 +138,20 @@ def free_nbd(system: System) -> str | None:
     return None
 
 
-def command(*words: str, what: str) -> str:
-    """Run a command of the system; return what it printed, raise `MountError` with its words."""
+def command(*words: str, what: str, lock: int | None = None) -> str:
+    """Run a command of the system; return what it printed, raise `MountError` with its words.
+
+    `lock` is a descriptor that it holds as long as it lives: whoever waits for the lock finds what
+    it does done, also if we are killed meanwhile.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             process = subprocess.Popen(
-                list(words), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                list(words),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=() if lock is None else (lock,),
             )
         except FileNotFoundError as error:
             raise MountError(f"{what}: the command {words[0]} is not here") from error
@@ -160,11 +170,11 @@ def command(*words: str, what: str) -> str:
     return said
 
 
-def attach_loop(image: str, *, is_read_only: bool) -> str:
+def attach_loop(image: str, *, is_read_only: bool, lock: int | None = None) -> str:
     """Return a new loop device on a file."""
     options = ["--read-only"] if is_read_only else []
-    made = command("losetup", "--find", "--show", *options, image, what=f"loop device on {image}")
-    return made.strip()
+    words = ("losetup", "--find", "--show", *options, image)
+    return command(*words, what=f"loop device on {image}", lock=lock).strip()
 
 
 def detach_loop(device: str) -> None:
@@ -172,11 +182,21 @@ def detach_loop(device: str) -> None:
     command("losetup", "--detach", device, what=f"detaching {device}")
 
 
-def mount(device: str, directory: str, *, kind: str | None, options: Sequence[str]) -> None:
+def mount(
+    device: str,
+    directory: str,
+    *,
+    kind: str | None,
+    options: Sequence[str],
+    lock: int | None = None,
+) -> None:
     """Mount a filesystem; `kind` None: whatever it is."""
     of_kind = ["-t", kind] if kind else []
     joined = ",".join(options)
-    command("mount", *of_kind, "-o", joined, device, directory, what=f"mounting on {directory}")
+    words = ("mount", *of_kind, "-o", joined, device, directory)
+    # A helper may stay as long as the mount does, and would hold the lock as long.
+    held = lock if kind in _KERNEL_KINDS else None
+    command(*words, what=f"mounting on {directory}", lock=held)
 
 
 def unmount(directory: str, *, lazily: bool = False) -> None:

@@ -1,7 +1,7 @@
 """What is mounted, written down before it is: one file a mount in the state directory.
 
-`mounts/ID.json`; `mounts/lock` is held by whoever makes or undoes a mount, so that nobody takes
-what is being made for what was left over.
+`mounts/VOLUME@ID.json`; `mounts/lock` is held by whoever makes or undoes a mount, so that nobody
+takes what is being made for what was left over.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import time
@@ -29,6 +30,7 @@ LOCK_S: Final = 60.0
 """How long to wait for somebody else's mount: a slow disk may take long to replay a journal."""
 _POLL_S: Final = 0.05
 _KIND: Final = "mount"
+_LOG: Final = logging.getLogger("stillblock.mounting")
 
 
 class MountKind(StrEnum):
@@ -93,8 +95,8 @@ def new_id() -> str:
 
 def write(folder: Path, record: MountRecord) -> None:
     """Write a record down, or anew; it is there whole when this returns."""
-    path = folder / f"{record.id}.json"
-    fresh = path.with_suffix(".new")
+    path = folder / f"{_stem(record)}.json"
+    fresh = folder / f"{_stem(record)}.new"
     text = json.dumps(codec.document(_KIND, record))
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,11 +113,21 @@ def remove(folder: Path, record: MountRecord) -> None:
     """Forget a record; all of its mount is undone."""
     for suffix in ("new", "json"):
         with contextlib.suppress(FileNotFoundError):
-            (folder / f"{record.id}.{suffix}").unlink()
+            (folder / f"{_stem(record)}.{suffix}").unlink()
 
 
-def read(folder: Path, *, volume: str | None = None) -> tuple[MountRecord, ...]:
-    """Return every record, oldest first; raise `StateError` for one that cannot be read."""
+def _stem(record: MountRecord) -> str:
+    # No volume's name has an `@`: whose record it is, is known also if it cannot be read.
+    return f"{record.volume}@{record.id}"
+
+
+def read(
+    folder: Path, *, volume: str | None = None, skips: bool = False
+) -> tuple[MountRecord, ...]:
+    """Return every record, or a volume's, oldest first.
+
+    Raise `StateError` for one that cannot be read, unless it is another volume's. `skips`: log it.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -124,6 +136,11 @@ def read(folder: Path, *, volume: str | None = None) -> tuple[MountRecord, ...]:
         except FileNotFoundError:
             continue  # undone meanwhile
         except (OSError, ValueError, StillblockError) as error:
+            owner, at, _ = path.stem.rpartition("@")
+            if skips or (at and volume not in (None, owner)):
+                # Said by `stillblock mount` and `doctor`; this is looked at every other second.
+                _LOG.debug("a mount's record cannot be read: %s: %s", path, error)
+                continue
             raise StateError(
                 f"the record of a mount, {path}, cannot be read: {error}",
                 hint="look at `findmnt` and `losetup`, undo what is left, then remove the file",
@@ -134,8 +151,11 @@ def read(folder: Path, *, volume: str | None = None) -> tuple[MountRecord, ...]:
 
 
 @contextmanager
-def locked(folder: Path, *, timeout_s: float = LOCK_S) -> Iterator[None]:
-    """Keep others from making and undoing mounts; raise `InUseError` if they go on for too long."""
+def locked(folder: Path, *, timeout_s: float = LOCK_S) -> Iterator[int]:
+    """Keep others from making and undoing mounts; raise `InUseError` if they go on for too long.
+
+    Give the lock's descriptor: a process that inherits it holds the lock until it ends.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         deadline = time.monotonic() + timeout_s
@@ -150,4 +170,4 @@ def locked(folder: Path, *, timeout_s: float = LOCK_S) -> Iterator[None]:
                         hint=f"whoever does it holds {folder / 'lock'}",
                     ) from None
             time.sleep(_POLL_S)
-        yield
+        yield file.fileno()

@@ -202,6 +202,15 @@ def checked_directory(volume: OpenVolume, text: str) -> str:
                 f"a mount at {directory} would hide the {what}, {place}",
                 hint="mount on an empty directory of its own",
             )
+    try:
+        has_entries = bool(os.listdir(directory))
+    except OSError as error:
+        raise RefusedError(f"{directory} cannot be read: {error.strerror}") from error
+    if has_entries:
+        raise RefusedError(
+            f"{directory} is not empty, and a mount would hide what is there",
+            hint="mount on an empty directory of its own",
+        )
     return directory
 
 
@@ -377,6 +386,26 @@ def check_unmounted(volume: OpenVolume) -> None:
             f"{volume.name} is mounted: {listed}",
             hint="`stillblock unmount` each, or add --force: their users get errors then",
         )
+
+
+def end_removed(folder: Path, name: str) -> None:
+    """Make an end of what a server of a volume left, which is about to be removed.
+
+    Nobody serves it. Raise `InUseError` while something of it is mounted.
+    """
+    if not any(folder.glob("*.json")):
+        return
+    with records.locked(folder):
+        found = leftovers.look(records.read(folder, volume=name), kernel.System())
+        there = [one for one in found if not one.record.is_private and not one.is_gone]
+        if there:
+            listed = ", ".join(f"{one.record.reference} at {one.record.where}" for one in there)
+            raise InUseError(
+                f"{name} is mounted: {listed}", hint="`stillblock unmount` or `detach` each first"
+            )
+        for one in leftovers.in_order(found):
+            # Its clones go with it.
+            leftovers.undo(one, folder, force=True, drop_clone=lambda _: None)
 
 
 def clean(volume: OpenVolume, *, is_over: bool = False, timeout_s: float = 0) -> tuple[str, ...]:

@@ -79,6 +79,14 @@ class ImageTree:
             self._images.remove(export, force=force)
             del self._more[export]
 
+    def end(self) -> None:
+        """Take all files away, for good; who has one open gets errors."""
+        for export in tuple(self._more):
+            try:
+                self.remove(export, force=True)
+            except StillblockError:
+                _LOG.exception("images not ended in order: export=%s", export)
+
     def opens(self) -> dict[str, int]:
         """Return how often the files of each export are open."""
         return self._images.opens()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -124,8 +126,15 @@ def mount_filesystem(
         making.check_free(source)
         device = making.attach_loop(source.image, is_read_only=not how.is_device_writable)
         if has_new_fsid:
-            kernel.command("btrfstune", "-f", "-m", device, what=f"a new fsid for {device}")
-        kernel.mount(device, making.record.directory, kind=how.kind, options=how.options)
+            what = f"a new fsid for {device}"
+            kernel.command("btrfstune", "-f", "-m", device, what=what, lock=making.lock)
+        kernel.mount(
+            device,
+            making.record.directory,
+            kind=how.kind,
+            options=how.options,
+            lock=making.lock,
+        )
         # In use from now on, it goes with the mount, whoever unmounts it.
         kernel.detach_loop(device)
         return making.made(source)
@@ -202,7 +211,9 @@ def unmount(
     folder = config.mounts_dir
     place = os.path.realpath(wanted)
     with records.locked(folder):
-        found = _look(config, None)
+        # One that cannot be read keeps nobody from unmounting the rest; the list names it.
+        known = records.read(folder, skips=True)
+        found = leftovers.look(known, kernel.System())
         meant = [
             one
             for one in found
@@ -242,11 +253,11 @@ def _end_private(config: Config, volume: str) -> None:
 
 def _drop_clone(config: Config, record: MountRecord) -> None:
     snapshot = Reference.parse(record.reference).snapshot or ""
-    with open_session(config, record.volume) as session:
-        try:
+    try:
+        with open_session(config, record.volume) as session:
             session.delete_clone(snapshot, record.clone, force=True)
-        except NotFoundError:
-            pass  # not made yet, or gone with its snapshot
+    except NotFoundError:
+        pass  # not made yet, or gone with its snapshot or volume
 
 
 def _look(config: Config, volume: str | None) -> tuple[Found, ...]:
@@ -274,10 +285,11 @@ def _need_root(what: str) -> None:
 class _Making:
     """A mount under construction: the record, kept in step with what was done."""
 
-    def __init__(self, config: Config, session: Session, record: MountRecord) -> None:
+    def __init__(self, config: Config, session: Session, record: MountRecord, lock: int) -> None:
         self._folder = config.mounts_dir
         self._session = session
         self.system = kernel.System()
+        self.lock = lock
         self.record = record
 
     def note(self, **changes: object) -> None:
@@ -313,7 +325,7 @@ class _Making:
 
     def attach_loop(self, image: str, *, is_read_only: bool) -> str:
         """Make a loop device on the image that was written down; return it."""
-        device = kernel.attach_loop(image, is_read_only=is_read_only)
+        device = kernel.attach_loop(image, is_read_only=is_read_only, lock=self.lock)
         self.note(device=device, device_sequence=kernel.disk_sequence(self.system, device))
         return device
 
@@ -341,6 +353,28 @@ class _Making:
 
 
 @contextmanager
+def _ends_orderly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP undo what is under way, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not ours there
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Who is started with one ignored, as by nohup, goes on.
+    mine = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
 def _making(
     config: Config, reference: Reference, kind: MountKind
 ) -> Iterator[tuple[Session, _Making]]:
@@ -350,7 +384,7 @@ def _making(
     if reference.snapshot is not None:
         # By its own name: `latest` may be another one when the mount is undone.
         shown = replace(shown, snapshot=session.show_snapshot(reference.snapshot).name)
-    with records.locked(config.mounts_dir):
+    with _ends_orderly(), records.locked(config.mounts_dir) as lock:
         making = _Making(
             config,
             session,
@@ -362,6 +396,7 @@ def _making(
                 boot_id=kernel.boot_id(kernel.System()),
                 created_unix_ns=time.time_ns(),
             ),
+            lock,
         )
         making.note()
         try:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from disks import partitioned
 from mounted import clear, formatted, ours
 from processes import wait_until
-from serving import Served
+from serving import MIB, Served, pattern, volume_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.usefixtures("rooted")]
 
@@ -136,6 +137,105 @@ def test_mounts_of_a_killed_server_can_be_unmounted_without_one(disk, place):
     check_clean(disk, place)
     disk.start()
     assert clones(disk) == ["x"]
+
+
+def test_a_clone_is_written_in_one_place_and_kept_while_anybody_may_use_it(disk, place):
+    """A second mount is refused; a mount that is covered or bound elsewhere is no end of it."""
+    points = [place / name for name in ("a", "b", "w", "bound")]
+    for path in points:
+        path.mkdir()
+    a, b, w, bound = map(str, points)
+    disk.here("mount", "web@monday+x", a)
+    for words in (("mount", "web@monday+x", b), ("mount", "web@monday+x", b, "--read-only")):
+        refused = disk.try_cli(*words)
+        assert refused.code == 1
+        assert f"at {a} already" in refused.err
+    assert "already" in disk.try_cli("attach", "web@monday+x").err
+    disk.here("unmount", a)
+    with disk.client("monday+x"):
+        assert "1 clients" in disk.try_cli("mount", "web@monday+x", a).err
+    disk.here("mount", "web@monday", w, "--writable")
+    (points[2] / "kept").write_text("kept")
+    subprocess.run(["mount", "--bind", w, bound], check=True)
+    busy = disk.try_cli("unmount", w)
+    assert busy.code == 1
+    assert "used elsewhere" in busy.err
+    assert not os.path.ismount(w)
+    assert len(clones(disk)) == 2
+    assert (points[3] / "kept").read_text() == "kept"
+    (points[3] / "more").write_text("more")
+    subprocess.run(["umount", bound], check=True)
+    # The server looks every other second.
+    assert wait_until(lambda: not list((disk.folder / "s" / "mounts").glob("*.json")))
+    check_clean(disk, place)
+    assert clones(disk) == ["x"]
+
+
+def test_a_clone_that_was_partitioned_anew_is_mounted_where_its_table_says_now(place, tmp_path):
+    origin = tmp_path / "disk.img"
+    partitioned(origin, pattern(1, 2 * MIB), size=8 * MIB)
+    with volume_of(origin, str(place)) as served:
+        served.start()
+        served.snapshot("monday", "--only-these", "--include", "all")
+        served.here("clone", "create", "web@monday+x")
+        first = served.here("attach", "web@monday+x", "--partition", "1", "--json").json["mount"]
+        served.here("detach", first["device"])
+        with served.client("monday+x") as client:
+            extent = (3 * MIB // 512).to_bytes(4, "little") + (MIB // 512).to_bytes(4, "little")
+            client.pwrite(extent, offset=446 + 8)  # of the first partition, in the MBR
+            client.pwrite(pattern(2, MIB), offset=3 * MIB)
+            client.flush()
+        second = served.here("attach", "web@monday+x", "--partition", "1", "--json").json["mount"]
+        assert Path(second["device"]).read_bytes() == pattern(2, MIB)
+        served.here("detach", second["device"])
+        served.stop()
+
+
+def test_a_command_that_is_told_to_end_undoes_what_it_began(disk, place):
+    point = place / "ro"
+    point.mkdir()
+    (point / "mine").touch()
+    refused = disk.try_cli("mount", "web@monday", str(point))
+    assert refused.code == 1
+    assert "is not empty" in refused.err
+    (point / "mine").unlink()
+    script = f"""
+import os, signal, sys
+from stillblock.mounting import kernel
+real = kernel.attach_loop
+def attach(*words, **options):
+    device = real(*words, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return device
+kernel.attach_loop = attach
+from stillblock.cli import main
+sys.argv = ["stillblock", "mount", "web@monday", {str(point)!r}, "--writable"]
+sys.exit(main())
+"""
+    words = [sys.executable, "-c", script]
+    ended = subprocess.run(words, env=disk.environment, cwd=disk.folder, check=False)
+    assert ended.returncode != 0
+    assert clones(disk) == ["x"]
+    assert not [loop for loop in ours(disk.folder)[1] if "mount-" in loop]
+    assert wait_until(lambda: not list((disk.folder / "s" / "mounts").glob("*.json")))
+    check_clean(disk, place)
+
+
+def test_a_volume_is_removed_only_once_its_mounts_are_gone(place, tmp_path):
+    origin = tmp_path / "disk.img"
+    origin.write_bytes(pattern(1, 4 * MIB))
+    with volume_of(origin, str(place)) as served:
+        served.start()
+        served.snapshot("monday", "--only-these", "--include", "all")
+        device = served.here("attach", "web@monday", "--json").json["mount"]["device"]
+        served.kill()
+        refused = served.try_cli("volume", "remove", "web", "--keep-store", "--yes")
+        assert refused.code == 1
+        assert f"web@monday at {device}" in refused.err
+        served.here("detach", device)
+        served.here("volume", "remove", "web", "--keep-store", "--yes")
+        assert ours(served.folder) == ([], [])
+        assert not list((served.folder / "s" / "mounts").glob("*.json"))
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stillblock.errors import InUseError, RefusedError, StateError
+from stillblock.errors import InUseError, MountError, RefusedError, StateError
 from stillblock.mounting import records
 from stillblock.mounting.kernel import Loop, MountPoint, parse_mountinfo
-from stillblock.mounting.leftovers import find, in_order
+from stillblock.mounting.leftovers import check_free, find, in_order, undo
 from stillblock.mounting.options import how_to_mount, kernel_version, needs_new_fsid
 from stillblock.mounting.records import MountKind, MountRecord
 
@@ -96,6 +100,59 @@ def test_a_loop_device_that_was_not_written_down_any_more_is_found_by_its_image(
     assert sorted(f.loop.device for f in found if f.loop) == ["/dev/loop1", "/dev/loop2"]
 
 
+def test_a_loop_device_is_ours_by_the_kernels_number_of_it_and_by_nothing_else():
+    numbered = replace(FILESYSTEM, device_sequence=41, boot_id="now")
+    ours = point("/mnt/x", "/dev/loop3")
+    for backing in (IMAGE, "/a name that says nothing (deleted)"):
+        mine = replace(loop(3, backing), sequence=41)
+        assert there(numbered, mounts=[ours], loops=[mine]) == [(True, True, False)]
+        theirs = replace(mine, sequence=42)
+        assert there(numbered, mounts=[ours], loops=[theirs]) == [(False, False, False)]
+    mine = replace(loop(3), sequence=41)
+    for boot, is_there in (("now", True), ("another", False)):
+        (found,) = find(
+            (numbered,), mounts=[ours], loops=[mine], nbd_pid=lambda _: None, boot_id=boot
+        )
+        assert found.is_whole is is_there
+        assert found.is_gone is not is_there
+
+
+def test_what_may_be_ours_is_left_alone_and_not_forgotten(tmp_path: Path):
+    (found,) = find(
+        (FILESYSTEM,),
+        mounts=[point("/mnt/x", "/dev/loop3")],
+        loops=[loop(3, "/some/other (deleted)")],
+        nbd_pid=lambda _: None,
+    )
+    assert not found.is_gone
+    records.write(tmp_path, FILESYSTEM)
+    dropped: list[MountRecord] = []
+    with pytest.raises(MountError, match="/dev/loop3 is mounted at /mnt/x"):
+        undo(found, tmp_path, force=True, drop_clone=dropped.append)
+    assert records.read(tmp_path) == (FILESYSTEM,)
+    assert dropped == []
+
+
+def test_nothing_is_written_beside_others_that_would_not_see_it():
+    wanted = replace(FILESYSTEM, id="new", reference="web@monday+x", device="", pieces=((10, 20),))
+    other = replace(wanted, id="old", device="/dev/loop5", is_read_only=False)
+    check_free(wanted, (wanted,), connections=0)
+    for pieces in ((), ((0, 11),), ((0, 5), (19, 30))):
+        with pytest.raises(InUseError, match="already"):
+            check_free(wanted, (replace(other, pieces=pieces), wanted), connections=1)
+    check_free(wanted, (replace(other, pieces=((20, 30),)), wanted), connections=1)
+    check_free(wanted, (replace(other, reference="web@monday+y"), wanted), connections=0)
+    check_free(wanted, (replace(other, is_read_only=True), wanted), connections=1)
+    with pytest.raises(InUseError, match="already"):
+        written = replace(wanted, is_read_only=False)
+        check_free(written, (replace(other, is_read_only=True), wanted), connections=1)
+    with pytest.raises(InUseError, match="1 clients"):
+        check_free(wanted, (replace(other, is_read_only=True), wanted), connections=2)
+    # A throw-away clone is nobody else's, and its snapshot never changes.
+    own = replace(wanted, reference="web@monday", clone="mount-new", is_read_only=False)
+    check_free(own, (replace(other, reference="web@monday"),), connections=0)
+
+
 def test_a_tree_is_ours_by_its_type_and_source():
     ours = point("/run/s/web.images", "stillblock:web", "fuse.stillblock")
     assert there(TREE, mounts=[ours]) == [(True, False, False)]
@@ -142,9 +199,16 @@ def test_records_come_back_and_one_that_cannot_be_read_is_said(tmp_path: Path):
     records.remove(folder, FILESYSTEM)
     records.remove(folder, FILESYSTEM)
     assert [record.id for record in records.read(folder)] == ["bb"]
-    (folder / "x.json").write_text(json.dumps({"id": 3}))
+    # One that cannot be read stops what is done for its own volume, and nothing else.
+    (folder / "db@x.json").write_text(json.dumps({"id": 3}))
+    for volume in (None, "db"):
+        with pytest.raises(StateError, match="losetup"):
+            records.read(folder, volume=volume)
+    for wanted in ({"volume": "web"}, {"skips": True}):
+        assert [record.id for record in records.read(folder, **wanted)] == ["bb"]
+    (folder / "x.json").write_text("{}")
     with pytest.raises(StateError, match="losetup"):
-        records.read(folder)
+        records.read(folder, volume="web")
 
 
 def test_two_do_not_make_mounts_at_once(tmp_path: Path):
@@ -155,6 +219,29 @@ def test_two_do_not_make_mounts_at_once(tmp_path: Path):
     ):
         pass
     with records.locked(tmp_path, timeout_s=0):
+        pass
+
+
+def test_a_command_keeps_the_lock_when_whoever_started_it_was_killed(tmp_path: Path):
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    script = f"""
+import os, signal, subprocess
+from pathlib import Path
+from stillblock.mounting import kernel, records
+real = subprocess.Popen.wait
+def wait(self, *_):
+    os.kill(os.getpid(), signal.SIGKILL)
+subprocess.Popen.wait = wait
+with records.locked(Path({str(tmp_path)!r})) as lock:
+    kernel.command("cat", {str(fifo)!r}, what="reading", lock=lock)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(InUseError), records.locked(tmp_path, timeout_s=0):
+        pass
+    fifo.write_text("end")
+    with records.locked(tmp_path, timeout_s=30):
         pass
 
 
@@ -172,13 +259,15 @@ def test_two_do_not_make_mounts_at_once(tmp_path: Path):
 )
 def test_read_only_replays_nothing_and_gives_no_rights(content, kind, more):
     how = how_to_mount(content, is_writable=False, has_ntfs_3g=True)
-    assert (how.kind, set(how.options)) == (kind, {"ro", "nosuid", "nodev"} | more)
+    # What has no owners is for whoever mounts it alone.
+    always = {"nosuid", "nodev"} | ({"umask=077"} if content in ("ntfs", "fat", "exfat") else set())
+    assert (how.kind, set(how.options)) == (kind, {"ro"} | always | more)
     assert not how.is_device_writable
     replayed = how_to_mount(content, is_writable=False, replays=True, has_ntfs_3g=True)
     assert replayed.is_device_writable
-    assert set(replayed.options) == {"ro", "nosuid", "nodev"} | (more & {"nouuid"})
+    assert set(replayed.options) == {"ro"} | always | (more & {"nouuid"})
     written = how_to_mount(content, is_writable=True, has_ntfs_3g=True)
-    assert set(written.options) == {"rw", "nosuid", "nodev"} | (more & {"nouuid"})
+    assert set(written.options) == {"rw"} | always | (more & {"nouuid"})
 
 
 def test_ntfs_is_mounted_by_whichever_is_there():

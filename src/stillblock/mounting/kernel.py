@@ -20,6 +20,8 @@ FUSE_KIND: Final = "fuse.stillblock"
 """The type of our trees in the kernel's table."""
 COMMAND_S: Final = 60.0
 """Mounting may replay a journal, unmounting write a cache out; more means that it hangs."""
+_KERNEL_KINDS: Final = frozenset({"ext4", "xfs", "btrfs", "vfat", "ntfs3"})
+"""Filesystems that no process serves."""
 _FUSE_DEVICE: Final = "/dev/fuse"
 _SUBTYPE: Final = FUSE_KIND.partition(".")[2]
 
@@ -41,6 +43,8 @@ class Loop:
     device: str
     backing: str
     """The file, as the kernel names it now."""
+    sequence: int = 0
+    """The kernel's `diskseq`: another one each time that it is attached; 0 before Linux 5.15."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,7 @@ class System:
     mountinfo: Path = Path("/proc/self/mountinfo")
     sys_block: Path = Path("/sys/block")
     filesystems: Path = Path("/proc/filesystems")
+    boot_id: Path = Path("/proc/sys/kernel/random/boot_id")
 
 
 def mount_points(system: System) -> tuple[MountPoint, ...]:
@@ -91,8 +96,24 @@ def loops(system: System) -> tuple[Loop, ...]:
             backing = path.read_text(errors="surrogateescape").rstrip("\n")
         except OSError:
             continue  # detached just now
-        found.append(Loop(device=f"/dev/{path.parent.parent.name}", backing=backing))
+        name = path.parent.parent.name
+        found.append(
+            Loop(device=f"/dev/{name}", backing=backing, sequence=disk_sequence(system, name))
+        )
     return tuple(found)
+
+
+def disk_sequence(system: System, device: str) -> int:
+    """Return the kernel's number of what is attached to a block device now; 0: it gives none."""
+    try:
+        return int((system.sys_block / Path(device).name / "diskseq").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def boot_id(system: System) -> str:
+    """Return which start of this machine it is: what was attached before is gone."""
+    return system.boot_id.read_text().strip()
 
 
 def kernel_filesystems(system: System) -> frozenset[str]:
@@ -117,12 +138,20 @@ def free_nbd(system: System) -> str | None:
     return None
 
 
-def command(*words: str, what: str) -> str:
-    """Run a command of the system; return what it printed, raise `MountError` with its words."""
+def command(*words: str, what: str, lock: int | None = None) -> str:
+    """Run a command of the system; return what it printed, raise `MountError` with its words.
+
+    `lock` is a descriptor that it holds as long as it lives: whoever waits for the lock finds what
+    it does done, also if we are killed meanwhile.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             process = subprocess.Popen(
-                list(words), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                list(words),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=() if lock is None else (lock,),
             )
         except FileNotFoundError as error:
             raise MountError(f"{what}: the command {words[0]} is not here") from error
@@ -141,11 +170,11 @@ def command(*words: str, what: str) -> str:
     return said
 
 
-def attach_loop(image: str, *, is_read_only: bool) -> str:
+def attach_loop(image: str, *, is_read_only: bool, lock: int | None = None) -> str:
     """Return a new loop device on a file."""
     options = ["--read-only"] if is_read_only else []
-    made = command("losetup", "--find", "--show", *options, image, what=f"loop device on {image}")
-    return made.strip()
+    words = ("losetup", "--find", "--show", *options, image)
+    return command(*words, what=f"loop device on {image}", lock=lock).strip()
 
 
 def detach_loop(device: str) -> None:
@@ -153,11 +182,21 @@ def detach_loop(device: str) -> None:
     command("losetup", "--detach", device, what=f"detaching {device}")
 
 
-def mount(device: str, directory: str, *, kind: str | None, options: Sequence[str]) -> None:
+def mount(
+    device: str,
+    directory: str,
+    *,
+    kind: str | None,
+    options: Sequence[str],
+    lock: int | None = None,
+) -> None:
     """Mount a filesystem; `kind` None: whatever it is."""
     of_kind = ["-t", kind] if kind else []
     joined = ",".join(options)
-    command("mount", *of_kind, "-o", joined, device, directory, what=f"mounting on {directory}")
+    words = ("mount", *of_kind, "-o", joined, device, directory)
+    # A helper may stay as long as the mount does, and would hold the lock as long.
+    held = lock if kind in _KERNEL_KINDS else None
+    command(*words, what=f"mounting on {directory}", lock=held)
 
 
 def unmount(directory: str, *, lazily: bool = False) -> None:

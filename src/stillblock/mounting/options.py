@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SAFE: Final = ("nosuid", "nodev")
 """Always: what a guest wrote must not give rights on this machine."""
+_PRIVATE: Final = ("umask=077",)
+"""Where files have no owners that the kernel knows: nobody else on this machine reads them."""
 _TEMPORARY_FSID: Final = (6, 7)
 """From this kernel on, btrfs mounts a copy beside the original under an fsid of the moment."""
 
@@ -56,8 +58,11 @@ def how_to_mount(
             kind = "ntfs3" if "ntfs3" in filesystems else kind
             if kind == "ntfs-3g" and not has_ntfs_3g and "ntfs3" not in filesystems:
                 kind = "ntfs3"  # a module that is loaded when it is asked for
+            options += _PRIVATE
             if kind == "ntfs-3g" and untouched:
                 options += more
+        case "fat" | "exfat":
+            options += _PRIVATE
     return HowToMount(kind=kind, options=options, is_device_writable=not untouched)
 
 

@@ -1,7 +1,7 @@
 """What is mounted, written down before it is: one file a mount in the state directory.
 
-`mounts/ID.json`; `mounts/lock` is held by whoever makes or undoes a mount, so that nobody takes
-what is being made for what was left over.
+`mounts/VOLUME@ID.json`; `mounts/lock` is held by whoever makes or undoes a mount, so that nobody
+takes what is being made for what was left over.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import time
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from stillblock import codec
 from stillblock.errors import InUseError, StateError, StillblockError
+from stillblock.model import Extents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +30,7 @@ LOCK_S: Final = 60.0
 """How long to wait for somebody else's mount: a slow disk may take long to replay a journal."""
 _POLL_S: Final = 0.05
 _KIND: Final = "mount"
+_LOG: Final = logging.getLogger("stillblock.mounting")
 
 
 class MountKind(StrEnum):
@@ -56,12 +59,20 @@ class MountRecord:
     """The file that a loop device is to lie on; empty: none."""
     device: str = ""
     """The block device, once there is one."""
+    device_sequence: int = 0
+    """The kernel's number of what is attached to it, by which it is known again; 0: none."""
+    boot_id: str = ""
+    """The start of the machine that it was made in."""
+    is_held: bool = False
+    """Whether its end was tried, and somebody still used it."""
     device_pid: int | None = None
     """Of a kernel NBD device: who connected it, as the kernel tells."""
     filesystem: str = ""
     is_read_only: bool = True
     is_private: bool = False
     """Of images: shown for other mounts only, and gone with the last of them."""
+    pieces: Extents = ()
+    """Which ranges of the disk it is, (start, end) in bytes; empty: all of it."""
     clone: str = ""
     """The throw-away clone under it, of the snapshot in `reference`; empty: none."""
     owner: str = ""
@@ -72,6 +83,11 @@ class MountRecord:
     def where(self) -> str:
         """Where a user finds it."""
         return self.directory or self.device
+
+    @property
+    def source(self) -> str:
+        """What it lies on: `reference`, or its throw-away clone."""
+        return f"{self.reference}+{self.clone}" if self.clone else self.reference
 
 
 def process_id(pid: int) -> str:
@@ -96,8 +112,8 @@ def new_id() -> str:
 
 def write(folder: Path, record: MountRecord) -> None:
     """Write a record down, or anew; it is there whole when this returns."""
-    path = folder / f"{record.id}.json"
-    fresh = path.with_suffix(".new")
+    path = folder / f"{_stem(record)}.json"
+    fresh = folder / f"{_stem(record)}.new"
     text = json.dumps(codec.document(_KIND, record))
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,11 +130,21 @@ def remove(folder: Path, record: MountRecord) -> None:
     """Forget a record; all of its mount is undone."""
     for suffix in ("new", "json"):
         with contextlib.suppress(FileNotFoundError):
-            (folder / f"{record.id}.{suffix}").unlink()
+            (folder / f"{_stem(record)}.{suffix}").unlink()
 
 
-def read(folder: Path, *, volume: str | None = None) -> tuple[MountRecord, ...]:
-    """Return every record, oldest first; raise `StateError` for one that cannot be read."""
+def _stem(record: MountRecord) -> str:
+    # No volume's name has an `@`: whose record it is, is known also if it cannot be read.
+    return f"{record.volume}@{record.id}"
+
+
+def read(
+    folder: Path, *, volume: str | None = None, skips: bool = False
+) -> tuple[MountRecord, ...]:
+    """Return every record, or a volume's, oldest first.
+
+    Raise `StateError` for one that cannot be read, unless it is another volume's. `skips`: log it.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -127,6 +153,11 @@ def read(folder: Path, *, volume: str | None = None) -> tuple[MountRecord, ...]:
         except FileNotFoundError:
             continue  # undone meanwhile
         except (OSError, ValueError, StillblockError) as error:
+            owner, at, _ = path.stem.rpartition("@")
+            if skips or (at and volume not in (None, owner)):
+                # Said by `stillblock mount` and `doctor`; this is looked at every other second.
+                _LOG.debug("a mount's record cannot be read: %s: %s", path, error)
+                continue
             raise StateError(
                 f"the record of a mount, {path}, cannot be read: {error}",
                 hint="look at `findmnt` and `losetup`, undo what is left, then remove the file",
@@ -137,8 +168,11 @@ def read(folder: Path, *, volume: str | None = None) -> tuple[MountRecord, ...]:
 
 
 @contextmanager
-def locked(folder: Path, *, timeout_s: float = LOCK_S) -> Iterator[None]:
-    """Keep others from making and undoing mounts; raise `InUseError` if they go on for too long."""
+def locked(folder: Path, *, timeout_s: float = LOCK_S) -> Iterator[int]:
+    """Keep others from making and undoing mounts; raise `InUseError` if they go on for too long.
+
+    Give the lock's descriptor: a process that inherits it holds the lock until it ends.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         deadline = time.monotonic() + timeout_s
@@ -153,4 +187,4 @@ def locked(folder: Path, *, timeout_s: float = LOCK_S) -> Iterator[None]:
                         hint=f"whoever does it holds {folder / 'lock'}",
                     ) from None
             time.sleep(_POLL_S)
-        yield
+        yield file.fileno()

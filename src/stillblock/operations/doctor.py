@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock import native, selection
+from stillblock.errors import StateError
 from stillblock.model import format_size
 from stillblock.mounting import records
 from stillblock.operations.findings import Check, Level
@@ -148,7 +149,12 @@ def _call_filter() -> Check:
 
 def _mounts(config: Config, is_served: Callable[[str], bool]) -> Check:
     """Whether somebody answers for what is mounted."""
-    known = [record for record in records.read(config.mounts_dir) if not record.is_private]
+    try:
+        known = [record for record in records.read(config.mounts_dir) if not record.is_private]
+    except StateError as error:
+        return Check(
+            name="mounts", level=Level.WARNING, finding=error.message, advice=error.hint or ""
+        )
     dead = [record for record in known if not is_served(record.volume)]
     if not dead:
         return Check(name="mounts", level=Level.OK, finding=f"{len(known)}")

@@ -93,6 +93,8 @@ class MountSource:
     fsid: str = ""
     """Of btrfs, which the kernel tells its filesystems apart by."""
     size_bytes: int
+    pieces: Extents = ()
+    """Which ranges of the disk it is, (start, end) in bytes; empty: all of it."""
     left_out_bytes: int = 0
     """What of the place the snapshot does not hold; it reads as zeros, or as errors."""
     because: tuple[str, ...] = ()
@@ -157,6 +159,7 @@ def _show(volume: OpenVolume, directory: str, *, is_private: bool, owner: str = 
         is_read_only=False,
         is_private=is_private,
         owner=owner,
+        boot_id=kernel.boot_id(kernel.System()),
         created_unix_ns=time.time_ns(),
     )
     records.write(volume.mounts_dir, record)
@@ -202,6 +205,15 @@ def checked_directory(volume: OpenVolume, text: str) -> str:
                 f"a mount at {directory} would hide the {what}, {place}",
                 hint="mount on an empty directory of its own",
             )
+    try:
+        has_entries = bool(os.listdir(directory))
+    except OSError as error:
+        raise RefusedError(f"{directory} cannot be read: {error.strerror}") from error
+    if has_entries:
+        raise RefusedError(
+            f"{directory} is not empty, and a mount would hide what is there",
+            hint="mount on an empty directory of its own",
+        )
     return directory
 
 
@@ -240,6 +252,7 @@ def mount_source(volume: OpenVolume, request: SourceRequest) -> MountSource:
         content=None if place.content is None else str(place.content),
         fsid=str(uuid.UUID(bytes=fsid)) if fsid else "",
         size_bytes=place.size,
+        pieces=pieces or (),
     )
     return _described(snapshot, source, place.extents)
 
@@ -378,6 +391,26 @@ def check_unmounted(volume: OpenVolume) -> None:
         )
 
 
+def end_removed(folder: Path, name: str) -> None:
+    """Make an end of what a server of a volume left, which is about to be removed.
+
+    Nobody serves it. Raise `InUseError` while something of it is mounted.
+    """
+    if not any(folder.glob("*.json")):
+        return
+    with records.locked(folder):
+        found = leftovers.look(records.read(folder, volume=name), kernel.System())
+        there = [one for one in found if not one.record.is_private and not one.is_gone]
+        if there:
+            listed = ", ".join(f"{one.record.reference} at {one.record.where}" for one in there)
+            raise InUseError(
+                f"{name} is mounted: {listed}", hint="`stillblock unmount` or `detach` each first"
+            )
+        for one in leftovers.in_order(found):
+            # Its clones go with it.
+            leftovers.undo(one, folder, force=True, drop_clone=lambda _: None)
+
+
 def clean(volume: OpenVolume, *, is_over: bool = False, timeout_s: float = 0) -> tuple[str, ...]:
     """Make an end of mounts of which something is gone, `is_over`: of all; return what was undone.
 
@@ -392,9 +425,20 @@ def clean(volume: OpenVolume, *, is_over: bool = False, timeout_s: float = 0) ->
         known = records.read(folder, volume=volume.name)
         for one in _to_end(volume, leftovers.look(known, kernel.System()), is_over=is_over):
             try:
+                if one.record.is_private and _is_under_others(volume, is_over=is_over):
+                    continue
                 leftovers.undo(
-                    one, folder, force=True, drop_clone=lambda record: _drop_clone(volume, record)
+                    one,
+                    folder,
+                    force=is_over or one.record.is_private,
+                    drop_clone=lambda record: _drop_clone(volume, record, force=is_over),
                 )
+            except InUseError as error:
+                # It is looked at every other second, and said once.
+                if not one.record.is_held:
+                    records.write(folder, replace(one.record, is_held=True))
+                    volume.event("unmount_failed", where=one.record.where, error=str(error))
+                continue
             except StillblockError as error:
                 volume.event("unmount_failed", where=one.record.where, error=str(error))
                 continue
@@ -426,9 +470,21 @@ def _to_end(volume: OpenVolume, found: Sequence[Found], *, is_over: bool) -> tup
     return leftovers.in_order([one for one in found if one not in kept])
 
 
-def _drop_clone(volume: OpenVolume, record: MountRecord) -> None:
+def _is_under_others(volume: OpenVolume, *, is_over: bool) -> bool:
+    """Whether a loop device may be on the private tree that would not be known again without it.
+
+    While its files are answered for, any keeps it; over, only one that is known by its path alone.
+    """
+    known = records.read(volume.mounts_dir, volume=volume.name)
+    return any(
+        one.doubt or (one.loop is not None and not (is_over and one.record.device_sequence))
+        for one in leftovers.look(known, kernel.System())
+    )
+
+
+def _drop_clone(volume: OpenVolume, record: MountRecord, *, force: bool) -> None:
     snapshot = Reference.parse(record.reference).snapshot or ""
     try:
-        delete_clone(volume, CloneChange(snapshot=snapshot, clone=record.clone, force=True))
+        delete_clone(volume, CloneChange(snapshot=snapshot, clone=record.clone, force=force))
     except NotFoundError:
         pass  # not made yet, or gone with its snapshot

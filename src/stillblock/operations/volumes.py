@@ -216,11 +216,13 @@ def remove_volume(config: Config, plan: RemovePlan) -> RemovePlan:
             check_nobody_asks(config, plan.name)
             # Opening proves that nobody serves it; closing completes the origin.
             with OpenVolume.open(config, plan.name):
-                pass
+                mounts.end_removed(config.mounts_dir, plan.name)
             catalog.update(catalog.volume(plan.name), EntryState.REMOVING)
             delete_store(store)
         elif (store / JOURNAL).exists():
             _complete_origin(config, plan.name, store)
+        else:
+            mounts.end_removed(config.mounts_dir, plan.name)
         catalog.remove(plan.name)
         catalog.record(plan.name, "volume_removed", deleted_store=plan.deletes_store)
     return plan
@@ -230,9 +232,10 @@ def _complete_origin(config: Config, name: str, store: Path) -> None:
     """Close a volume that is only taken off the list; a store that is damaged may be let go of."""
     try:
         with OpenVolume.open(config, name):
-            pass
+            mounts.end_removed(config.mounts_dir, name)
     except (StoreDamagedError, CatalogError):
         native.check_unused(store)
+        mounts.end_removed(config.mounts_dir, name)
 
 
 def open_volume(config: Config, name: str, options: EngineOptions | None = None) -> OpenVolume:

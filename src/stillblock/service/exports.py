@@ -270,6 +270,9 @@ class ExportServer:
         with self._lock:
             self._is_stopped = True
             self._server.stop()
+            # A tree that could not be unmounted is still asked: it has to say that all is over.
+            for tree in self._trees.values():
+                tree.end()
             for name, offered in self._offered.items():
                 _close(name, offered)
             self._offered.clear()

@@ -14,6 +14,8 @@ from stillblock.selection.partitions import read_partitions
 from stillblock.selection.places import WHOLE_DISK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stillblock.model import Extents
     from stillblock.selection.disk import Disk
 
@@ -48,8 +50,8 @@ class ImageTree:
         self._server = server
         self._images = native.Images()
         self._shown: dict[str, native.ImageMount] = {}
-        self._more: dict[str, set[str]] = {}
-        """The files of places by export, so that none is shown twice."""
+        self._more: dict[str, dict[str, Extents | None]] = {}
+        """The files of places by export, and where each lies, so that none is shown twice."""
 
     def add(
         self,
@@ -69,13 +71,21 @@ class ImageTree:
         self._images.add(
             export, self._server, files=files, access=access, created_unix_ns=created_unix_ns
         )
-        self._more[export] = {path for path, _ in files}
+        self._more[export] = {path: _same(pieces) for path, pieces in files}
 
     def remove(self, export: str, *, force: bool) -> None:
         """Take an export's files away; raise `InUseError` if they are open, unless forced."""
         if export in self._more:
             self._images.remove(export, force=force)
             del self._more[export]
+
+    def end(self) -> None:
+        """Take all files away, for good; who has one open gets errors."""
+        for export in tuple(self._more):
+            try:
+                self.remove(export, force=True)
+            except StillblockError:
+                _LOG.exception("images not ended in order: export=%s", export)
 
     def opens(self) -> dict[str, int]:
         """Return how often the files of each export are open."""
@@ -87,10 +97,16 @@ class ImageTree:
             raise NotFoundError(f"{export} is not offered to clients, so it has no image")
         if place == WHOLE_DISK or pieces is None:
             return file_of(export)
-        path = file_of_place(export, place)
-        if path not in self._more[export]:
+        shown = self._more[export]
+        path = first = file_of_place(export, place)
+        number = 1
+        # A clone was partitioned anew: the old file may be in use, and is of the old place.
+        while path in shown and shown[path] != _same(pieces):
+            number += 1
+            path = f"{first.removesuffix('.raw')}-{number}.raw"
+        if path not in shown:
             self._images.extend(export, files=[(path, pieces)])
-            self._more[export].add(path)
+            shown[path] = _same(pieces)
         return path
 
     def show(self, directory: str) -> None:
@@ -110,6 +126,10 @@ class ImageTree:
         for gone in [path for path, mount in self._shown.items() if mount.is_over]:
             del self._shown[gone]
         return directory in self._shown
+
+
+def _same(pieces: Sequence[tuple[int, int]] | None) -> Extents | None:
+    return None if pieces is None else tuple((start, end) for start, end in pieces)
 
 
 def _partitions(disk: Disk, export: str) -> list[tuple[str, tuple[int, int]]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stillblock.errors import (
+    InUseError,
     MountError,
     NotFoundError,
     NotServedError,
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 _LIFETIME_S: Final = 3600
 """What is left of a throw-away clone whose record was lost goes after this, once nobody uses it."""
+_CLOSING_S: Final = 1.0
+_POLL_S: Final = 0.05
 _SYS_BTRFS: Final = Path("/sys/fs/btrfs")
 
 
@@ -121,13 +126,21 @@ def mount_filesystem(
         making.note(
             directory=target,
             image=source.image,
+            pieces=source.pieces,
             filesystem=how.kind or "",
         )
-        device = kernel.attach_loop(source.image, is_read_only=not how.is_device_writable)
-        making.note(device=device)
+        making.check_free(source)
+        device = making.attach_loop(source.image, is_read_only=not how.is_device_writable)
         if has_new_fsid:
-            kernel.command("btrfstune", "-f", "-m", device, what=f"a new fsid for {device}")
-        kernel.mount(device, making.record.directory, kind=how.kind, options=how.options)
+            what = f"a new fsid for {device}"
+            kernel.command("btrfstune", "-f", "-m", device, what=what, lock=making.lock)
+        kernel.mount(
+            device,
+            making.record.directory,
+            kind=how.kind,
+            options=how.options,
+            lock=making.lock,
+        )
         # In use from now on, it goes with the mount, whoever unmounts it.
         kernel.detach_loop(device)
         return making.made(source)
@@ -153,6 +166,8 @@ def attach(
                 is_whole=partition is None,
             )
         )
+        making.note(pieces=source.pieces)
+        making.check_free(source)
         device = kernel.free_nbd(making.system) if partition is None else None
         if device is not None and shutil.which("nbd-client") is not None:
             _attach_nbd(session, making, source, device)
@@ -163,8 +178,7 @@ def attach(
                 hint="modprobe nbd and install nbd-client, or add --read-only",
             )
         making.note(image=source.image)
-        device = kernel.attach_loop(source.image, is_read_only=making.record.is_read_only)
-        making.note(device=device)
+        making.attach_loop(source.image, is_read_only=making.record.is_read_only)
         return making.made(source)
 
 
@@ -203,7 +217,9 @@ def unmount(
     folder = config.mounts_dir
     place = os.path.realpath(wanted)
     with records.locked(folder):
-        found = _look(config, None)
+        # One that cannot be read keeps nobody from unmounting the rest; the list names it.
+        known = records.read(folder, skips=True)
+        found = leftovers.look(known, kernel.System())
         meant = [
             one
             for one in found
@@ -243,11 +259,11 @@ def _end_private(config: Config, volume: str) -> None:
 
 def _drop_clone(config: Config, record: MountRecord) -> None:
     snapshot = Reference.parse(record.reference).snapshot or ""
-    with open_session(config, record.volume) as session:
-        try:
+    try:
+        with open_session(config, record.volume) as session:
             session.delete_clone(snapshot, record.clone, force=True)
-        except NotFoundError:
-            pass  # not made yet, or gone with its snapshot
+    except NotFoundError:
+        pass  # not made yet, or gone with its snapshot or volume
 
 
 def _look(config: Config, volume: str | None) -> tuple[Found, ...]:
@@ -275,16 +291,49 @@ def _need_root(what: str) -> None:
 class _Making:
     """A mount under construction: the record, kept in step with what was done."""
 
-    def __init__(self, config: Config, session: Session, record: MountRecord) -> None:
+    def __init__(self, config: Config, session: Session, record: MountRecord, lock: int) -> None:
         self._folder = config.mounts_dir
         self._session = session
         self.system = kernel.System()
+        self.lock = lock
         self.record = record
 
     def note(self, **changes: object) -> None:
         """Write down what is to be done next, or how it came out."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
         records.write(self._folder, self.record)
+
+    def check_free(self, source: MountSource) -> None:
+        """Raise `InUseError` if somebody uses the same bytes, of what can be written."""
+        if not self.record.clone:
+            # A clone by its name, whatever it was called: others are compared with it.
+            self.note(reference=source.reference)
+        record = self.record
+        reference = Reference.parse(record.reference)
+        is_written_here = reference.clone is not None or bool(record.clone)
+        if not is_written_here and record.is_read_only:
+            return  # a snapshot never changes, and of the live disk that is what is asked for
+        deadline = time.monotonic() + _CLOSING_S
+        while True:
+            # Who has only just closed it may be counted for a moment.
+            try:
+                exports = self._session.exports().exports
+                leftovers.check_free(
+                    record,
+                    records.read(self._folder, volume=record.volume),
+                    connections=sum(e.connections for e in exports if e.name == record.source),
+                )
+                return
+            except InUseError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_S)
+
+    def attach_loop(self, image: str, *, is_read_only: bool) -> str:
+        """Make a loop device on the image that was written down; return it."""
+        device = kernel.attach_loop(image, is_read_only=is_read_only, lock=self.lock)
+        self.note(device=device, device_sequence=kernel.disk_sequence(self.system, device))
+        return device
 
     def throw_away(self) -> str:
         """Make a clone that goes with the mount; return its name."""
@@ -310,6 +359,28 @@ class _Making:
 
 
 @contextmanager
+def _ends_orderly() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP undo what is under way, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not ours there
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Who is started with one ignored, as by nohup, goes on.
+    mine = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
 def _making(
     config: Config, reference: Reference, kind: MountKind
 ) -> Iterator[tuple[Session, _Making]]:
@@ -319,7 +390,7 @@ def _making(
     if reference.snapshot is not None:
         # By its own name: `latest` may be another one when the mount is undone.
         shown = replace(shown, snapshot=session.show_snapshot(reference.snapshot).name)
-    with records.locked(config.mounts_dir):
+    with _ends_orderly(), records.locked(config.mounts_dir) as lock:
         making = _Making(
             config,
             session,
@@ -328,19 +399,23 @@ def _making(
                 volume=reference.volume,
                 what=kind,
                 reference=str(shown),
+                boot_id=kernel.boot_id(kernel.System()),
                 created_unix_ns=time.time_ns(),
             ),
+            lock,
         )
         making.note()
         try:
             yield session, making
         except BaseException:
-            (found,) = leftovers.look((making.record,), making.system)
-            leftovers.undo(
-                found,
-                config.mounts_dir,
-                force=True,
-                drop_clone=lambda record: _drop_clone(config, record),
-            )
+            # Among all records: a device that another one names is not this one's.
+            for found in _look(config, reference.volume):
+                if found.record.id == making.record.id:
+                    leftovers.undo(
+                        found,
+                        config.mounts_dir,
+                        force=True,
+                        drop_clone=lambda record: _drop_clone(config, record),
+                    )
             _end_private(config, reference.volume)
             raise

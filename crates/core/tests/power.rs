@@ -53,6 +53,10 @@ struct World {
     made: Mutex<BTreeSet<PathBuf>>,
     removed: Mutex<BTreeMap<PathBuf, Vec<u8>>>,
     renamed: Mutex<Vec<(PathBuf, PathBuf)>>,
+    /// Names of files that took the place of others, with what those durably were.
+    replaced: Mutex<Vec<(PathBuf, Vec<u8>)>>,
+    /// Files that are open.
+    names: Mutex<BTreeMap<PathBuf, Name>>,
     during: Mutex<Option<During>>,
 }
 
@@ -134,6 +138,12 @@ impl World {
                 std::fs::write(&path, image).expect("after the cut");
             }
         }
+        self.names.lock().expect("no panic").clear();
+        for (path, durable) in std::mem::take(&mut *self.replaced.lock().expect("no panic")) {
+            if dice.chance(50) {
+                std::fs::write(path, durable).expect("after the cut");
+            }
+        }
         for (old, new) in std::mem::take(&mut *self.renamed.lock().expect("no panic")) {
             if dice.chance(50) {
                 let _ = std::fs::rename(new, old);
@@ -159,10 +169,19 @@ impl World {
     }
 }
 
+/// The name of a file that is open: it may be given another one.
+type Name = Arc<Mutex<PathBuf>>;
+
 struct Forgetful {
     file: Arc<dyn Storage>,
-    path: PathBuf,
+    name: Name,
     world: Arc<World>,
+}
+
+impl Forgetful {
+    fn path(&self) -> PathBuf {
+        self.name.lock().expect("no panic").clone()
+    }
 }
 
 fn size(value: u64) -> usize {
@@ -182,7 +201,7 @@ impl Storage for Forgetful {
         let stopped = self.world.step();
         if !was_off {
             // The write at which everything stops may have been submitted.
-            self.world.note(&self.path, Change::Write(size(offset), data.to_vec()));
+            self.world.note(&self.path(), Change::Write(size(offset), data.to_vec()));
         }
         stopped?;
         self.file.write_at(offset, data)
@@ -199,14 +218,14 @@ impl Storage for Forgetful {
     fn sync(&self) -> io::Result<()> {
         self.world.step()?;
         let mut files = self.world.files.lock().expect("no panic");
-        let state = files.get_mut(&self.path).expect("opened");
+        let state = files.get_mut(&self.path()).expect("opened");
         state.unsynced.clear();
         state.durable = vec![0; size(self.file.len()?)];
         self.file.read_at(0, &mut state.durable)
     }
     fn set_len(&self, length: u64) -> io::Result<()> {
         self.world.step()?;
-        self.world.note(&self.path, Change::SetLength(size(length)));
+        self.world.note(&self.path(), Change::SetLength(size(length)));
         self.file.set_len(length)
     }
 }
@@ -221,7 +240,9 @@ impl ForgetfulDirectory {
     fn wrap(&self, name: &str, file: Arc<dyn Storage>) -> Arc<dyn Storage> {
         let path = self.path.join(name);
         self.world.know(&path);
-        Arc::new(Forgetful { file, path, world: Arc::clone(&self.world) })
+        let mut names = self.world.names.lock().expect("no panic");
+        let name = names.entry(path.clone()).or_insert_with(|| Arc::new(Mutex::new(path)));
+        Arc::new(Forgetful { file, name: Arc::clone(name), world: Arc::clone(&self.world) })
     }
 }
 
@@ -239,16 +260,38 @@ impl Directory for ForgetfulDirectory {
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.world.step()?;
         let (old, new) = (self.path.join(from), self.path.join(to));
-        let mut files = self.world.files.lock().expect("no panic");
+        let world = &self.world;
+        let mut files = world.files.lock().expect("no panic");
+        let mut names = world.names.lock().expect("no panic");
+        let replaced = new.exists().then(|| {
+            let nameless = new.with_extension("nameless");
+            if let Some(name) = names.remove(&new) {
+                *name.lock().expect("no panic") = nameless.clone();
+            }
+            let state = files.remove(&new);
+            let durable =
+                state.as_ref().map_or_else(|| std::fs::read(&new), |s| Ok(s.durable.clone()));
+            files.extend(state.map(|state| (nameless, state)));
+            durable.expect("it is there")
+        });
         if let Some(state) = files.remove(&old) {
             files.insert(new.clone(), state);
         }
-        drop(files);
-        let mut made = self.world.made.lock().expect("no panic");
-        // Until the directory is synced the file has the old name, the new one, or none.
+        if let Some(name) = names.remove(&old) {
+            *name.lock().expect("no panic") = new.clone();
+            names.insert(new.clone(), name);
+        }
+        let mut made = world.made.lock().expect("no panic");
         made.remove(&old);
-        made.insert(new.clone());
-        self.world.renamed.lock().expect("no panic").push((old, new));
+        if let Some(durable) = replaced {
+            // Until the directory is synced the name leads to either.
+            world.replaced.lock().expect("no panic").push((new, durable));
+        } else {
+            // Until the directory is synced the file has the old name, the new one, or none.
+            made.insert(new.clone());
+            world.renamed.lock().expect("no panic").push((old, new));
+        }
+        drop((files, names, made));
         self.directory.rename(from, to)
     }
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -270,6 +313,7 @@ impl Directory for ForgetfulDirectory {
         self.world.made.lock().expect("no panic").retain(|path| !is_here(path));
         self.world.removed.lock().expect("no panic").retain(|path, _| !is_here(path));
         self.world.renamed.lock().expect("no panic").retain(|(_, new)| !is_here(new));
+        self.world.replaced.lock().expect("no panic").retain(|(path, _)| !is_here(path));
         self.directory.sync()
     }
 }
@@ -341,7 +385,8 @@ fn open_at(
     let host = System::through(
         Box::new(move |file| {
             for_origin.know(&path);
-            Arc::new(Forgetful { file, path: path.clone(), world: Arc::clone(&for_origin) })
+            let name = Arc::new(Mutex::new(path.clone()));
+            Arc::new(Forgetful { file, name, world: Arc::clone(&for_origin) })
         }),
         Box::new(move |path, directory| {
             let (path, world) = (path.to_path_buf(), Arc::clone(&for_store));

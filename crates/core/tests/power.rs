@@ -266,7 +266,7 @@ impl Directory for ForgetfulDirectory {
         let replaced = new.exists().then(|| {
             let nameless = new.with_extension("nameless");
             if let Some(name) = names.remove(&new) {
-                *name.lock().expect("no panic") = nameless.clone();
+                name.lock().expect("no panic").clone_from(&nameless);
             }
             let state = files.remove(&new);
             let durable =
@@ -278,7 +278,7 @@ impl Directory for ForgetfulDirectory {
             files.insert(new.clone(), state);
         }
         if let Some(name) = names.remove(&old) {
-            *name.lock().expect("no panic") = new.clone();
+            name.lock().expect("no panic").clone_from(&new);
             names.insert(new.clone(), name);
         }
         let mut made = world.made.lock().expect("no panic");

@@ -40,6 +40,7 @@ from bench.units import GIB, MIB, parse_size
 from bench.workloads import ROW_NAMES, VIEW_ROWS, Mode
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
+WATCHES = {"stall": instants.watch_receipts, "stalls": stalls.watch_writes}
 RUN_KINDS = ("io", "sync", "direct", "stall", "stalls", "mem", "snap", "incr")
 ALL_KINDS = ("io", "sync", "direct", "stall", "mem", "incr")
 ON_DISK = frozenset({"sync", "direct"})
@@ -236,17 +237,11 @@ def _without_path(session: Session, scratch: Path) -> Session:
 
 def _sessions(kind: str, asked: Request, place: Place) -> Iterator[Session]:
     names, round_count = asked.targets, asked.round_count
-    if kind == "stall":
-        return instants.measure_stalls(
+    if kind in WATCHES:
+        return instants.watch_snapshots(
             names,
-            place=place,
-            size_bytes=asked.sparse_bytes,
-            snapshot_count=asked.snapshot_count,
-            round_count=round_count,
-        )
-    if kind == "stalls":
-        return stalls.measure_stalls(
-            names,
+            label=kind,
+            watch=WATCHES[kind],
             place=place,
             size_bytes=asked.sparse_bytes,
             snapshot_count=asked.snapshot_count,

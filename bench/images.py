@@ -4,23 +4,22 @@ Both show the same exports of the same server. fio reads and writes through each
 pass; what counts is the ratio of the medians, which a machine that is not quiet shifts least.
 """
 
-import json
-import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import fields, machine
+from bench import fio, machine, registry
 from bench.errors import PeerError
 from bench.marks import Mark, mark_table, say
+from bench.nbd import unix_uri
+from bench.process import ServerProcess, run_tool, tail
+from bench.stillblock_target import VOLUME, Stillblock
 from bench.tables import as_text
+from bench.targets import Place
 from bench.units import GIB, MIB
 
 SIZE_BYTES = 256 * MIB
@@ -71,52 +70,28 @@ def _shown(scratch: Path) -> Iterator[tuple[dict[str, Path], dict[str, Path]]]:
     origin, tree = scratch / "disk.img", scratch / "tree"
     origin.write_bytes(random.Random(1).randbytes(MIB) * (SIZE_BYTES // MIB))
     tree.mkdir()
+    place = Place(scratch=scratch, image=origin, is_direct=False, qemu_aio="threads")
+    server = Stillblock(registry.parse(registry.OURS), place=place)
     with ExitStack() as stack:
-        _command(scratch, "volume", "add", "web", "--origin", str(origin))
-        server = subprocess.Popen(
-            [sys.executable, "-m", "stillblock", "serve", "web", "--json"],
-            env=_environment(scratch),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        stack.callback(_end, server, signal.SIGTERM)
-        assert server.stdout is not None
-        socket = json.loads(server.stdout.readline())["serve"]["nbd_sockets"][0]
-        _command(scratch, "snapshot", "create", "web@monday", "--only-these", "--include", "all")
-        _command(scratch, "clone", "create", "web@monday+x")
-        _command(scratch, "mount", "--images", "web", str(tree))
+        stack.callback(server.stop)
+        server.start()
+        server.command("snapshot", "create", f"{VOLUME}@monday", "--only-these", "--include", "all")
+        server.command("clone", "create", f"{VOLUME}@monday+x")
+        server.command("mount", "--images", VOLUME, str(tree))
         theirs = {}
         for number, export in enumerate(("monday", "monday+x")):
             path = scratch / f"nbdfuse{number}" / "disk"
             path.parent.mkdir()
-            uri = f"nbd+unix:///web@{export}?socket={socket}"
-            shown = subprocess.Popen(["nbdfuse", str(path), uri])
-            stack.callback(_end, shown, signal.SIGTERM)
+            uri = unix_uri(server.socket_path, f"{VOLUME}@{export}")
+            shown = ServerProcess(["nbdfuse", str(path), uri], log=scratch / "nbdfuse.log")
+            stack.callback(shown.stop)
             until = time.monotonic() + WAIT_S
             while not path.exists():
-                if shown.poll() is not None or time.monotonic() > until:
-                    raise PeerError(f"nbdfuse does not show {uri}")
+                if shown.exit_code() is not None or time.monotonic() > until:
+                    raise PeerError(f"nbdfuse does not show {uri}: {tail(shown.log)}")
                 time.sleep(0.02)
             theirs[export] = path
         yield {export: tree / f"@{export}.raw" for export in theirs}, theirs
-
-
-def _end(process: subprocess.Popen[str] | subprocess.Popen[bytes], number: signal.Signals) -> None:
-    process.send_signal(number)
-    process.wait(WAIT_S)
-
-
-def _environment(scratch: Path) -> dict[str, str]:
-    return os.environ | {"STILLBLOCK_STATE": str(scratch / "state")}
-
-
-def _command(scratch: Path, *words: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "stillblock", *words],
-        env=_environment(scratch),
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
 
 
 def _fio(path: Path, pattern: str, size: str, jobs: int, seconds: float) -> float:
@@ -128,10 +103,4 @@ def _fio(path: Path, pattern: str, size: str, jobs: int, seconds: float) -> floa
         # It would truncate and lay out a file: this one is there, and keeps its size.
         *("--allow_file_create=0", "--randrepeat=0", "--overwrite=1", "--fallocate=none"),
     ]
-    ran = subprocess.run(line, capture_output=True, text=True, check=False)
-    if ran.returncode != 0:
-        raise PeerError(f"fio on {path}: {ran.stderr or ran.stdout}")
-    report = json.loads(ran.stdout[ran.stdout.index("{") :])
-    job = fields.mapping(fields.sequence(report["jobs"], "fio jobs")[0], "fio job")
-    side = fields.mapping(job["write" if "write" in pattern else "read"], "side")
-    return fields.number(side.get("bw_bytes"), "bw_bytes") / MIB
+    return fio.parse(run_tool(line))["mb_per_s"] * 1e6 / MIB

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import fields, fio, registry
-from bench.errors import BenchError, PeerError
-from bench.machine import OthersMeter, disk_usage_bytes
+from bench.errors import PeerError
+from bench.machine import disk_usage_bytes
 from bench.nbd import PIECE_BYTES, NbdClient
 from bench.peers import StorageDaemon, tool
 from bench.process import run_tool
 from bench.results import Session
-from bench.rounds import interleave
+from bench.rounds import interleave, visit_of
 from bench.session import measure
 from bench.stillblock_target import Stillblock
 from bench.targets import Place, Target
@@ -31,30 +31,15 @@ def measure_increments(
 ) -> Iterator[Session]:
     """Seconds and bytes out of an incremental copy after one percent changed in 4 KiB blocks."""
 
-    def visit(name: str, round_index: int) -> Session:
-        rows: dict[str, dict[str, float]] = {}
-        failures: dict[str, str] = {}
-        meter = OthersMeter()
-        target = registry.make(name, place=place)
-        try:
-            target.start()
-            if isinstance(target, Stillblock):
-                rows = _export_changed(target)
-            elif isinstance(target, StorageDaemon):
-                rows = _backup_bitmaps(target)
-        except (BenchError, OSError) as error:
-            failures["session"] = str(error)
-        finally:
-            target.stop()
-        return Session(
-            target=name,
-            round_index=round_index,
-            rows=rows,
-            failures=failures,
-            figures={"others_cores": meter.cores()},
-        )
+    def rows_of(target: Target) -> dict[str, dict[str, float]]:
+        if isinstance(target, Stillblock):
+            return _export_changed(target)
+        if isinstance(target, StorageDaemon):
+            return _backup_bitmaps(target)
+        return {}
 
     wanted = [name for name in names if name in (registry.OURS, registry.QSD_RAW)]
+    visit = visit_of(place, rows_of)
     yield from interleave(wanted, round_count=round_count, label="incr", visit=visit)
 
 

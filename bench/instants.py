@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from bench.estimate import rank
 from bench.probe import REPOSITORY, run_probe
 from bench.process import tail
 from bench.results import Session
-from bench.rounds import interleave
+from bench.rounds import interleave, visit_of
 from bench.stillblock_target import TERMS_MAX
 from bench.targets import Place, Role, Target
 from bench.units import BLOCK_BYTES, GIB, KIB, MIB, format_size
@@ -30,34 +30,26 @@ WRITER_LIMIT_S = 120.0
 SNAPSHOT_DISKS_BYTES = (1 * GIB, 16 * GIB, 256 * GIB)
 
 
-def measure_stalls(
-    names: Sequence[str], *, place: Place, size_bytes: int, snapshot_count: int, round_count: int
+Watch = Callable[[Target, int], dict[str, float]]
+"""What clients see of a server while so many snapshots of its disk are taken."""
+
+
+def watch_snapshots(
+    names: Sequence[str],
+    *,
+    label: str,
+    watch: Watch,
+    place: Place,
+    size_bytes: int,
+    snapshot_count: int,
+    round_count: int,
 ) -> Iterator[Session]:
-    """The longest gap a deep writer sees while a sparse disk is snapshot every second."""
+    """What clients see of a sparse disk while it is snapshot every second."""
     if not place.image.exists():
         machine.fill_sparse(place.image, size_bytes=size_bytes, used_bytes=WRITER_REGION_BYTES)
-
-    def visit(name: str, round_index: int) -> Session:
-        target = registry.make(name, place=place)
-        meter = machine.OthersMeter()
-        try:
-            target.start()
-            rows = {"stall": _stall(target, snapshot_count=snapshot_count)}
-            failures: dict[str, str] = {}
-        except (BenchError, OSError) as error:
-            rows, failures = {}, {"session": str(error)}
-        finally:
-            target.stop()
-        return Session(
-            target=name,
-            round_index=round_index,
-            rows=rows,
-            failures=failures,
-            figures={"others_cores": meter.cores()},
-        )
-
+    visit = visit_of(place, lambda target: {label: watch(target, snapshot_count)})
     wanted = [name for name in names if registry.parse(name).role is Role.SNAPSHOT]
-    yield from interleave(wanted, round_count=round_count, label="stall", visit=visit)
+    yield from interleave(wanted, round_count=round_count, label=label, visit=visit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +60,18 @@ class Window:
     end_s: float
 
 
+def quiet_before(window: Window) -> Window:
+    """The quiet time of about the same length before a snapshot's."""
+    length_s = min(window.end_s - window.begin_s, AFTER_SNAPSHOT_S) + AFTER_SNAPSHOT_S
+    end_s = window.begin_s - 0.05
+    return Window(begin_s=end_s - length_s, end_s=end_s)
+
+
 def stall_figures(stamps_s: Sequence[float], windows: Sequence[Window]) -> dict[str, float]:
     """Longest gaps between receipts around each snapshot, and in quiet windows of about the same
     length before."""
     gaps = [_longest_gap_ms(stamps_s, w.begin_s, w.end_s + AFTER_SNAPSHOT_S) for w in windows]
-    quiet = []
-    for window in windows:
-        length_s = min(window.end_s - window.begin_s, AFTER_SNAPSHOT_S) + AFTER_SNAPSHOT_S
-        quiet_end_s = window.begin_s - 0.05
-        quiet.append(_longest_gap_ms(stamps_s, quiet_end_s - length_s, quiet_end_s))
+    quiet = [_longest_gap_ms(stamps_s, w.begin_s, w.end_s) for w in map(quiet_before, windows)]
     took_ms = [(w.end_s - w.begin_s) * 1e3 for w in windows]
     return {
         "p50_ms": rank(gaps, 0.5),
@@ -95,7 +90,8 @@ def _longest_gap_ms(stamps_s: Sequence[float], low_s: float, high_s: float) -> f
     return max(gaps, default=0.0) * 1e3
 
 
-def _stall(target: Target, *, snapshot_count: int) -> dict[str, float]:
+def watch_receipts(target: Target, snapshot_count: int) -> dict[str, float]:
+    """The longest gap that a deep writer sees around each snapshot."""
     out = target.place.scratch / "stamps"
     seconds = snapshot_count + 3 * WRITER_LEAD_S
     arguments = (WRITER_REGION_BYTES, WRITER_DEPTH, seconds, out)

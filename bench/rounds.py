@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from bench import machine, registry
+from bench.errors import BenchError
 from bench.results import Session
 from bench.session import Options, run_session
-from bench.targets import Place, Role
+from bench.targets import Place, Role, Target
 from bench.units import BLOCK_BYTES, MIB
 from bench.workloads import Mode
 
@@ -33,6 +34,32 @@ def interleave(
                 flush=True,
             )
             yield session
+
+
+def visit_of(place: Place, rows_of: Callable[[Target], dict[str, dict[str, float]]]) -> Visit:
+    """A visit that starts a server, measures its rows and stops it; what fails fails as a whole."""
+
+    def visit(name: str, round_index: int) -> Session:
+        target = registry.make(name, place=place)
+        meter = machine.OthersMeter()
+        rows: dict[str, dict[str, float]] = {}
+        failures: dict[str, str] = {}
+        try:
+            target.start()
+            rows = rows_of(target)
+        except (BenchError, OSError) as error:
+            failures = {"session": str(error)}
+        finally:
+            target.stop()
+        return Session(
+            target=name,
+            round_index=round_index,
+            rows=rows,
+            failures=failures,
+            figures={"others_cores": meter.cores()},
+        )
+
+    return visit
 
 
 def measure_rows(

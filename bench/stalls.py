@@ -6,19 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import fio, machine, registry
-from bench.errors import BenchError, PeerError
+from bench import fio
+from bench.errors import PeerError
 from bench.estimate import rank
 from bench.instants import (
     AFTER_SNAPSHOT_S,
     WRITER_LEAD_S,
     WRITER_REGION_BYTES,
     Window,
+    quiet_before,
     snapshot_every_second,
 )
-from bench.results import Session
-from bench.rounds import interleave
-from bench.targets import Place, Role, Target
+from bench.targets import Target
 from bench.units import BLOCK_BYTES
 
 CONNECTIONS = 4
@@ -35,38 +34,8 @@ class Write:
     replied_s: float
 
 
-def measure_stalls(
-    names: Sequence[str], *, place: Place, size_bytes: int, snapshot_count: int, round_count: int
-) -> Iterator[Session]:
-    """The longest write of several clients while a sparse disk is snapshot every second."""
-    if not place.image.exists():
-        machine.fill_sparse(place.image, size_bytes=size_bytes, used_bytes=WRITER_REGION_BYTES)
-
-    def visit(name: str, round_index: int) -> Session:
-        target = registry.make(name, place=place)
-        meter = machine.OthersMeter()
-        rows: dict[str, dict[str, float]] = {}
-        failures: dict[str, str] = {}
-        try:
-            target.start()
-            rows = {"stalls": _stalls(target, snapshot_count=snapshot_count)}
-        except (BenchError, OSError) as error:
-            failures = {"session": str(error)}
-        finally:
-            target.stop()
-        return Session(
-            target=name,
-            round_index=round_index,
-            rows=rows,
-            failures=failures,
-            figures={"others_cores": meter.cores()},
-        )
-
-    wanted = [name for name in names if registry.parse(name).role is Role.SNAPSHOT]
-    yield from interleave(wanted, round_count=round_count, label="stalls", visit=visit)
-
-
-def _stalls(target: Target, *, snapshot_count: int) -> dict[str, float]:
+def watch_writes(target: Target, snapshot_count: int) -> dict[str, float]:
+    """The longest of the writes under way around each snapshot."""
     with tempfile.TemporaryDirectory(dir=target.place.scratch, prefix="latencies-") as folder:
         running = fio.start(
             fio.Job(
@@ -110,11 +79,7 @@ def writes_of(lines: Iterable[str]) -> Iterator[Write]:
 def stall_figures(writes: Sequence[Write], windows: Sequence[Window]) -> dict[str, float]:
     """Longest writes around each snapshot, and in quiet windows of about the same length before."""
     stalls = [longest_ms(writes, w.begin_s, w.end_s + AFTER_SNAPSHOT_S) for w in windows]
-    quiet = []
-    for window in windows:
-        length_s = min(window.end_s - window.begin_s, AFTER_SNAPSHOT_S) + AFTER_SNAPSHOT_S
-        quiet_end_s = window.begin_s - 0.05
-        quiet.append(longest_ms(writes, quiet_end_s - length_s, quiet_end_s))
+    quiet = [longest_ms(writes, w.begin_s, w.end_s) for w in map(quiet_before, windows)]
     return {
         "p50_ms": rank(stalls, 0.5),
         "p90_ms": rank(stalls, 0.9),

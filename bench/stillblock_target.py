@@ -52,14 +52,18 @@ class Stillblock(Target):
 
     def launch(self) -> ServerProcess:
         self.uri = nbd.unix_uri(self.socket_path, VOLUME)
-        stillblock = self.command_prefix()
-        state = ("--state-dir", str(self._state_dir))
         disk = ("--origin", str(self.place.image), "--store", str(self.directory / "store"))
-        add = [*stillblock, "volume", "add", VOLUME, *disk, *state]
-        run_tool(add, timeout_s=COMMAND_TIMEOUT_S)
-        serve = [*stillblock, "serve", VOLUME, "--listen", str(self.socket_path), *state]
+        self.command("volume", "add", VOLUME, *disk)
+        serve = self._words("serve", VOLUME, "--listen", str(self.socket_path))
         direct = ["--direct"] if self.place.is_direct else []
         return ServerProcess([*serve, *direct], log=self.log)
+
+    def command(self, *words: str) -> None:
+        """Run a command on this server's volume."""
+        run_tool(self._words(*words), timeout_s=COMMAND_TIMEOUT_S)
+
+    def _words(self, *words: str) -> list[str]:
+        return [*self.command_prefix(), *words, "--state-dir", str(self._state_dir)]
 
     def start(self) -> None:
         super().start()

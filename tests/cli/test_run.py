@@ -110,5 +110,6 @@ def test_a_rehearsal_that_is_killed_leaves_no_file_behind(week: Served):
     if week.process is None:
         week.start()  # the rehearsal was the server: the next one cleans up
     assert wait_until(lambda: str(image.parent) not in Path("/proc/self/mountinfo").read_text())
-    assert not list((week.folder / "s" / "mounts").glob("*.json"))
+    # The record goes last.
+    assert wait_until(lambda: not list((week.folder / "s" / "mounts").glob("*.json")))
     image.parent.rmdir()

@@ -82,6 +82,29 @@ def served(config: Config, volume: str) -> Iterator[Session]:
         yield RemoteSession(socket_path, volume)
 
 
+@contextmanager
+def cloned(session: Session, asked: CloneRequest, *, is_kept: bool = False) -> Iterator[CloneInfo]:
+    """Give a clone that is dropped afterwards, whatever comes of it, unless it is kept."""
+    clone = session.create_clone(asked)
+    try:
+        yield clone
+    finally:
+        if not is_kept:
+            session.delete_clone(clone.snapshot, clone.id, force=True)
+
+
+@contextmanager
+def shown(config: Config, volume: str) -> Iterator[Path]:
+    """Give a directory with a served volume's images; it ends with this process, too."""
+    with tempfile.TemporaryDirectory(prefix="stillblock-") as folder:
+        mount_images(config, volume, Path(folder), is_for_us=True)
+        try:
+            yield Path(folder)
+        finally:
+            # Something that a command left behind may still have a file open.
+            unmount(config, folder, kinds=(MountKind.IMAGES,), force=True)
+
+
 def rehearse(
     config: Config,
     volume: str,
@@ -107,12 +130,8 @@ def rehearse(
             lifetime_s=None if is_kept else _LIFETIME_S,
             description=f"rehearsal of {command[0]}",
         )
-        clone = session.create_clone(asked)
-        try:
+        with cloned(session, asked, is_kept=is_kept) as clone:
             verdict = _run(config, session, clone, command, has_image=has_image)
-        finally:
-            if not is_kept:
-                session.delete_clone(clone.snapshot, clone.id, force=True)
     if is_kept:
         verdict = replace(verdict, kept=clone.reference)
     with Catalog(config.catalog_path) as catalog:
@@ -137,8 +156,8 @@ def _run(
     environment = os.environ | {URI_VARIABLE: uris[0]}
     with ExitStack() as stack:
         if has_image:
-            image = stack.enter_context(_as_file(config, clone))
-            environment[IMAGE_VARIABLE] = str(image)
+            folder = stack.enter_context(shown(config, clone.volume))
+            environment[IMAGE_VARIABLE] = str(folder / file_of(clone.reference))
         began = time.monotonic()
         try:
             ended = subprocess.run(list(command), env=environment, check=False)
@@ -155,15 +174,3 @@ def _run(
         duration_ms=duration_ms,
         written_bytes=written,
     )
-
-
-@contextmanager
-def _as_file(config: Config, clone: CloneInfo) -> Iterator[Path]:
-    """Show a clone as a file until the context ends; it ends with this process, too."""
-    with tempfile.TemporaryDirectory(prefix="stillblock-") as folder:
-        mount_images(config, clone.volume, Path(folder), is_for_us=True)
-        try:
-            yield Path(folder) / file_of(clone.reference)
-        finally:
-            # Something that the command left behind may still have it open.
-            unmount(config, folder, kinds=(MountKind.IMAGES,), force=True)

@@ -10,7 +10,6 @@ import os
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,11 +27,11 @@ from stillblock.mounting.records import MountKind
 from stillblock.operations.checking import worst
 from stillblock.operations.clones import CloneRequest
 from stillblock.operations.mounts import SourceRequest
-from stillblock.service.mounting import mount_filesystem, mount_images, unmount
-from stillblock.service.rehearsal import rehearse, served
+from stillblock.service.mounting import mount_filesystem, unmount
+from stillblock.service.rehearsal import cloned, rehearse, served, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from stillblock.config import Config
     from stillblock.operations.checking import FilesystemPlace
@@ -113,11 +112,13 @@ def _by_their_tools(
         return (*checks, FilesystemCheck(
             place="", content="", outcome=CheckOutcome.UNCHECKED, detail=_NOTHING
         ))  # fmt: skip
-    with _clone_shown(config, session, info) as (directory, clone):
+    asked = CloneRequest(snapshot=info.id, lifetime_s=_LIFETIME_S, description="verification")
+    with cloned(session, asked) as clone, shown(config, info.volume) as directory:
+        reference = Reference.parse(clone.reference)
         for place in held:
             told(f"{place.place}, {place.content}")
             began = time.monotonic()
-            outcome, detail = _check(config, session, clone, place, directory)
+            outcome, detail = _check(config, session, reference, place, directory)
             checks.append(
                 FilesystemCheck(
                     place=place.place,
@@ -128,25 +129,6 @@ def _by_their_tools(
                 )
             )
     return tuple(checks)
-
-
-@contextmanager
-def _clone_shown(
-    config: Config, session: Session, info: SnapshotInfo
-) -> Iterator[tuple[Path, Reference]]:
-    """Give a directory with a throw-away clone's files; both are gone afterwards."""
-    clone = session.create_clone(
-        CloneRequest(snapshot=info.id, lifetime_s=_LIFETIME_S, description="verification")
-    )
-    try:
-        with tempfile.TemporaryDirectory(prefix="stillblock-") as folder:
-            mount_images(config, info.volume, Path(folder))
-            try:
-                yield Path(folder), Reference.parse(clone.reference)
-            finally:
-                unmount(config, folder, kinds=(MountKind.IMAGES,), force=True)
-    finally:
-        session.delete_clone(clone.snapshot, clone.id, force=True)
 
 
 def _check(

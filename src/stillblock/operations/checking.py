@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stillblock.model import CheckOutcome, SnapshotInfo, SnapshotVerification
 from stillblock.operations.disks import SnapshotDisk
 from stillblock.operations.narrowing import wait_final
-from stillblock.operations.receipts import left_out_of
+from stillblock.operations.receipts import left_out_by_reason
 from stillblock.operations.snapshots import SnapshotTarget, show_snapshot
 from stillblock.selection.facts import DiskFacts
 
@@ -54,7 +54,6 @@ class VerificationRequest:
 def list_filesystems(volume: OpenVolume, target: SnapshotTarget) -> FilesystemList:
     """Return the filesystems of a snapshot; waits until its selection is final."""
     snapshot = wait_final(volume, volume.snapshot(target.snapshot))
-    left_out = left_out_of(snapshot.record)
     view = volume.engine.view(epoch=snapshot.epoch.epoch, excluded_reads="zeros")
     try:
         facts = DiskFacts(SnapshotDisk(view, volume.engine))
@@ -63,11 +62,7 @@ def list_filesystems(volume: OpenVolume, target: SnapshotTarget) -> FilesystemLi
                 place=place.name,
                 content=str(place.content),
                 size_bytes=place.size,
-                left_out_bytes=sum(
-                    max(0, min(end, part.end) - max(start, part.start))
-                    for part in left_out
-                    for start, end in place.extents
-                ),
+                left_out_bytes=left_out_by_reason(snapshot.record, place.extents).total(),
             )
             for place in facts.places.places
             if place.is_filesystem

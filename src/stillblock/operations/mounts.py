@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from stillblock.errors import (
     StoreOnVolumeError,
     UsageError,
 )
+from stillblock.extents import intersect, total_bytes, whole
 from stillblock.model import Extents, Reference, format_size
 from stillblock.mounting import kernel, leftovers, records
 from stillblock.mounting.leftovers import Found
@@ -31,7 +31,7 @@ from stillblock.mounting.records import MountKind, MountRecord
 from stillblock.operations.clones import CloneChange, CloneTarget, delete_clone, find_clone
 from stillblock.operations.disks import SnapshotDisk
 from stillblock.operations.narrowing import wait_final
-from stillblock.operations.receipts import left_out_of
+from stillblock.operations.receipts import left_out_by_reason
 from stillblock.selection.facts import DiskFacts
 from stillblock.selection.filesystems.signatures import Content
 from stillblock.selection.places import WHOLE_DISK, Place
@@ -292,25 +292,16 @@ def _described(
 ) -> MountSource:
     """Say what of the place is not held, and why (P9)."""
     size = snapshot.epoch.size_bytes
-    area = ((0, size),) if within is None else within
-    by_reason: Counter[str] = Counter()
-    for part in left_out_of(snapshot.record):
-        overlap = sum(max(0, min(end, part.end) - max(start, part.start)) for start, end in area)
-        if overlap:
-            by_reason[part.because] += overlap
-    lost_bytes = sum(
-        max(0, min(end, stop) - max(start, begin))
-        for start, end in area
-        for begin, stop in snapshot.epoch.lost
-    )
+    area = whole(size) if within is None else within
+    by_reason = left_out_by_reason(snapshot.record, area)
     note = ""
     if snapshot.epoch.is_suspect:
         note = f"{source.reference} is suspect: {snapshot.epoch.suspect_reason}"
     return replace(
         source,
-        left_out_bytes=sum(by_reason.values()),
+        left_out_bytes=by_reason.total(),
         because=tuple(text for text, _ in by_reason.most_common(_REASONS_MAX)),
-        lost_bytes=lost_bytes,
+        lost_bytes=total_bytes(intersect(tuple(snapshot.epoch.lost), area)),
         note=note,
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
 from stillblock import codec
 from stillblock.errors import StoreDamagedError
+from stillblock.extents import intersect, total_bytes
 from stillblock.model import Extent, Extents, LeftOut, PackedLeftOut, SnapshotRecord
 from stillblock.packing import PackingError, pack, unpack
 from stillblock.selection.resolution import RESOLUTION_VERSION
@@ -52,12 +53,9 @@ def with_left_out(record: SnapshotRecord, left_out: Sequence[LeftOut]) -> Snapsh
     """Return the record with what is left out, packed where that is long."""
     if len(left_out) <= _PLAIN_MAX:
         return replace(record, left_out=tuple(left_out), left_out_packed=())
-    by_reason: defaultdict[str, list[Extent]] = defaultdict(list)
-    for part in left_out:
-        by_reason[part.because].append((part.start, part.end))
     packed = tuple(
         PackedLeftOut(because=because, extents=pack(tuple(sorted(extents))))
-        for because, extents in by_reason.items()
+        for because, extents in _by_reason(left_out).items()
     )
     return replace(record, left_out=(), left_out_packed=packed)
 
@@ -76,6 +74,19 @@ def left_out_of(record: SnapshotRecord) -> tuple[LeftOut, ...]:
         raise StoreDamagedError(f"the record of snapshot {record.name}: {error}") from error
     found.sort(key=lambda part: part.start)
     return tuple(found)
+
+
+def left_out_by_reason(record: SnapshotRecord, within: Extents) -> Counter[str]:
+    """Return how many bytes of an area are left out, by the term that did it."""
+    by_reason = _by_reason(left_out_of(record)).items()
+    return +Counter({because: total_bytes(intersect(tuple(e), within)) for because, e in by_reason})
+
+
+def _by_reason(left_out: Sequence[LeftOut]) -> dict[str, list[Extent]]:
+    found: defaultdict[str, list[Extent]] = defaultdict(list)
+    for part in left_out:
+        found[part.because].append((part.start, part.end))
+    return found
 
 
 def sealed(record: SnapshotRecord, instant: Instant, extents: Extents) -> SnapshotRecord:
